@@ -1,0 +1,39 @@
+# Every target works from a bare python3 >= 3.11: the first one to run builds .venv, and it is refreshed
+# only when setup.cfg, pyproject.toml or constraints.txt have changed.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+
+# Idle OpenMP threads otherwise spin, which slows everything else on a machine with few cores.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: demo test test-slow check bench install clean
+
+demo: $(STAMP)          ## draw eight dense prompts with the miniature
+	$(PY) -m benchmarks.demo
+
+test: $(STAMP)          ## every test but the slow ones
+	$(PY) -m pytest $(ARGS)
+
+test-slow: $(STAMP)     ## the tests that take minutes or gigabytes
+	$(PY) -m pytest -m slow $(ARGS)
+
+check: $(STAMP)         ## lint and types
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+bench: $(STAMP)         ## the semantic score
+	$(PY) -m benchmarks.score $(ARGS)
+
+install: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("ella_kd needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another with make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(PY) -m pip install --quiet --no-deps k-diffusion==0.1.1.post1
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
