@@ -1,0 +1,97 @@
+"""The noise levels a diffusion model was trained on: the map between timestep t and sigma."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Prediction = Literal["eps", "v"]
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The table of a variance-preserving model, seen as sigmas: `sigma = sqrt((1 - alphas_cumprod) / alphas_cumprod)`.
+
+    alphas_cumprod [N], strictly decreasing inside (0, 1), kept in float64 on the CPU. prediction says what the network
+    returns: "eps" or "v". Between the table's entries log sigma is linear in t, as in k-diffusion's `DiscreteSchedule`.
+    Raises ValueError for a table that is not such a sequence (a zero-terminal-SNR table ends in sigma = infinity).
+    """
+
+    alphas_cumprod: Tensor
+    prediction: Prediction = "eps"
+    _log_sigmas_on: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        table = self.alphas_cumprod.detach().to("cpu", torch.float64)
+        if table.ndim != 1 or len(table) < 2:
+            raise ValueError(f"alphas_cumprod must have shape [N] with N >= 2, got {list(table.shape)}")
+        if not (bool((table > 0).all()) and bool((table < 1).all()) and bool((table.diff() < 0).all())):
+            raise ValueError("alphas_cumprod must decrease strictly inside (0, 1); rescaled zero-SNR tables do not")
+        if self.prediction not in get_args(Prediction):
+            raise ValueError(f'prediction must be "eps" or "v", got {self.prediction!r}')
+        object.__setattr__(self, "alphas_cumprod", table)
+
+    @classmethod
+    def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, n: int = 1000,
+                      prediction: Prediction = "eps") -> "NoiseSchedule":
+        """Betas whose square roots are linear in t (LDM's "linear" schedule, diffusers' "scaled_linear")."""
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, n, dtype=torch.float64) ** 2
+        return cls((1 - betas).cumprod(0), prediction)
+
+    @classmethod
+    def sd15(cls, prediction: Prediction = "eps") -> "NoiseSchedule":
+        """The schedule of Stable Diffusion 1.x and 2.x, and of ELLA: sigma from .0292 to 14.6146 in 1000 steps."""
+        return cls.scaled_linear(prediction=prediction)
+
+    @property
+    def sigmas(self) -> Tensor:
+        """[N] float64, ascending."""
+        return ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+
+    @property
+    def log_sigmas(self) -> Tensor:
+        """[N] float64, ascending."""
+        return self._log_sigmas(torch.device("cpu"))
+
+    @property
+    def sigma_min(self) -> float:
+        return float(self.sigmas[0])
+
+    @property
+    def sigma_max(self) -> float:
+        return float(self.sigmas[-1])
+
+    def sigma_to_t(self, sigma: Tensor, quantize: bool = False) -> Tensor:
+        """The timestep of a noise level, fractional; with `quantize` the nearest integer one (nearest in log sigma).
+
+        sigma, any shape and float dtype -> t fp32, same shape, clamped to [0, N - 1] as k-diffusion does. Computed in
+        float64 (fp32 on mps) and rounded once, so that the same sigma gives the same bits wherever it is asked. NaN and
+        negative sigma give NaN; nothing waits for the device.
+        """
+        table = self._log_sigmas(sigma.device)
+        log_sigma = sigma.to(table.dtype).log()
+        low = (torch.searchsorted(table, log_sigma, right=True) - 1).clamp(0, len(table) - 2)
+        w = ((log_sigma - table[low]) / (table[low + 1] - table[low])).clamp(0, 1)
+        if quantize:
+            w = torch.where(w.isnan(), w, (w > 0.5).to(w.dtype))
+        return (low + w).float()
+
+    def t_to_sigma(self, t: Tensor) -> Tensor:
+        """The noise level of a timestep, fractional or not: any shape; t's float dtype is kept (integers give fp32).
+
+        t is clamped to [0, N - 1], as `sigma_to_t` clamps.
+        """
+        table = self._log_sigmas(t.device)
+        exact = t.to(table.dtype).clamp(0, len(table) - 1)
+        low = exact.nan_to_num().long().clamp(max=len(table) - 2)
+        w = exact - low
+        sigma = torch.lerp(table[low], table[low + 1], w).exp()
+        return sigma.to(t.dtype if t.is_floating_point() else torch.float32)
+
+    def _log_sigmas(self, device: torch.device) -> Tensor:
+        """The table on a device, copied there once: a copy in every step would make the host wait."""
+        if device not in self._log_sigmas_on:
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._log_sigmas_on[device] = self.sigmas.log().to(device, dtype)
+        return self._log_sigmas_on[device]

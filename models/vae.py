@@ -1,0 +1,232 @@
+"""The autoencoder of latent diffusion, with the tensor names of its LDM checkpoints."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ella_kd.models.layers import attend
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """What an autoencoder is made of; the defaults are Stable Diffusion 1.5.
+
+    channel_mult has one entry per level, the finest first; each level but the last halves the size. scale multiplies
+    the latents that leave `encode`, so that the UNet sees values of about unit variance.
+    """
+
+    in_channels: int = 3
+    latent_channels: int = 4
+    channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    scale: float = 0.18215
+
+    def __post_init__(self) -> None:
+        if any(mult * self.channels % 32 for mult in self.channel_mult):
+            raise ValueError(f"channels must be multiples of 32 (GroupNorm) at every level, got {self.channels} times "
+                             f"{self.channel_mult}")
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes, scale: float = 0.18215) -> "VAEConfig":
+        """The configuration read off a checkpoint's shapes, names without `first_stage_model.`.
+
+        Raises ValueError naming the tensor that is missing to tell.
+        """
+        def shape(name: str) -> Sequence[int]:
+            if name not in shapes:
+                raise ValueError(f"not an LDM autoencoder: tensor {name} is missing")
+            return shapes[name]
+
+        def count(prefix: str) -> int:
+            n = 0
+            while any(name.startswith(f"{prefix}.{n}.") for name in shapes):
+                n += 1
+            return n
+
+        channels, in_channels = shape("encoder.conv_in.weight")[:2]
+        mult = tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] // channels
+                     for level in range(count("encoder.down")))
+        return cls(in_channels, shape("post_quant_conv.weight")[0], channels, mult, count("encoder.down.0.block"), scale)
+
+
+class ResBlock(nn.Module):
+    """Two normalised 3x3 convolutions and a skip connection."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Self-attention with one head over the pixels of a feature map; its projections are 1x1 convolutions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return x + self.proj_out(attend(q, k, v, heads=1).transpose(1, 2).reshape(x.shape))
+
+
+class Mid(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded on the right and bottom only
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The res blocks of one resolution, and the layer that leaves it."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, down: bool = False, up: bool = False) -> None:
+        super().__init__()
+        self.block = nn.ModuleList([ResBlock(in_channels if i == 0 else out_channels, out_channels)
+                                    for i in range(blocks)])
+        if down:
+            self.downsample = Downsample(out_channels)
+        if up:
+            self.upsample = Upsample(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        if hasattr(self, "downsample"):
+            x = self.downsample(x)
+        if hasattr(self, "upsample"):
+            x = self.upsample(x)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [mult * config.channels for mult in config.channel_mult]
+        self.conv_in = nn.Conv2d(config.in_channels, config.channels, 3, padding=1)
+        self.down = nn.ModuleList([
+            Level(inner, outer, config.num_res_blocks, down=level < len(widths) - 1)
+            for level, (inner, outer) in enumerate(zip([config.channels, *widths], widths, strict=False))])
+        self.mid = Mid(widths[-1])
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels * 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [mult * config.channels for mult in config.channel_mult]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = Mid(widths[-1])
+        self.up = nn.ModuleList([  # up.0 is the finest level and runs last
+            Level(coarser, width, config.num_res_blocks + 1, up=level > 0)
+            for level, (coarser, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))])
+        self.norm_out = _norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], config.in_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """The variational autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752, section 3.1).
+
+    Images are [B, 3, H, W] in [-1, 1], latents [B, 4, H / factor, W / factor]; both have the network's dtype.
+    """
+
+    def __init__(self, config: VAEConfig = VAEConfig()) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(config.latent_channels * 2, config.latent_channels * 2, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along one side: 8 for Stable Diffusion."""
+        return 2 ** (len(self.config.channel_mult) - 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.quant_conv.weight.dtype
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the latents' Gaussian, both unscaled [B, 4, H / factor, W / factor].
+
+        Raises ValueError if the images are not [B, 3, H, W] with H and W multiples of `factor`.
+        """
+        f = self.factor
+        if images.ndim != 4 or images.shape[1] != self.config.in_channels or images.shape[2] % f or images.shape[3] % f:
+            raise ValueError(f"the autoencoder takes images [B, {self.config.in_channels}, H, W] with H and W multiples "
+                             f"of {f}, got {list(images.shape)}")
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, images: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+        """Images -> latents, scaled by `config.scale`: the mean, or with `sample` a draw from the Gaussian."""
+        mean, logvar = self.moments(images)
+        if sample:
+            noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype,
+                                device=generator.device if generator is not None else mean.device)
+            mean = mean + (logvar / 2).exp() * noise.to(mean.device)
+        return mean * self.config.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents -> images, about [-1, 1], not clamped. Raises ValueError for a wrong shape."""
+        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(f"the autoencoder decodes latents [B, {self.config.latent_channels}, h, w], "
+                             f"got {list(latents.shape)}")
+        return self.decoder(self.post_quant_conv(latents / self.config.scale))
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
