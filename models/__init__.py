@@ -1,8 +1,25 @@
 """Networks and their files: the UNet, the autoencoder, ELLA's connector, text encoders, checkpoints."""
 
+from ella_kd.models.checkpoint import Checkpoint, load_checkpoint, load_tsc, save_checkpoint, save_tsc
 from ella_kd.models.noise_schedule import NoiseSchedule
+from ella_kd.models.text import CLIPTextEncoder, T5TextEncoder, TextFeatures
 from ella_kd.models.tsc import TSC
 from ella_kd.models.unet import UNet, UNetConfig
 from ella_kd.models.vae import AutoencoderKL, VAEConfig
 
-__all__ = ["TSC", "AutoencoderKL", "NoiseSchedule", "UNet", "UNetConfig", "VAEConfig"]
+__all__ = [
+    "TSC",
+    "AutoencoderKL",
+    "CLIPTextEncoder",
+    "Checkpoint",
+    "NoiseSchedule",
+    "T5TextEncoder",
+    "TextFeatures",
+    "UNet",
+    "UNetConfig",
+    "VAEConfig",
+    "load_checkpoint",
+    "load_tsc",
+    "save_checkpoint",
+    "save_tsc",
+]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ella_kd.models.layers import attend, timestep_embedding
+from ella_kd.models.layers import Shapes, attend, count_of, shape_of, timestep_embedding
 
 
 class AdaLayerNorm(nn.Module):
@@ -117,6 +117,15 @@ class TSC(nn.Module):
         self.time_channel, self.heads, self.input_dim = time_channel, heads, input_dim
         self.time_embedding = TimeEmbedding(time_channel, time_embed_dim)
         self.connector = Connector(width, time_embed_dim, layers, heads, num_latents, input_dim)
+
+    @staticmethod
+    def arguments_from_shapes(shapes: Shapes) -> dict[str, int]:
+        """TSC's arguments, all but `heads`, read off a file's shapes. Raises ValueError naming a missing tensor."""
+        time_embed_dim, time_channel = shape_of(shapes, "time_embedding.linear_1.weight", 2)
+        num_latents, width = shape_of(shapes, "connector.latents", 2)
+        return {"time_channel": time_channel, "time_embed_dim": time_embed_dim, "width": width,
+                "layers": count_of(shapes, "connector.perceiver_blocks"), "num_latents": num_latents,
+                "input_dim": shape_of(shapes, "connector.proj_in.weight", 2)[1]}
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,15 +1,12 @@
 """The latent-diffusion UNet of Stable Diffusion 1.x and 2.x, with the tensor names of its LDM checkpoints."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ella_kd.models.layers import attend, timestep_embedding, zero_init
-
-Shapes = Mapping[str, Sequence[int]]
+from ella_kd.models.layers import Shapes, attend, count_of, shape_of, timestep_embedding, zero_init
 
 
 @dataclass(frozen=True)
@@ -54,32 +51,24 @@ class UNetConfig:
         The heads are not in the shapes: without an argument, 8 heads if proj_in is a convolution (SD1.x), heads of 64
         channels if it is linear (SD2.x). Raises ValueError naming the tensor that is missing to tell.
         """
-        def shape(name: str) -> Sequence[int]:
-            if name not in shapes:
-                raise ValueError(f"not an LDM UNet: tensor {name} is missing")
-            return shapes[name]
-
-        def has(prefix: str) -> bool:
-            return any(name.startswith(prefix) for name in shapes)
-
-        model_channels, in_channels = shape("input_blocks.0.0.weight")[:2]
+        model_channels, in_channels = shape_of(shapes, "input_blocks.0.0.weight", 4)[:2]
         levels: list[list[tuple[int, bool]]] = [[]]  # per level, per res block: channels, followed by attention?
-        n = 1
-        while has(f"input_blocks.{n}."):
-            if has(f"input_blocks.{n}.0.op."):
+        for n in range(1, count_of(shapes, "input_blocks")):
+            if f"input_blocks.{n}.0.op.weight" in shapes or f"input_blocks.{n}.0.op.bias" in shapes:
                 levels.append([])
             else:
-                levels[-1].append((shape(f"input_blocks.{n}.0.out_layers.3.weight")[0], has(f"input_blocks.{n}.1.")))
-            n += 1
+                channels = shape_of(shapes, f"input_blocks.{n}.0.out_layers.3.weight", 4)[0]
+                levels[-1].append((channels, any(name.startswith(f"input_blocks.{n}.1.") for name in shapes)))
         if not all(levels):
-            raise ValueError("not an LDM UNet: a level of input_blocks has no res block")
-        linear_proj = len(shape("middle_block.1.proj_in.weight")) == 2
+            raise ValueError("a level of input_blocks has no res block")
+        linear_proj = len(shapes.get("middle_block.1.proj_in.weight", ())) == 2
         if num_heads is None and head_dim is None:
             num_heads, head_dim = (None, 64) if linear_proj else (8, None)
-        return cls(in_channels, shape("out.2.weight")[0], model_channels,
+        return cls(in_channels, shape_of(shapes, "out.2.weight", 4)[0], model_channels,
                    tuple(blocks[0][0] // model_channels for blocks in levels), len(levels[0]),
                    tuple(blocks[0][1] for blocks in levels),
-                   shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1], num_heads, head_dim, linear_proj)
+                   shape_of(shapes, "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2)[1],
+                   num_heads, head_dim, linear_proj)
 
 
 class ResBlock(nn.Module):
@@ -254,7 +243,7 @@ class UNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.time_embed[0].weight.dtype
+        return next(self.parameters()).dtype
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         self._check(x, t, context, mask)

@@ -1,15 +1,12 @@
 """The autoencoder of latent diffusion, with the tensor names of its LDM checkpoints."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ella_kd.models.layers import attend
-
-Shapes = Mapping[str, Sequence[int]]
+from ella_kd.models.layers import Shapes, attend, count_of, shape_of
 
 
 @dataclass(frozen=True)
@@ -38,21 +35,11 @@ class VAEConfig:
 
         Raises ValueError naming the tensor that is missing to tell.
         """
-        def shape(name: str) -> Sequence[int]:
-            if name not in shapes:
-                raise ValueError(f"not an LDM autoencoder: tensor {name} is missing")
-            return shapes[name]
-
-        def count(prefix: str) -> int:
-            n = 0
-            while any(name.startswith(f"{prefix}.{n}.") for name in shapes):
-                n += 1
-            return n
-
-        channels, in_channels = shape("encoder.conv_in.weight")[:2]
-        mult = tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] // channels
-                     for level in range(count("encoder.down")))
-        return cls(in_channels, shape("post_quant_conv.weight")[0], channels, mult, count("encoder.down.0.block"), scale)
+        channels, in_channels = shape_of(shapes, "encoder.conv_in.weight", 4)[:2]
+        mult = tuple(shape_of(shapes, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] // channels
+                     for level in range(count_of(shapes, "encoder.down")))
+        return cls(in_channels, shape_of(shapes, "post_quant_conv.weight", 4)[0], channels, mult,
+                   count_of(shapes, "encoder.down.0.block"), scale)
 
 
 class ResBlock(nn.Module):
@@ -206,8 +193,8 @@ class AutoencoderKL(nn.Module):
         """
         f = self.factor
         if images.ndim != 4 or images.shape[1] != self.config.in_channels or images.shape[2] % f or images.shape[3] % f:
-            raise ValueError(f"the autoencoder takes images [B, {self.config.in_channels}, H, W] with H and W multiples "
-                             f"of {f}, got {list(images.shape)}")
+            raise ValueError(f"the autoencoder takes images [B, {self.config.in_channels}, H, W] with H and W "
+                             f"multiples of {f}, got {list(images.shape)}")
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
