@@ -1,0 +1,78 @@
+"""A DPG-Bench style score for miniature pictures: questions about the prompt's scene, answered by the exact parser.
+
+As in DPG-Bench (arXiv 2403.05135, section 5) a "no" for a parent question zeroes its children, and the score of a
+picture is the mean over its questions. Here the answers are true: the picture is parsed, not looked at by a model.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import permutations
+
+from benchmarks.miniature.scenes import Scene, Thing
+
+CATEGORIES = ("entity", "attribute", "relation", "count", "global")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers for one picture, per category, and whether the picture is the prompt's scene without a mistake."""
+
+    answers: tuple[tuple[str, bool], ...]
+    all_right: bool
+
+    @property
+    def score(self) -> float:
+        return 100 * sum(right for _, right in self.answers) / len(self.answers)
+
+
+def _match(wanted: tuple[Thing, ...], found: tuple[Thing, ...]) -> tuple[Thing | None, ...]:
+    """Which found thing answers for which wanted one: the assignment with most in common, shapes before the rest."""
+    candidates: tuple[Thing | None, ...] = (*found[:6], *[None] * len(wanted))
+
+    def agreement(pairs: Iterable[tuple[Thing, Thing | None]]) -> int:
+        return sum(
+            4 * (w.shape == f.shape) + 2 * (w.place == f.place) + (w.colour == f.colour) for w, f in pairs if f is not None
+        )
+
+    return max(permutations(candidates, len(wanted)), key=lambda chosen: agreement(zip(wanted, chosen, strict=True)))
+
+
+def _order(a: Thing, b: Thing) -> tuple[int, int]:
+    """Which of two stands above, and which to the left: signs."""
+    rows, columns = a.row - b.row, a.column - b.column
+    return (rows > 0) - (rows < 0), (columns > 0) - (columns < 0)
+
+
+def ask(wanted: Scene, found: Scene) -> Answers:
+    """Asks a parsed picture about a scene: entity, attribute (colour, place), relation, count, global."""
+    matched = _match(wanted.things, found.things)
+    answers = [("global", found.background == wanted.background)]
+    answers.append(("count", len(found.things) == len(wanted.things) and not found.smudges))
+    present = [match is not None and match.shape == thing.shape for thing, match in zip(wanted.things, matched)]
+    for thing, match, there in zip(wanted.things, matched, present, strict=True):
+        answers.append(("entity", there))
+        answers.append(("attribute", there and match is not None and match.colour == thing.colour))
+        answers.append(("attribute", there and match is not None and match.place == thing.place))
+    for i in range(len(wanted.things)):
+        for j in range(i):
+            a, b = matched[i], matched[j]
+            both = present[i] and present[j] and a is not None and b is not None
+            answers.append(("relation", both and _order(a, b) == _order(wanted.things[i], wanted.things[j])))
+    return Answers(tuple(answers), found == wanted)
+
+
+def summary(pictures: list[Answers]) -> dict[str, float]:
+    """Mean DPG-style score, share of pictures all right, and the share of right answers per category, all in percent."""
+    by_category: dict[str, list[bool]] = defaultdict(list)
+    for picture in pictures:
+        for category, right in picture.answers:
+            by_category[category].append(right)
+    result = {"score": sum(p.score for p in pictures) / len(pictures)}
+    result["all_right"] = 100 * sum(p.all_right for p in pictures) / len(pictures)
+    for category in CATEGORIES:
+        if by_category[category]:
+            result[category] = 100 * sum(by_category[category]) / len(by_category[category])
+    return {name: round(value, 2) for name, value in result.items()}
