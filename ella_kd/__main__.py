@@ -1,0 +1,3 @@
+from ella_kd.cli import main
+
+main()

@@ -1,0 +1,191 @@
+"""Pictures on disk: PNGs that say how they were made, and contact sheets."""
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+# The labels by which the AUTOMATIC1111 web UI knows these methods; what it does not know keeps our name.
+A1111_SAMPLERS = {
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "dpm_2": "DPM2",
+    "dpmpp_2s_ancestral": "DPM++ 2S a",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+}
+A1111_SCHEDULES = {
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "normal": "Normal",
+    "ays": "Align Your Steps",
+}
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a picture: with the same model and the same settings it comes out the same."""
+
+    prompt: str
+    negative: str
+    mode: str
+    sampler: str
+    schedule: str
+    steps: int
+    scale: float
+    seed: int
+    width: int
+    height: int
+    model: str
+    version: str
+
+    def parameters(self) -> str:
+        """The text other tools read: the prompt, a `Negative prompt:` line if there is one, a line of `Key: value`."""
+        fields = {
+            "Steps": self.steps,
+            "Sampler": A1111_SAMPLERS.get(self.sampler, self.sampler),
+            "Schedule type": A1111_SCHEDULES.get(self.schedule, self.schedule),
+            "CFG scale": f"{self.scale:g}",
+            "Seed": self.seed,
+            "Size": f"{self.width}x{self.height}",
+            "Model": self.model,
+            "ELLA": self.mode,
+            "Version": f"ella_kd {self.version}",
+        }
+        lines = [self.prompt.strip()]
+        if self.negative.strip():
+            lines.append(f"Negative prompt: {self.negative.strip()}")
+        lines.append(", ".join(f"{key}: {_quote(str(value))}" for key, value in fields.items()))
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An image and how it was made."""
+
+    image: Image.Image
+    settings: Settings
+
+
+def save_png(picture: Picture, path: str | Path, enlarge: int = 1) -> None:
+    """Write a picture as PNG, whole or not at all (a temporary file, then a rename).
+
+    It carries two texts: `parameters`, as the AUTOMATIC1111 web UI writes and reads it, and `ella_kd`, our exact
+    settings as JSON. enlarge: every pixel becomes enlarge x enlarge equal ones.
+    Raises OSError naming the file if the folder cannot be written to or the disk is full.
+    """
+    info = PngInfo()
+    info.add_text("parameters", picture.settings.parameters())
+    info.add_text("ella_kd", json.dumps(asdict(picture.settings), ensure_ascii=False))
+    image = picture.image
+    if enlarge != 1:
+        image = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
+    save_image(image, path, info)
+
+
+def save_image(image: Image.Image, path: str | Path, info: PngInfo | None = None) -> None:
+    """Write an image as PNG, whole or not at all. Raises OSError naming the file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            image.save(file, "PNG", pnginfo=info)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}; free some space or choose another "
+                                   "folder") from error
+
+
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str]) -> Image.Image:
+    """One image that shows many: a row per text, which stands to the left of its pictures, a label over each column.
+
+    rows: (text, one image per column). Images under 256 px are enlarged, each pixel to a whole number of pixels.
+    Raises ValueError for no rows, or a row whose number of images is not that of the columns.
+    """
+    if not rows or not columns:
+        raise ValueError("a contact sheet needs at least one row and one column")
+    for text, images in rows:
+        if len(images) != len(columns):
+            raise ValueError(f"the sheet has {len(columns)} columns, but {len(images)} images came for {text[:60]!r}")
+    cells = [[_enlarged(image) for image in images] for _, images in rows]
+    cell = max(image.width for images in cells for image in images)
+    margin, gap, text_width = 28, 16, max(320, cell)
+    font, head = _font(17), _font(19)
+
+    texts = [_wrap(text, font, text_width) for text, _ in rows]
+    line, head_line = _line_height(font), _line_height(head)
+    heights = [max(*(image.height for image in images), line * len(lines))
+               for images, lines in zip(cells, texts, strict=True)]
+    heads = [_wrap(column, head, cell) for column in columns]
+    head_height = head_line * max(len(lines) for lines in heads)
+
+    left = margin + text_width + 2 * gap
+    width = left + len(columns) * cell + (len(columns) - 1) * gap + margin
+    height = margin + head_height + gap + sum(heights) + 2 * gap * (len(rows) - 1) + margin
+    sheet = Image.new("RGB", (width, height), "#fcfcfb")
+    draw = ImageDraw.Draw(sheet)
+    for column, lines in enumerate(heads):
+        x = left + column * (cell + gap)
+        for i, words in enumerate(lines):
+            y = margin + head_height - (len(lines) - i) * head_line
+            draw.text((x + (cell - head.getlength(words)) / 2, y), words, font=head, fill="#111111")
+    y = margin + head_height + gap
+    for row, (images, lines, row_height) in enumerate(zip(cells, texts, heights, strict=True)):
+        if row:
+            draw.line((margin, y - gap, width - margin, y - gap), fill="#dddddb")
+        for i, words in enumerate(lines):
+            draw.text((margin, y + (row_height - line * len(lines)) / 2 + line * i), words, font=font, fill="#333333")
+        for column, image in enumerate(images):
+            x = left + column * (cell + gap) + (cell - image.width) // 2
+            sheet.paste(image, (x, y + (row_height - image.height) // 2))
+        y += row_height + 2 * gap
+    return sheet
+
+
+def _enlarged(image: Image.Image) -> Image.Image:
+    factor = max(1, 256 // max(image.size))
+    return image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def _wrap(text: str, font: Font, width: int) -> list[str]:
+    """The text in lines no wider than width pixels; a word that is wider by itself is cut."""
+    lines = []
+    for paragraph in text.strip().split("\n"):
+        current = ""
+        for word in paragraph.split():
+            if font.getlength(f"{current} {word}".strip()) <= width:
+                current = f"{current} {word}".strip()
+                continue
+            if current:
+                lines.append(current)
+            while font.getlength(word) > width:
+                cut = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+                lines.append(word[:cut])
+                word = word[cut:]
+            current = word
+        lines.append(current)
+    return lines
+
+
+def _font(size: int) -> Font:
+    return ImageFont.load_default(size=size)
+
+
+def _line_height(font: Font) -> int:
+    return round(font.getbbox("Ágjpq|")[3] * 1.25)
+
+
+def _quote(value: str) -> str:
+    """A value that holds a separator is written as a JSON string, as the web UI does."""
+    return json.dumps(value, ensure_ascii=False) if any(c in value for c in ",\n:") else value
+

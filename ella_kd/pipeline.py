@@ -1,0 +1,92 @@
+"""All the networks of one text-to-image system, loaded together."""
+
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from ella_kd.models import TSC, AutoencoderKL, NoiseSchedule, UNet
+from ella_kd.models.checkpoint import load_checkpoint, load_tsc
+from ella_kd.models.text import CLIPTextEncoder, T5TextEncoder
+
+File = str | Path
+
+
+@dataclass(frozen=True, eq=False)
+class Pipeline:
+    """A UNet with its autoencoder and noise schedule, and the text side: CLIP, or the connector with its T5, or both.
+
+    size: the side in pixels of the square pictures the model was trained on, and the default of `generate`.
+    name: what the pictures' settings call the model.
+    """
+
+    unet: UNet
+    vae: AutoencoderKL
+    noise_schedule: NoiseSchedule
+    clip: CLIPTextEncoder | None = None
+    tsc: TSC | None = None
+    t5: T5TextEncoder | None = None
+    size: int = 512
+    name: str = ""
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: File,
+        *,
+        tsc: File | None = None,
+        t5: File | None = None,
+        clip_tokenizer: File | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "Pipeline":
+        """Read a single-file Stable Diffusion checkpoint and, for ELLA, the connector's file and the T5 folder.
+
+        clip_tokenizer, a tokenizer folder, is needed for plain Stable Diffusion only. device None: cuda if there is
+        one, else the CPU; dtype None: fp16 on a GPU, fp32 on a CPU. The size is the first number of
+        `modelspec.resolution` in the file's metadata if it is there, otherwise 64 latents (512 px for SD1.5).
+        Raises FileNotFoundError, or ValueError for files that do not hold what they should.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if (tsc is None) != (t5 is None):
+            raise ValueError("ELLA takes both the connector (tsc) and the T5 it was trained with (t5), "
+                             f"got tsc={tsc} and t5={t5}")
+        parts = load_checkpoint(checkpoint, dtype=dtype, device=device, clip_tokenizer=clip_tokenizer)
+        return cls(
+            unet=parts.unet,
+            vae=parts.vae,
+            noise_schedule=parts.noise_schedule,
+            clip=None if clip_tokenizer is None else parts.text_encoder,
+            tsc=None if tsc is None else load_tsc(tsc, dtype=dtype, device=device),
+            t5=None if t5 is None else T5TextEncoder.from_folder(t5, dtype=dtype, device=device),
+            size=_image_size(Path(checkpoint)) or 64 * parts.vae.factor,
+            name=Path(checkpoint).stem,
+        )
+
+    @classmethod
+    def miniature(cls, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> "Pipeline":
+        """The small system that comes with the package: coloured shapes in 32 px, every part of the real one."""
+        folder = Path(str(files("ella_kd.models") / "miniature"))
+        pipeline = cls.load(folder / "sd.safetensors", tsc=folder / "tsc.safetensors", t5=folder / "t5",
+                            clip_tokenizer=folder / "clip", device=device, dtype=dtype)
+        return replace(pipeline, name="miniature")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def size_multiple(self) -> int:
+        """Width and height must be multiples of this: the autoencoder's factor times the UNet's own halvings."""
+        return self.vae.factor * 2 ** (len(self.unet.config.channel_mult) - 1)
+
+
+def _image_size(path: Path) -> int | None:
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, framework="pt") as file:
+        resolution = (file.metadata() or {}).get("modelspec.resolution", "")
+    side = resolution.partition("x")[0]
+    return int(side) if side.isdecimal() else None
