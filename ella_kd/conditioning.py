@@ -116,6 +116,7 @@ class ELLA(Conditioning):
     def repeat(self, n: int) -> "ELLA":
         return ELLA(self.tsc, self.features, self._prompt.repeat_interleave(n))
 
+
 @dataclass(frozen=True, eq=False)
 class Planned(Conditioning):
     """An ELLA prompt at the timesteps of a run, already evaluated; made by `planned`.

@@ -1,0 +1,202 @@
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import FEATURES, LATENTS, WIDTH, PointwiseTSC, features, noise, relative, row, tiny_tsc
+from torch import Tensor
+
+from ella_kd import ELLA, Concat, Conditioning, Constant
+from ella_kd.conditioning import Stack, plan
+from ella_kd.models.text import TextFeatures
+
+T = torch.tensor([961.73, 0.0, 420.5])
+LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+KINDS = st.sampled_from(["ella", "clip", "ella + clip"])
+
+
+def clip(*lengths: int, seed: int = 7) -> Constant:
+    return Constant(features(*lengths, seed=seed, width=WIDTH))
+
+
+def conditioning(kind: str, lengths: list[int], tsc: object, seed: int = 2) -> Conditioning:
+    ella = ELLA(tsc, features(*lengths, seed=seed))  # type: ignore[arg-type]
+    return {"ella": ella, "clip": clip(*lengths, seed=seed), "ella + clip": Concat((ella, clip(77, seed=seed)))}[kind]
+
+
+def timesteps(*t: float) -> Tensor:
+    return torch.tensor(t, dtype=torch.float32)
+
+
+@given(LENGTHS)
+def test_a_batch_of_mixed_lengths_equals_its_prompts_alone(lengths: list[int]) -> None:
+    tsc, text, t = tiny_tsc(), features(*lengths), torch.linspace(0, 999, len(lengths))
+    batch = ELLA(tsc, text)(t)
+    assert batch.tokens.shape == (len(lengths), LATENTS, WIDTH)
+    assert batch.mask is None
+    for i in range(len(lengths)):
+        assert relative(batch.tokens[i:i + 1], ELLA(tsc, row(text, i))(t[i:i + 1]).tokens) < 1e-5
+
+
+@given(KINDS, LENGTHS)
+def test_planned_equals_unplanned(kind: str, lengths: list[int]) -> None:
+    exact = conditioning(kind, lengths, tiny_tsc())
+    planned = exact.planned(T)
+    assert planned.rows == exact.rows == len(lengths)
+    for t in T:
+        a, b = planned(t.repeat(len(lengths))), exact(t.repeat(len(lengths)))
+        assert relative(a.tokens, b.tokens) < 1e-5
+        assert (a.mask is None and b.mask is None) or torch.equal(a.mask, b.mask)  # type: ignore[arg-type]
+
+
+@given(LENGTHS, st.permutations(range(3)))
+def test_planned_equals_unplanned_bitwise_for_a_pointwise_connector(lengths: list[int], order: list[int]) -> None:
+    exact = ELLA(PointwiseTSC(), features(*lengths))  # type: ignore[arg-type]
+    planned = exact.planned(T)
+    t = T[order].repeat(2)[:len(lengths)]  # rows at different timesteps
+    assert torch.equal(planned(t).tokens, exact(t).tokens)
+
+
+@given(st.lists(st.tuples(KINDS, st.integers(1, 9)), min_size=1, max_size=4))
+def test_all_that_share_a_connector_are_planned_in_one_call(kinds: list[tuple[str, int]]) -> None:
+    tsc = PointwiseTSC()
+    ones = [ELLA(tsc, features(length, seed=i)) if kind == "ella" else  # type: ignore[arg-type]
+            Concat((ELLA(tsc, features(length, seed=i)), Constant(features(3, width=2)))) if kind == "ella + clip" else
+            Constant(features(length, width=2)) for i, (kind, length) in enumerate(kinds)]
+    planned = plan(ones, timesteps(5, 5, 7))
+    prompts = sum(kind != "clip" for kind, _ in kinds)
+    assert tsc.calls == ([2 * prompts] if prompts else [])
+    tokens = [one(timesteps(7)).tokens for one in planned]
+    assert tsc.calls == ([2 * prompts] if prompts else [])
+    for one, got in zip(ones, tokens):
+        assert torch.equal(one(timesteps(7)).tokens, got)
+
+
+def test_many_pictures_of_one_prompt_cost_one_row_per_timestep() -> None:
+    tsc = PointwiseTSC()
+    one = ELLA(tsc, features(4))  # type: ignore[arg-type]
+    for shown in (one, one.repeat(8)):
+        tsc.calls.clear()
+        assert shown.planned(T)(timesteps(0).repeat(8)).tokens.shape[0] == 8
+        assert tsc.calls == [3]
+    two = ELLA(tsc, features(4, 2)).repeat(8)  # type: ignore[arg-type]
+    tsc.calls.clear()
+    two.planned(T)
+    assert tsc.calls == [6]
+
+
+@pytest.mark.parametrize("kind", ["ella", "clip", "ella + clip"])
+def test_repeat_puts_the_samples_of_a_prompt_side_by_side(kind: str) -> None:
+    one = conditioning(kind, [4, 2], tiny_tsc())
+    plain, t = one(T[:1].repeat(2)), T[:1].repeat(6)
+    for many in (one.repeat(3), one.planned(T).repeat(3), one.repeat(3).planned(T)):
+        assert many.rows == 6
+        assert relative(many(t).tokens, plain.tokens[[0, 0, 0, 1, 1, 1]]) < 1e-5
+        assert plain.mask is None or torch.equal(many(t).mask, plain.mask[[0, 0, 0, 1, 1, 1]])  # type: ignore[arg-type]
+    both = Stack((one, one)).repeat(3)
+    assert both(T[:1].repeat(12)).tokens.shape[0] == 12
+
+
+def test_a_miss_gives_nan_and_not_a_neighbour() -> None:
+    planned = ELLA(tiny_tsc(), features(4)).planned(T)
+    near = torch.nextafter(T[0], torch.tensor(0.0))
+    tokens = planned(torch.stack([T[0], near, torch.tensor(torch.nan)])).tokens
+    assert tokens[0].isfinite().all()
+    assert tokens[1:].isnan().all()
+
+
+def test_a_plan_covers_its_own_run_only() -> None:
+    planned = Concat((ELLA(tiny_tsc(), features(4)), clip(3))).planned(T)
+    again = planned.planned(T[1:])
+    assert torch.equal(again(T[1:2]).tokens, planned(T[1:2]).tokens)
+    with pytest.raises(ValueError, match=r"lacks 1 of 2, first 17"):
+        planned.planned(timesteps(0, 17))
+
+
+def test_planning_keeps_gradients_where_the_caller_has_them() -> None:
+    tsc = tiny_tsc().requires_grad_(True)
+    assert ELLA(tsc, features(4)).planned(T)(T).tokens.requires_grad
+    with torch.no_grad():
+        assert not ELLA(tsc, features(4)).planned(T)(T).tokens.requires_grad
+
+
+@given(KINDS, KINDS, LENGTHS, st.integers(1, 9))
+def test_stack_masks_what_it_pads(first: str, second: str, lengths: list[int], length: int) -> None:
+    """Attention over the stacked tokens equals attention over each conditioning's own."""
+    tsc, b = tiny_tsc(), len(lengths)
+    parts = conditioning(first, lengths, tsc), conditioning(second, [length], tsc, seed=9)
+    t = torch.full((b,), 500.0)
+    stacked = Stack(parts)(t.repeat(2))
+    query = noise(2 * b, 1, 6, WIDTH)
+
+    def attend(tokens: Tensor, mask: Tensor | None, q: Tensor) -> Tensor:
+        keys = tokens[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(q, keys, keys,
+                                                                None if mask is None else mask[:, None, None])
+
+    got = attend(stacked.tokens, stacked.mask, query)
+    alone = [part(t) for part in parts]
+    expected = torch.cat([attend(c.tokens, c.mask, q) for c, q in zip(alone, query.split(b))])
+    assert relative(got, expected) < 1e-5
+    same = alone[0].tokens.shape == alone[1].tokens.shape
+    assert (stacked.mask is None) == (same and alone[0].mask is None and alone[1].mask is None)
+
+
+def test_concat_puts_ella_first_and_keeps_masks() -> None:
+    ella, plain = ELLA(tiny_tsc(), features(4, 2)), clip(3, 1)
+    context = Concat((ella, plain))(T[:2])
+    assert torch.equal(context.tokens[:, :LATENTS], ella(T[:2]).tokens)
+    assert torch.equal(context.tokens[:, LATENTS:], plain(T[:2]).tokens)
+    assert context.mask is not None
+    assert context.mask.tolist() == [[True] * LATENTS + [True] * 3, [True] * LATENTS + [True, False, False]]
+    assert Concat((ella, clip(3)))(T[:2]).mask is None
+
+
+def test_fixed_mode_attends_to_every_position() -> None:
+    """Without a mask the padding counts, as ELLA was trained; beside masked prompts it becomes all True."""
+    tsc, padded = tiny_tsc(), TextFeatures(features(9, 3).tokens)
+    fixed = ELLA(tsc, padded)
+    assert relative(fixed(T[:2]).tokens, tsc(padded.tokens, T[:2])) == 0
+    assert relative(ELLA(tsc, features(9, 3))(T[:2]).tokens, fixed(T[:2]).tokens) > 1e-3
+    planned, _ = plan([fixed, ELLA(tsc, features(12, 1))], T)
+    assert relative(planned(T[:2]).tokens, fixed(T[:2]).tokens) < 1e-5
+
+
+def test_conditionings_are_values() -> None:
+    tsc, text, own = tiny_tsc(), features(4, 2), features(3, 1, width=WIDTH)
+    one = Concat((ELLA(tsc, text), Constant(own)))
+    tensors = [text.tokens, text.mask, own.tokens, own.mask, *tsc.parameters()]
+    before = [x.clone() for x in tensors if x is not None]
+    planned = one.planned(T)
+    first = planned(T[:2])
+    kept = first.tokens.clone()
+    for use in (one, planned, one.repeat(2), planned.repeat(2)):
+        use(T[:1].repeat(use.rows))
+        Stack((use, use))(T[:1].repeat(2 * use.rows))
+    first.tokens.zero_()  # not even by whoever was given the tokens
+    assert torch.equal(planned(T[:2]).tokens, kept)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x for x in tensors if x is not None), strict=True))
+    with pytest.raises(FrozenInstanceError):
+        one.parts = ()  # type: ignore[misc]
+
+
+def test_one_row_fits_every_batch_and_others_must_match() -> None:
+    tsc = tiny_tsc()
+    for one in (ELLA(tsc, features(4)), clip(3), Concat((ELLA(tsc, features(4)), clip(3)))):
+        for use in (one, one.planned(T)):
+            assert use(T).tokens.shape[0] == 3
+            for wrong in (use.repeat(2), use.repeat(4)):
+                with pytest.raises(ValueError, match=f"has {wrong.rows} rows and the batch 3"):
+                    wrong(T)
+
+
+def test_bad_combinations() -> None:
+    with pytest.raises(ValueError, match=r"Concat takes .* got rows \[2, 3\]"):
+        Concat((clip(3, 3), clip(3, 3, 3)))
+    with pytest.raises(ValueError, match=r"got rows \[\]"):
+        Concat(())
+    with pytest.raises(ValueError, match=r"one width, got \[24, 768\]"):
+        Concat((ELLA(tiny_tsc(), features(4)), Constant(features(3, width=768))))(T)
+    with pytest.raises(ValueError, match=r"one width, got \[24, 12\]"):
+        Stack((clip(3), Constant(features(3, width=FEATURES))))(T[:2])
