@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 if TYPE_CHECKING:  # transformers takes seconds to import: it is loaded when a text encoder is
@@ -49,12 +50,19 @@ class T5TextEncoder:
         if dtype == torch.bfloat16:
             warnings.warn("T5 in bf16 changes ELLA's pictures visibly: it was trained on fp16 features", stacklevel=2)
         tokenizer = load_tokenizer(path, "T5")
-        loaded: Any = T5EncoderModel.from_pretrained(path, local_files_only=True, dtype=torch.float32,
-                                                     output_loading_info=True)
+        if not any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+            raise FileNotFoundError(f"no weights in {path}: expected .safetensors or .bin files beside config.json")
+        try:  # mismatches are not ignored: they are collected, and refused below with the rest
+            loaded: Any = T5EncoderModel.from_pretrained(path, local_files_only=True, dtype=torch.float32,
+                                                         output_loading_info=True, ignore_mismatched_sizes=True)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"the weights in {path} cannot be read: {error}") from error
         model, info = loaded
-        wrong = {kind: sorted(map(str, info[kind]))[:3] for kind in ("missing_keys", "mismatched_keys") if info[kind]}
+        extra = [name for name in info["unexpected_keys"] if not name.startswith(("decoder.", "lm_head."))]
+        wrong = [*map(str, sorted(info["missing_keys"])), *map(str, sorted(info["mismatched_keys"])), *sorted(extra)]
         if wrong:
-            raise ValueError(f"the weights in {path} are not the T5 that its config.json describes: {wrong}")
+            raise ValueError(f"the weights in {path} are not the T5 that its config.json describes: missing, misshapen "
+                             f"or unexpected are {', '.join(wrong[:5])}" + ", ..." * (len(wrong) > 5))
         return cls(model.to(device, dtype or default_dtype(device)).eval().requires_grad_(False), tokenizer)
 
     @torch.no_grad()

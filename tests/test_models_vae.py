@@ -1,0 +1,111 @@
+"""The autoencoder against diffusers' AutoencoderKL with the same random weights, and against the real names."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from torch import Tensor
+
+from ella_kd.models import AutoencoderKL, VAEConfig
+
+DATA = Path(__file__).parent / "data"
+PREFIX = "first_stage_model."
+SD15 = VAEConfig(channels=32)
+MINIATURE = VAEConfig(channels=32, channel_mult=(1, 2, 3), num_res_blocks=1)
+CONFIGS = {"sd15": SD15, "miniature": MINIATURE}
+
+
+def random_vae(config: VAEConfig) -> AutoencoderKL:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(config)
+    for name, parameter in vae.named_parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.1)
+        else:
+            torch.nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
+    return vae.requires_grad_(False)
+
+
+def diffusers_twin(vae: AutoencoderKL) -> Any:  # diffusers.AutoencoderKL
+    config, levels = vae.config, len(vae.config.channel_mult)
+    twin: Any = diffusers.AutoencoderKL(
+        in_channels=config.in_channels, out_channels=config.in_channels, latent_channels=config.latent_channels,
+        block_out_channels=[mult * config.channels for mult in config.channel_mult],
+        layers_per_block=config.num_res_blocks, down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+    )
+    weights = {PREFIX + name: x for name, x in vae.state_dict().items()}
+    twin.load_state_dict(convert_ldm_vae_checkpoint(weights, twin.config))
+    return twin.to(vae.dtype).requires_grad_(False)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got - want).abs().max() / want.abs().max())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_diffusers(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    vae = random_vae(CONFIGS[name]).to(dtype)
+    twin: Any = diffusers_twin(vae)
+    f = vae.factor
+    assert f == {"sd15": 8, "miniature": 4}[name]
+    images = torch.randn(2, 3, 4 * f, 2 * f, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    posterior = twin.encode(images).latent_dist
+    mean, logvar = vae.moments(images)
+    assert mean.shape == (2, 4, 4, 2)
+    assert mean.std() > 0.1
+    assert error(mean, posterior.mean) < tolerance
+    assert error(logvar, posterior.logvar) < tolerance
+    latents = vae.encode(images)
+    assert error(latents, posterior.mean * 0.18215) < tolerance
+    assert error(vae.decode(latents), twin.decode(posterior.mean).sample) < tolerance
+
+
+def test_a_draw_is_mean_plus_deviation_times_noise() -> None:
+    vae = random_vae(MINIATURE)
+    images = torch.randn(1, 3, 8, 8)
+    mean, logvar = vae.moments(images)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(5))
+    drawn = vae.encode(images, sample=True, generator=torch.Generator().manual_seed(5))
+    assert error(drawn, (mean + (logvar / 2).exp() * noise) * 0.18215) < 1e-6
+    assert error(drawn, vae.encode(images)) > 1e-2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_architecture_is_read_off_the_shapes(name: str) -> None:
+    with torch.device("meta"):
+        shapes = {key: x.shape for key, x in AutoencoderKL(CONFIGS[name]).state_dict().items()}
+    assert VAEConfig.from_shapes(shapes) == CONFIGS[name]
+
+
+def test_has_the_names_and_shapes_of_sd15() -> None:
+    names = json.loads((DATA / "sd15_ldm_keys.json").read_text())
+    want = {name.removeprefix(PREFIX): shape for name, shape in names.items() if name.startswith(PREFIX)}
+    with torch.device("meta"):
+        vae = AutoencoderKL()
+    assert {name: list(x.shape) for name, x in vae.state_dict().items()} == want
+    assert len(want) == 248
+    assert VAEConfig.from_shapes(want) == VAEConfig()
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 4, 8, 8), (1, 3, 8, 10), (1, 3, 6, 8)])
+def test_wrong_images_are_refused(shape: tuple[int, ...]) -> None:
+    vae = AutoencoderKL(MINIATURE)
+    vae.encode(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"images \[B, 3, H, W\] with H and W multiples of 4"):
+        vae.encode(torch.zeros(shape))
+
+
+def test_wrong_latents_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"latents \[B, 4, h, w\], got \[1, 3, 2, 2\]"):
+        AutoencoderKL(MINIATURE).decode(torch.zeros(1, 3, 2, 2))
+
+
+def test_channels_must_suit_the_group_norm() -> None:
+    with pytest.raises(ValueError, match="multiples of 32"):
+        VAEConfig(channels=48)
