@@ -61,9 +61,10 @@ def test_planned_equals_unplanned_bitwise_for_a_pointwise_connector(lengths: lis
 @given(st.lists(st.tuples(KINDS, st.integers(1, 9)), min_size=1, max_size=4))
 def test_all_that_share_a_connector_are_planned_in_one_call(kinds: list[tuple[str, int]]) -> None:
     tsc = PointwiseTSC()
-    ones = [ELLA(tsc, features(length, seed=i)) if kind == "ella" else  # type: ignore[arg-type]
-            Concat((ELLA(tsc, features(length, seed=i)), Constant(features(3, width=2)))) if kind == "ella + clip" else
-            Constant(features(length, width=2)) for i, (kind, length) in enumerate(kinds)]
+    ones: list[Conditioning] = []
+    for i, (kind, length) in enumerate(kinds):
+        ella, clip = ELLA(tsc, features(length, seed=i)), Constant(features(length, width=2))  # type: ignore[arg-type]
+        ones.append({"ella": ella, "clip": clip, "ella + clip": Concat((ella, clip))}[kind])
     planned = plan(ones, timesteps(5, 5, 7))
     prompts = sum(kind != "clip" for kind, _ in kinds)
     assert tsc.calls == ([2 * prompts] if prompts else [])

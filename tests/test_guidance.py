@@ -109,8 +109,8 @@ def test_attributes_are_those_of_the_inner_denoiser() -> None:
 
 @pytest.mark.parametrize(("args", "error", "message"), [
     ({"cond": features(3), "cond_scale": 7.0}, ValueError, r"scale 7.0 needs uncond: pass uncond=t5\(\"\"\)"),
-    ({"cond": features(3, 3, 3), "uncond": features(1), "cond_scale": 7.0}, ValueError, "cond has 3 rows and the batch 2"),
-    ({"cond": features(3), "uncond": features(1, 2, 3), "cond_scale": 2}, ValueError, "uncond has 3 rows and the batch 2"),
+    ({"cond": features(3, 3, 3), "uncond": features(1), "cond_scale": 7.0}, ValueError, "^cond has 3 rows .* batch 2"),
+    ({"cond": features(3), "uncond": features(1, 2, 3), "cond_scale": 2}, ValueError, "^uncond has 3 rows .* batch 2"),
     ({"cond": features(3, 3, 3)}, ValueError, "has 3 rows and the batch 2"),
     ({"cond": features(3), "uncond": features(1, width=5), "cond_scale": 2}, ValueError, "width 12, got 5"),
     ({"cond": features(3), "uncond": "blurry", "cond_scale": 2}, TypeError, "got str"),
@@ -119,7 +119,7 @@ def test_attributes_are_those_of_the_inner_denoiser() -> None:
 ])
 def test_bad_arguments(args: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        pointwise()[0](X, SIGMA, **args)  # type: ignore[arg-type]
+        pointwise()[0](X, SIGMA, **args)
 
 
 def test_a_plan_without_uncond_has_none() -> None:
