@@ -41,8 +41,8 @@ PRESETS = {
         processes=2,
         budgets={
             "vae": Budget(samples=130_000, minutes=6.5, batch=16),
-            "t5": Budget(samples=160_000, minutes=9, batch=48),
-            "clip": Budget(samples=200_000, minutes=6, batch=48),
+            "t5": Budget(samples=160_000, minutes=13, batch=48),
+            "clip": Budget(samples=200_000, minutes=5, batch=48),
             "unet": Budget(samples=2_000_000, minutes=70, batch=32),
             "tsc": Budget(samples=1_000_000, minutes=34, batch=32),
         },
