@@ -5,10 +5,11 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import click
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from ella_kd.generate import Mode
 from ella_kd.generate import generate as draw
@@ -78,7 +79,8 @@ def drawing_options(command: Command) -> Command:
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="ella-kd", prog_name="ella-kd")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Draw pictures that follow long, dense prompts: Stable Diffusion with ELLA.
 
     Without further files it draws with the miniature, a tiny model of coloured shapes that comes with the package.
@@ -95,13 +97,15 @@ def main() -> None:
         --checkpoint v1-5-pruned-emaonly.safetensors \\
         --tsc ella-sd1.5-tsc-t5xl.safetensors --t5 flan-t5-xl/
     """
+    ctx.with_resource(warnings.catch_warnings())
     warnings.showwarning = _show_warning
+    disable_progress_bar()  # the one transformers shows while it reads T5
 
 
 @main.command()
 @click.argument("prompts", nargs=-1)
 @click.option("--prompts", "file", metavar="FILE", help="Read prompts from a text file too, one per line.")
-@click.option("--mode", default="flexible", show_default=True, metavar="flexible|fixed|plain",
+@click.option("--mode", type=click.Choice(get_args(Mode)), default="flexible", show_default=True,
               help="flexible: ELLA, prompts of any length; fixed: ELLA on 128 tokens, as it was trained; "
                    "plain: CLIP, no ELLA.")
 @click.option("--seed", type=click.IntRange(min=0),

@@ -1,0 +1,185 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from ella_kd import Pipeline, cli, generate
+from ella_kd.samplers import SAMPLERS, SCHEDULES
+
+Run = Callable[..., Result]
+
+
+def model(files: dict[str, str]) -> list[str]:
+    named = [word for name, value in files.items() for word in (f"--{name.replace('_', '-')}", value)]
+    return [*named, "--device", "cpu"]
+
+
+@pytest.fixture
+def run(tiny_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `ella-kd ...` in an empty folder; drawing commands get the tiny model and two steps."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str, with_model: bool = True) -> Result:
+        extra = [*model(tiny_files), *([] if "--steps" in words else ["--steps", "2"])] if with_model else []
+        return CliRunner().invoke(cli.main, [*words, *extra])
+
+    return run
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_as_a_user_types_it(tiny_files: dict[str, str], pipeline: Pipeline, tmp_path: Path) -> None:
+    words = ["generate", "a red circle", "--seed", "3", "--count", "2", "--steps", "2", "--out", "pictures"]
+    done = subprocess.run([sys.executable, "-m", "ella_kd", *words, "--enlarge", "4", *model(tiny_files)],
+                          cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    names = ["00001-3-a-red-circle.png", "00002-4-a-red-circle.png"]
+    assert done.stdout.split() == [f"pictures/{name}" for name in names]
+    assert files(tmp_path / "pictures") == names
+    expected = generate(pipeline, "a red circle", seeds=3, count=2, steps=2)
+    for name, picture in zip(names, expected, strict=True):
+        with Image.open(tmp_path / "pictures" / name) as image:
+            assert image.size == (64, 64)
+            assert np.abs(np.asarray(image, int)[::4, ::4] - np.asarray(picture.image, int)).max() <= 1
+            assert f"Seed: {picture.settings.seed}, Size: 16x16" in image.text["parameters"]  # type: ignore[attr-defined]
+
+
+def test_a_mistake_at_the_real_command_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "ella_kd", "generate", "a", "--checkpoint", "missing.safetensors"],
+                          cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "Error: no checkpoint at missing.safetensors\n"
+
+
+def test_the_command_is_installed() -> None:
+    [command] = entry_points(group="console_scripts", name="ella-kd")
+    assert command.load() is cli.main
+
+
+def test_prompts_come_from_the_line_and_from_a_file_and_numbers_go_on(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a blue square\n\n  the left of a circle: (really)  \n")
+    for _ in range(2):
+        done = run("generate", "a red circle", "--prompts", "list.txt", "--seed", "5")
+        assert done.exit_code == 0, done.output
+    assert files(tmp_path / "out") == [
+        "00001-5-a-red-circle.png", "00002-5-a-blue-square.png", "00003-5-the-left-of-a-circle-really.png",
+        "00004-5-a-red-circle.png", "00005-5-a-blue-square.png", "00006-5-the-left-of-a-circle-really.png"]
+
+
+def test_options_reach_the_picture(run: Run, tmp_path: Path) -> None:
+    done = run("generate", "a circle", "--negative", "blue", "--mode", "fixed", "--sampler", "euler_ancestral",
+               "--schedule", "ays", "--steps", "3", "--scale", "2.5", "--seed", "8", "--width", "24", "--height", "8")
+    assert done.exit_code == 0, done.output
+    with Image.open(next((tmp_path / "out").iterdir())) as image:
+        text = image.text["parameters"]  # type: ignore[attr-defined]
+    assert text.startswith("a circle\nNegative prompt: blue\nSteps: 3, Sampler: Euler a, "
+                           "Schedule type: Align Your Steps, CFG scale: 2.5, Seed: 8, Size: 24x8, Model: sd, "
+                           "ELLA: fixed, ")
+
+
+def test_compare_draws_three_ways_from_the_same_seed(run: Run, tmp_path: Path, pipeline: Pipeline,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    sheets: list[tuple[Any, Any]] = []
+    make = cli.contact_sheet
+
+    def spy(rows: Any, columns: Any) -> Image.Image:
+        sheets.append((rows, columns))
+        return make(rows, columns)
+
+    monkeypatch.setattr(cli, "contact_sheet", spy)
+    prompts = ["a red circle", "a blue square"]
+    (tmp_path / "list.txt").write_text("\n".join(prompts))
+    done = run("compare", "list.txt", "--seed", "4", "--out", "new/sheet.png")
+    assert done.exit_code == 0, done.output
+    [(rows, columns)] = sheets
+    assert columns == ["plain SD", "ELLA fixed", "ELLA flexible"]
+    for column, mode in enumerate(("plain", "fixed", "flexible")):
+        for row, picture in enumerate(generate(pipeline, prompts, mode=mode, seeds=4, steps=2)):  # type: ignore[arg-type]
+            assert rows[row][0] == prompts[row]
+            assert (np.asarray(rows[row][1][column]) == np.asarray(picture.image)).all()
+    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
+        assert sheet.width > 3 * 256
+
+
+def test_samplers_lists_everything_that_can_be_named(run: Run) -> None:
+    done = run("samplers", with_model=False)
+    assert done.exit_code == 0
+    listed = [line.split()[0] for line in done.output.splitlines() if line]
+    assert listed == ["SAMPLER", *SAMPLERS, "SCHEDULE", *SCHEDULES]
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["compare"], ["samplers"]])
+def test_help_explains_with_an_example(run: Run, command: list[str]) -> None:
+    done = run(*command, "--help", with_model=False)
+    assert done.exit_code == 0
+    assert "ella-kd" in done.output.split("Options:")[0] or command == ["samplers"]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["generate"], "no prompt: give one in quotes, or a file of prompts with --prompts"),
+    (["generate", "--prompts", "missing.txt"], "no file of prompts at missing.txt"),
+    (["generate", "--prompts", "empty.txt"], "empty.txt holds no prompt: expected one per line"),
+    (["generate", "--prompts", "binary.txt"], "binary.txt is not a text file in UTF-8"),
+    (["generate", "a", "--sampler", "dpmpp2m"], "unknown sampler 'dpmpp2m': did you mean dpmpp_2m"),
+    (["generate", "a", "--schedule", "caras"], "unknown schedule 'caras': did you mean karras"),
+    (["generate", "a", "--mode", "loose"], "'loose' is not one of 'flexible', 'fixed', 'plain'."),
+    (["generate", "a", "--steps", "0"], "Invalid value for '--steps': 0 is not in the range x>=1."),
+    (["generate", "a", "--width", "20"], "multiples of 8 for this model, got 20x16: try 16x16"),
+    (["generate", "a", "--out", "file/pictures"], "cannot write to the folder file/pictures: "),
+    (["generate", "a", "--tsc", "missing.safetensors"], "no checkpoint at missing.safetensors"),
+    (["generate", "a", "--t5", "nowhere"], "no T5 model in nowhere"),
+    (["generate", "a", "--clip-tokenizer", "nowhere"], "no CLIP tokenizer in nowhere"),
+    (["generate", "a", "--checkpoint", "bad.safetensors"], "bad.safetensors is not a whole safetensors file"),
+    (["generate", "a", "--device", "abacus"], "has no device 'abacus'"),
+    (["generate", "a", "--colour", "red"], "No such option"),
+    (["paint"], "No such command 'paint'"),
+    (["compare", "empty.txt"], "empty.txt holds no prompt"),
+    (["compare", "good.txt", "--out", "file/sheet.png"], "cannot write to the folder file: "),
+])
+def test_mistakes_are_one_line_and_exit_code_2(run: Run, tiny_files: dict[str, str], tmp_path: Path, words: list[str],
+                                               message: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "good.txt").write_text("a")
+    (tmp_path / "bad.safetensors").write_bytes(b"\x80\xff\x00\x01")
+    (tmp_path / "binary.txt").write_bytes(b"\x80\xff\x00\x01")
+    given = {f"--{name.replace('_', '-')}": value for name, value in tiny_files.items()}
+    extra = [word for name, value in given.items() if name not in words for word in (name, value)]
+    done = run(*words, *extra, *([] if "--device" in words else ["--device", "cpu"]), with_model=False)
+    assert done.exit_code == 2
+    assert isinstance(done.exception, SystemExit)
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("Error: ")
+    assert message in done.stderr
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_full_disk_while_saving_is_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    done = run("generate", "a", "--seed", "1")
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[-1] == (
+        "Error: cannot write out/00001-1-a.png: No space left on device; free some space or choose another folder")
+
+
+def test_parts_without_a_checkpoint_are_refused(run: Run) -> None:
+    done = run("generate", "a", "--t5", "folder", with_model=False)
+    assert done.exit_code == 2
+    assert done.stderr == "Error: --t5 belongs to a checkpoint: name it with --checkpoint\n"
+
+
+def test_warnings_are_one_line(run: Run) -> None:
+    done = run("generate", "a", "--sampler", "euler_cfg_pp", "--scale", "7")
+    assert done.exit_code == 0
+    assert any(line.startswith("Warning: with CFG++ cond_scale is lambda") for line in done.stderr.splitlines())

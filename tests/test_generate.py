@@ -1,0 +1,179 @@
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ella_kd import CFGDenoiser, ELLADenoiser, LDMDenoiser, Pipeline, generate
+from ella_kd.generate import Mode, to_images
+from ella_kd.images import Picture, Settings
+from ella_kd.models import TextFeatures, load_checkpoint, save_checkpoint
+from ella_kd.samplers import SAMPLERS, SCHEDULES, get_sigmas_karras, randn, sample_dpmpp_2m
+
+PROMPTS = ["a red circle", "a blue square on the left of a red circle"]
+
+
+def pixels(picture: Picture) -> np.ndarray[Any, Any]:
+    return np.asarray(picture.image).astype(int)
+
+
+def equal(a: Sequence[Picture], b: Sequence[Picture], levels: int = 0) -> bool:
+    return len(a) == len(b) and all(np.abs(pixels(x) - pixels(y)).max() <= levels for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["flexible", "fixed", "plain"])
+@torch.no_grad()
+def test_a_picture_is_what_the_script_of_the_parts_draws(pipeline: Pipeline, mode: Mode) -> None:
+    assert pipeline.tsc and pipeline.t5 and pipeline.clip
+    inner: LDMDenoiser
+    if mode == "plain":
+        inner, cond, uncond = LDMDenoiser(pipeline.unet), pipeline.clip(PROMPTS[1]), pipeline.clip("the right")
+    else:
+        inner, length = ELLADenoiser(pipeline.unet, pipeline.tsc), {"fixed": 128, "flexible": None}[mode]
+        cond, uncond = pipeline.t5(PROMPTS[1], max_length=length), pipeline.t5("the right", max_length=length)
+    denoiser = CFGDenoiser(inner)
+    sigmas = get_sigmas_karras(3, denoiser.sigma_min, denoiser.sigma_max)
+    latents = sample_dpmpp_2m(denoiser, randn((1, 4, 4, 6), [7]) * sigmas[0], sigmas, disable=True,
+                              extra_args={"cond": cond, "uncond": uncond, "cond_scale": 5.0})
+    [expected] = to_images(pipeline.vae.decode(latents))
+
+    [got] = generate(pipeline, PROMPTS[1], negative="the right", mode=mode, steps=3, scale=5.0, width=24, height=16,
+                     seeds=7)
+    assert np.asarray(expected).std() > 5
+    assert (np.asarray(expected) == np.asarray(got.image)).all()
+
+
+def test_modes_negatives_prompts_and_scales_all_count(pipeline: Pipeline) -> None:
+    base: dict[str, Any] = {"prompts": PROMPTS[0], "steps": 3, "seeds": 1}
+    variants: list[dict[str, Any]] = [
+        {}, {"mode": "fixed"}, {"mode": "plain"}, {"negative": "blue"}, {"prompts": PROMPTS[1]}, {"scale": 1.0},
+        {"seeds": 2}, {"sampler": "heun"}, {"schedule": "normal"}, {"steps": 4}]
+    drawn = [pixels(generate(pipeline, **{**base, **variant})[0]).tobytes() for variant in variants]
+    assert len(set(drawn)) == len(variants)
+
+
+def test_pictures_come_prompt_by_prompt_with_their_settings(pipeline: Pipeline) -> None:
+    pictures = generate(pipeline, PROMPTS, negative="a", steps=2, seeds=5, count=2, batch_size=3, scale=3)
+    assert [(p.settings.prompt, p.settings.seed) for p in pictures] == [
+        (PROMPTS[0], 5), (PROMPTS[0], 6), (PROMPTS[1], 5), (PROMPTS[1], 6)]
+    assert {p.image.size for p in pictures} == {(16, 16)}
+    first = pictures[0].settings
+    assert first == Settings(PROMPTS[0], "a", "flexible", "dpmpp_2m", "karras", 2, 3.0, 5, 16, 16, "sd", first.version)
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde", "euler_ancestral"])
+def test_a_picture_does_not_depend_on_those_it_is_drawn_with(pipeline: Pipeline, sampler: str) -> None:
+    options: dict[str, Any] = {"sampler": sampler, "steps": 3, "progress": False}
+    together = generate(pipeline, PROMPTS, count=2, seeds=[1, 2, 3, 4], batch_size=4, **options)
+    alone = [generate(pipeline, PROMPTS[i // 2], seeds=i + 1, **options)[0] for i in range(4)]
+    assert equal(together, alone, levels=1)
+    assert equal(together, generate(pipeline, PROMPTS, count=2, seeds=[1, 2, 3, 4], batch_size=3, **options), levels=1)
+    assert not equal(together[:1], together[1:2], levels=1)
+
+
+def test_unnamed_seeds_come_from_torch_and_reproduce(pipeline: Pipeline) -> None:
+    torch.manual_seed(3)
+    first = generate(pipeline, PROMPTS, steps=1, count=2)
+    torch.manual_seed(3)
+    again = generate(pipeline, PROMPTS, steps=1, count=2)
+    assert equal(first, again)
+    seeds = [p.settings.seed for p in first]
+    assert len(set(seeds)) == 4
+    assert equal(first, generate(pipeline, PROMPTS, steps=1, count=2, seeds=seeds))
+
+
+def test_numpy_seeds_can_be_written_as_json(pipeline: Pipeline) -> None:
+    [picture] = generate(pipeline, "a", steps=1, seeds=list(np.arange(9, 10)))
+    assert json.dumps(picture.settings.seed) == "9"
+
+
+def test_a_repeated_prompt_is_encoded_once(pipeline: Pipeline) -> None:
+    seen: list[str] = []
+    t5 = pipeline.t5
+    assert t5
+
+    def spy(prompts: list[str], max_length: int | None = None) -> TextFeatures:
+        seen.extend(prompts)
+        return t5(prompts, max_length)
+
+    generate(replace(pipeline, t5=spy), ["a", "red", "a"], negative="blue", steps=1, count=3, batch_size=9)  # type: ignore[arg-type]
+    assert sorted(seen) == ["a", "blue", "red"]
+
+
+def test_the_callback_sees_every_step(pipeline: Pipeline) -> None:
+    steps: list[int] = []
+    generate(pipeline, "a", steps=4, callback=lambda info: steps.append(info["i"]))
+    assert steps == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_sampler_draws_on_every_schedule(pipeline: Pipeline, schedule: str) -> None:
+    for sampler in SAMPLERS:
+        scale = 0.5 if sampler.endswith("_cfg_pp") else 3.0
+        [picture] = generate(pipeline, "a circle", sampler=sampler, schedule=schedule, steps=3, scale=scale, seeds=1)
+        assert pixels(picture).std() > 1
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"prompts": []}, "at least one"),
+    ({"prompts": ["a", 3]}, "strings"),
+    ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+    ({"steps": 2.5}, "steps must be a whole number"),
+    ({"count": 0}, "count must be"),
+    ({"width": 20}, "multiples of 8 for this model, got 20x16: try 16x16"),
+    ({"height": 0}, "multiples of 8"),
+    ({"sampler": "dpmpp2m"}, "unknown sampler 'dpmpp2m': did you mean dpmpp_2m"),
+    ({"schedule": "karas"}, "unknown schedule 'karas': did you mean karras"),
+    ({"mode": "loose"}, "unknown mode 'loose': choose flexible, fixed, plain"),
+    ({"seeds": [1, 2, 3]}, "expected 1, got 3"),
+    ({"seeds": -1}, "seeds must lie in"),
+])
+def test_bad_arguments_are_refused(pipeline: Pipeline, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(pipeline, **{"prompts": "a", "steps": 1, **arguments})
+
+
+def test_a_missing_part_is_named(tiny_files: dict[str, str]) -> None:
+    bare = Pipeline.load(tiny_files["checkpoint"], device="cpu")
+    with pytest.raises(ValueError, match="tsc=<file> and t5=<folder>"):
+        generate(bare, "a", mode="fixed", steps=1)
+    with pytest.raises(ValueError, match="clip_tokenizer=<folder>"):
+        generate(bare, "a", mode="plain", steps=1)
+    with pytest.raises(ValueError, match="both the connector"):
+        Pipeline.load(tiny_files["checkpoint"], tsc=tiny_files["tsc"])
+
+
+def test_nan_from_the_unet_is_reported_with_step_and_sigma(pipeline: Pipeline) -> None:
+    def poison(module: object, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return torch.where(inputs[1][0] < 500, torch.nan, output)
+
+    pipeline.unet.register_forward_hook(poison)
+    with pytest.raises(ValueError, match=r"NaN or Inf values at step [1-9] of 10 \(sigma [01]\.\d+\)"):
+        generate(pipeline, "a", steps=10)
+
+
+def test_nan_from_the_decoder_is_reported(pipeline: Pipeline) -> None:
+    pipeline.vae.decoder.conv_out.weight.data[1] = torch.inf
+    with pytest.raises(ValueError, match="autoencoder returned NaN or infinity"):
+        generate(pipeline, "a", steps=1)
+
+
+def test_decoded_values_become_bytes() -> None:
+    decoded = torch.tensor([[-3.0, -1.0, 0.0], [0.5, 1.0, 3.0], [-0.5, 0.1, 1.0]])[None, :, None]  # RGB x one row
+    [image] = to_images(decoded)
+    assert [image.getpixel((x, 0)) for x in range(3)] == [(0, 191, 64), (0, 255, 140), (128, 255, 255)]
+    assert isinstance(image, Image.Image)
+
+
+def test_the_default_size_is_the_checkpoints(tiny_files: dict[str, str], tmp_path: Any) -> None:
+    assert Pipeline.load(tiny_files["checkpoint"]).size == 16
+    parts = load_checkpoint(tiny_files["checkpoint"])
+    save_checkpoint(tmp_path / "unsaid.safetensors", parts.unet, parts.vae, parts.text_model)
+    unsaid = Pipeline.load(tmp_path / "unsaid.safetensors")
+    assert unsaid.size == 64 * 4  # 64 latents, each 4 px here; 8 px and so 512 in Stable Diffusion
+    assert unsaid.size_multiple == 8
