@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 
 from ella_kd.samplers.noise import check_seeds, draw, random_seeds
 from ella_kd.samplers.solver import Noise, Solver, State, Step

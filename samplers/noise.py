@@ -14,7 +14,7 @@ from typing import cast
 
 import numpy as np
 import torch
-import torchsde  # type: ignore[import-untyped]
+import torchsde
 from torch import Tensor
 
 _BROWNIAN_RANGE = 14.0  # in log sigma: sigmas from 8e-7 to 1.2e6

@@ -1,0 +1,384 @@
+"""The driver: callback, pause and resume, batches, NaN reports, no waiting for the device, and bad input."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ella_kd.samplers import (
+    DPM2,
+    SAMPLERS,
+    DPMpp2M,
+    DPMpp2SAncestral,
+    Euler,
+    EulerAncestral,
+    Heun,
+    Solver,
+    get_sigmas_karras,
+    sample,
+    sample_euler,
+    sample_heun,
+)
+from mixtures import Guided, Mixture, Pointwise, randn
+
+SOLVERS: list[tuple[Solver, bool]] = [
+    (Euler(), False),
+    (Euler(s_churn=3.0), False),
+    (EulerAncestral(), False),
+    (Heun(s_churn=3.0), False),
+    (DPM2(), False),
+    (DPMpp2SAncestral(), False),
+    (DPMpp2M(), False),
+    (DPMpp2M(eta=1.0), False),
+    (DPMpp2M(eta=0.5, solver_type="heun"), False),
+    (Euler(), True),
+    (EulerAncestral(), True),
+    (DPMpp2M(), True),
+]
+each_solver = pytest.mark.parametrize(("solver", "cfg_pp"), SOLVERS, ids=str)
+SIGMAS = get_sigmas_karras(6, 0.03, 14.6)
+ARGS = {"cond_scale": 0.7}
+
+
+def latents(rows: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[rows, 3, 5, 3]: a row is no multiple of a vector register, so that a fused tail would show."""
+    return randn(rows, 3, 5, 3).to(dtype) * 14.6
+
+
+@pytest.fixture
+def model() -> Pointwise:
+    return Pointwise()
+
+
+@each_solver
+def test_split_run_equals_the_whole_bitwise(solver: Solver, cfg_pp: bool, model: Pointwise) -> None:
+    whole, end = sample(solver, model, latents(), SIGMAS, ARGS, disable=True, seeds=[7, 8], cfg_pp=cfg_pp)
+    for stop in range(1, len(SIGMAS) - 1):
+        x, state = sample(solver, model, latents(), SIGMAS, ARGS, disable=True, seeds=[7, 8], cfg_pp=cfg_pp, stop=stop)
+        assert not torch.equal(x, whole)
+        assert torch.equal(state["sigmas"], SIGMAS)
+        x, state = sample(solver, model, x, None, ARGS, disable=True, cfg_pp=cfg_pp, state=state)
+        assert torch.equal(x, whole), f"split before step {stop}"
+        assert state.keys() == end.keys()
+        assert all(torch.equal(state[key], end[key]) for key in state)
+
+
+def test_state_survives_a_file_and_unnamed_seeds(model: Pointwise, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    whole, _ = sample(DPMpp2M(eta=1.0), model, latents(), SIGMAS, ARGS, disable=True)
+    torch.manual_seed(3)
+    x, state = sample(DPMpp2M(eta=1.0), model, latents(), SIGMAS, ARGS, disable=True, stop=3)
+    save_file({"x": x, **state}, tmp_path / "run.safetensors")
+    loaded = load_file(tmp_path / "run.safetensors")
+    x = loaded.pop("x")
+    again, _ = sample(DPMpp2M(eta=1.0), model, x, None, ARGS, disable=True, state=loaded)
+    assert torch.equal(again, whole)
+
+
+def test_planning_covers_the_whole_schedule_after_a_resume(guided: Guided) -> None:
+    x, state = sample(DPM2(), guided, latents(), SIGMAS, disable=True, stop=4)
+    sample(DPM2(), guided, x, state=state, disable=True)
+    first, second = guided.plans
+    assert torch.equal(first, second)
+    assert len(first) == len(DPM2().eval_sigmas(SIGMAS))
+
+
+@each_solver
+def test_planned_equals_unplanned(solver: Solver, cfg_pp: bool, guided: Guided) -> None:
+    """Solvers walk the same whether or not the model plans; Guided asserts that each sigma is in its plan."""
+    planned, _ = sample(solver, guided, latents(), SIGMAS, ARGS, disable=True, seeds=[1, 2], cfg_pp=cfg_pp)
+
+    class Unplanned:
+        def __call__(self, x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+            denoised: Tensor = guided(x, sigma, **kwargs)
+            return denoised
+
+        def predict(self, x: Tensor, sigma: Tensor, **kwargs: Any) -> Any:
+            return guided.predict(x, sigma, **kwargs)
+
+    bare, _ = sample(solver, Unplanned(), latents(), SIGMAS, ARGS, disable=True, seeds=[1, 2], cfg_pp=cfg_pp)
+    assert len(guided.plans) == 1
+    assert torch.equal(planned, bare)
+
+
+@each_solver
+def test_batch_equals_singles_bitwise(solver: Solver, cfg_pp: bool, model: Pointwise) -> None:
+    x = latents(3)
+    seeds = [5, 2**62, 5]
+    batch, _ = sample(solver, model, x, SIGMAS, ARGS, disable=True, seeds=seeds, cfg_pp=cfg_pp)
+    for row, seed in enumerate(seeds):
+        alone = x[row : row + 1].clone()
+        single, _ = sample(solver, model, alone, SIGMAS, ARGS, disable=True, seeds=[seed], cfg_pp=cfg_pp)
+        assert torch.equal(single[0], batch[row])
+
+
+@each_solver
+def test_inputs_are_not_modified_and_dtype_is_kept(solver: Solver, cfg_pp: bool, model: Pointwise) -> None:
+    for dtype in (torch.float32, torch.float64):
+        x, sigmas, args = latents(dtype=dtype), SIGMAS.clone(), dict(ARGS)
+        before = x.clone()
+        out, state = sample(solver, model, x, sigmas, args, disable=True, seeds=[1, 2], cfg_pp=cfg_pp)
+        assert out.dtype == dtype
+        assert torch.equal(x, before)
+        assert torch.equal(sigmas, SIGMAS)
+        assert args == ARGS
+        assert all(value.dtype == dtype for key, value in state.items() if key not in ("sigmas", "step", "seeds"))
+
+
+@each_solver
+@pytest.mark.parametrize("sigmas", [[14.6, 0.0], [3.0, 0.5]], ids=str)
+def test_one_step_schedules(solver: Solver, cfg_pp: bool, sigmas: list[float], model: Pointwise) -> None:
+    out, state = sample(solver, model, latents(), torch.tensor(sigmas), ARGS, disable=True, seeds=[1, 2], cfg_pp=cfg_pp)
+    assert out.isfinite().all()
+    assert int(state["step"]) == 1
+
+
+@pytest.mark.parametrize("solver", [Euler(), Heun(), DPM2(), DPMpp2M()], ids=repr)
+def test_inversion_and_back(solver: Solver, mixture: Mixture) -> None:
+    """Ascending and then descending over the same fine grid returns to the start."""
+    up = get_sigmas_karras(400, 0.05, 10.0).double()[:-1].flip(0)
+    x = mixture.means[1] + 0.3 * randn(1, 1, 3, 3, dtype=torch.float64)
+    noisy, _ = sample(solver, mixture, x, up, disable=True)
+    assert float(noisy.std()) > 3
+    back, _ = sample(solver, mixture, noisy, up.flip(0), disable=True)
+    assert float((back - x).abs().max()) < (0.06 if solver.order == 1 else 0.002)
+
+
+def test_callback_keys_x_before_the_step_and_sigmas(model: Pointwise) -> None:
+    records: list[dict[str, Any]] = []
+    x = latents()
+    sample_euler(model, x, SIGMAS, ARGS, records.append, True)
+    assert [list(record) for record in records] == [["x", "i", "sigma", "sigma_hat", "denoised"]] * 6
+    assert torch.equal(records[0]["x"], x)
+    assert [record["i"] for record in records] == list(range(6))
+    for i, record in enumerate(records):
+        assert record["sigma"].ndim == record["sigma_hat"].ndim == 0
+        assert record["sigma"] == record["sigma_hat"] == SIGMAS[i]
+        assert torch.equal(record["denoised"], model(record["x"], SIGMAS[i].expand(2), **ARGS))
+
+
+def test_progress_bar(model: Pointwise, capsys: pytest.CaptureFixture[str]) -> None:
+    sample(Euler(), model, latents(), SIGMAS, ARGS, disable=False)
+    assert "6/6" in capsys.readouterr().err
+    sample(Euler(), model, latents(), SIGMAS, ARGS, disable=True)
+    sample(Euler(), model, latents(), SIGMAS, ARGS)  # None: hidden, since this is no terminal
+    assert capsys.readouterr().err == ""
+
+
+class Failing:
+    """Denoised is 0, save for two values at the k-th evaluation."""
+
+    def __init__(self, k: int, value: float) -> None:
+        self.k, self.value, self.calls = k, value, 0
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        denoised = torch.zeros_like(x)
+        if self.calls == self.k:
+            denoised[0, 0, 0, :2] = self.value
+        self.calls += 1
+        return denoised
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_from_the_model_names_step_and_sigma(value: float) -> None:
+    message = rf"2 NaN or Inf values at step 2 of 6 \(sigma {float(SIGMAS[2]):g}\)"
+    with pytest.raises(ValueError, match=message):
+        sample_euler(Failing(2, value), latents(), SIGMAS, disable=True)
+    with pytest.raises(ValueError, match=rf"step 1 of 6 \(sigma {float(SIGMAS[2]):g}\)"):  # Heun's second evaluation
+        sample_heun(Failing(3, value), latents(), SIGMAS, disable=True)
+
+
+def test_nan_stops_a_run_that_has_a_callback() -> None:
+    model = Failing(2, math.nan)
+    steps: list[int] = []
+    with pytest.raises(ValueError, match="step 2 of 6"):
+        sample_euler(model, latents(), SIGMAS, None, lambda record: steps.append(record["i"]), True)
+    assert steps == [0, 1]
+    assert model.calls == 3
+
+
+def test_nan_in_a_paused_run_is_reported_at_the_pause() -> None:
+    with pytest.raises(ValueError, match="step 2 of 6"):
+        sample(Euler(), Failing(2, math.nan), latents(), SIGMAS, disable=True, stop=3)
+
+
+READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__len__", "is_nonzero")
+READ_OPS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_to_copy")
+
+
+class Functions(TorchFunctionMode):
+    """Notes the Python calls that would read a value of a tensor."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self.events = events
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in READS and name != "__len__":
+            self.events.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations that read a value, or copy between devices, wherever they are called from."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self.events = events
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        if name in READ_OPS:
+            self.events.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def events_of(run: Any, model: Any) -> list[str]:
+    events: list[str] = []
+
+    class Spy:
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            events.append("model")
+            return model(*args, **kwargs)
+
+        def predict(self, *args: Any, **kwargs: Any) -> Any:
+            events.append("model")
+            return model.predict(*args, **kwargs)
+
+    with Functions(events), Operations(events):
+        run(Spy())
+    return events[events.index("model") :]
+
+
+@each_solver
+def test_the_loop_never_waits_for_the_device(solver: Solver, cfg_pp: bool, model: Pointwise) -> None:
+    """After the first evaluation the only read is the one of the NaN counts, after the last step."""
+
+    def run(spy: Any) -> None:
+        sample(solver, spy, latents(), SIGMAS, ARGS, disable=True, seeds=[1, 2], cfg_pp=cfg_pp)
+
+    assert events_of(run, model) == ["model"] * len(solver.eval_sigmas(SIGMAS)) + ["tolist"]
+
+
+def test_the_no_wait_test_sees_what_it_should(model: Pointwise) -> None:
+    """k-diffusion's Euler compares sigma tensors on every step; so does a callback that reads."""
+    from ella_kd.samplers.upstream import k_diffusion
+
+    def upstream(spy: Any) -> None:
+        k_diffusion().sampling.sample_euler(spy, latents(), SIGMAS, ARGS, disable=True)
+
+    assert "__bool__" in events_of(upstream, model)
+
+    def reading(spy: Any) -> None:
+        sample_euler(spy, latents(), SIGMAS, ARGS, lambda record: float(record["denoised"].mean()), True)
+
+    assert "_local_scalar_dense" in events_of(reading, model)
+
+
+def nan_at_1(values: list[float]) -> Tensor:
+    return torch.tensor([values[0], math.nan, *values[2:]])
+
+
+BAD_SIGMAS = [
+    (torch.tensor([1.0]), ValueError, "at least 2"),
+    (torch.tensor([]), ValueError, "at least 2"),
+    (torch.tensor([[2.0, 1.0]]), ValueError, "1-D"),
+    (torch.tensor(1.0), ValueError, "1-D"),
+    (nan_at_1([3.0, 2.0, 1.0]), ValueError, r"sigmas\[1\] = nan"),
+    (torch.tensor([math.inf, 1.0]), ValueError, r"sigmas\[0\] = inf"),
+    (torch.tensor([2.0, -1.0]), ValueError, r"sigmas\[1\] = -1"),
+    (torch.tensor([2.0, 0.0, 0.0]), ValueError, "only the last sigma may be 0"),
+    (torch.tensor([0.0, 1.0]), ValueError, "only the last sigma may be 0"),
+    (torch.tensor([3.0, 2.0, 2.0, 1.0]), ValueError, "strictly decreasing"),
+    (torch.tensor([3.0, 1.0, 2.0]), ValueError, "strictly decreasing"),
+    (torch.tensor([1.0, 2.0, 1.5]), ValueError, "strictly decreasing"),
+    (torch.tensor([3, 2, 1]), TypeError, "tensor of floats"),
+    ([3.0, 2.0, 1.0], TypeError, "tensor of floats"),
+    (None, TypeError, "sigmas is missing"),
+    (torch.tensor([1.0, 1e-60], dtype=torch.float64), ValueError, "representable"),
+]
+
+
+@pytest.mark.parametrize(("sigmas", "error", "message"), BAD_SIGMAS, ids=lambda value: str(value)[:40])
+def test_bad_schedules(sigmas: Any, error: type[Exception], message: str, model: Pointwise) -> None:
+    with pytest.raises(error, match=message):
+        sample_euler(model, latents(), sigmas, ARGS, disable=True)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(3, 5, 3), ValueError, r"\[B, C, h, w\], got shape \[3, 5, 3\]"),
+        (torch.zeros(1, 1, 3, 5, 3), ValueError, r"\[B, C, h, w\]"),
+        (torch.zeros(0, 3, 5, 3), ValueError, r"\[B, C, h, w\]"),
+        (torch.zeros(1, 3, 5, 3, dtype=torch.float16), TypeError, "float32 or float64"),
+        (torch.zeros(1, 3, 5, 3, dtype=torch.int64), TypeError, "float32 or float64"),
+        (torch.full((1, 3, 5, 3), math.nan), ValueError, "before the first step"),
+        ([[1.0]], TypeError, "tensor of latents"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_latents(x: Any, error: type[Exception], message: str, model: Pointwise) -> None:
+    with pytest.raises(error, match=message):
+        sample_euler(model, x, SIGMAS, ARGS, disable=True)
+
+
+def test_bad_models(model: Pointwise) -> None:
+    for returned, message in (
+        (lambda x: x[:1], r"denoised like x, \[2, 3, 5, 3\] torch.float32, got \[1, 3, 5, 3\]"),
+        (lambda x: x.half(), "got .* torch.float16"),
+        (lambda x: None, "got NoneType"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample_euler(lambda x, sigma, f=returned: f(x), latents(), SIGMAS, disable=True)
+    with pytest.raises(TypeError, match="model must be callable"):
+        sample_euler("unet", latents(), SIGMAS, disable=True)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="extra_args must be a dict"):
+        sample_euler(model, latents(), SIGMAS, [1], disable=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [name for name, row in SAMPLERS.items() if row.stochastic])
+@pytest.mark.parametrize(
+    "options", [{"eta": -1.0}, {"eta": math.nan}, {"s_noise": -0.1}, {"s_noise": math.inf}], ids=str
+)
+def test_bad_options(name: str, options: dict[str, float], model: Pointwise) -> None:
+    with pytest.raises(ValueError, match="must be a finite number >= 0"):
+        SAMPLERS[name].function(model, latents(), SIGMAS, ARGS, disable=True, **options)
+
+
+def test_bad_churn_and_solver_type(model: Pointwise) -> None:
+    with pytest.raises(ValueError, match="s_churn must be"):
+        sample_heun(model, latents(), SIGMAS, ARGS, disable=True, s_churn=-1.0)
+    with pytest.raises(ValueError, match="'midpoint' or 'heun', got 'euler'"):
+        DPMpp2M(solver_type="euler")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ascending"):
+        sample_heun(model, latents(), torch.tensor([0.1, 1.0]), ARGS, disable=True, s_churn=1.0)
+
+
+def test_bad_resumes(model: Pointwise) -> None:
+    x, state = sample(EulerAncestral(), model, latents(), SIGMAS, ARGS, disable=True, seeds=[1, 2], stop=3)
+
+    def resume(**changes: Any) -> None:
+        sample(EulerAncestral(), model, x, extra_args=ARGS, disable=True, **{"state": state, **changes})
+
+    with pytest.raises(ValueError, match="its own schedule"):
+        resume(sigmas=SIGMAS)
+    with pytest.raises(ValueError, match="its own seeds"):
+        resume(seeds=[1, 2])
+    with pytest.raises(ValueError, match="starts before step 3 cannot stop before step 3"):
+        resume(stop=3)
+    with pytest.raises(ValueError, match="cannot stop before step 7"):
+        resume(stop=7)
+    with pytest.raises(ValueError, match="not a run's state"):
+        resume(state={"x": x})
+    with pytest.raises(ValueError, match="holds no seeds"):
+        resume(state={key: value for key, value in state.items() if key != "seeds"})
+    with pytest.raises(ValueError, match="one seed per row: expected 1, got 2"):
+        sample(EulerAncestral(), model, x[:1], extra_args=ARGS, disable=True, state=state)
