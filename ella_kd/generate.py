@@ -57,12 +57,13 @@ def generate(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts must be a string or a sequence of strings, at least one, got {prompts[:3]}")
-    for name, number in (("steps", steps), ("count", count), ("batch_size", batch_size)):
+    width, height = (pipeline.size if side is None else side for side in (width, height))
+    for name, number in {"steps": steps, "count": count, "batch_size": batch_size, "width": width,
+                         "height": height}.items():
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
-    width, height = (pipeline.size if side is None else side for side in (width, height))
     multiple = pipeline.size_multiple
-    if width < 1 or height < 1 or width % multiple or height % multiple:
+    if width % multiple or height % multiple:
         raise ValueError(f"width and height must be multiples of {multiple} for this model, got {width}x{height}: "
                          f"try {_nearest(width, multiple)}x{_nearest(height, multiple)}")
     sample, make_sigmas = get_sampler(sampler).function, get_schedule(schedule).sigmas
