@@ -43,10 +43,10 @@ PRESETS = {
             "vae": Budget(samples=130_000, minutes=6.5, batch=16),
             "t5": Budget(samples=160_000, minutes=13, batch=48),
             "clip": Budget(samples=200_000, minutes=5, batch=48),
-            "unet": Budget(samples=2_000_000, minutes=70, batch=32),
+            "unet": Budget(samples=2_000_000, minutes=52, batch=32),
             "tsc": Budget(samples=1_000_000, minutes=34, batch=32),
         },
-        curriculum=Curriculum(most=2),
+        curriculum=Curriculum(most=3),
     ),
     "gpu": Preset(
         device="cuda",
