@@ -64,11 +64,11 @@ class Solver(ABC):
 
 
 def linear(*terms: tuple[float, Tensor]) -> Tensor:
-    """Sum of weight * tensor. Weights of exactly 0 are left out, so that a step to sigma 0 is D and not D + 0 x;
-    product and sum are rounded apart (no fused multiply-add), so that a batch equals its rows bitwise."""
-    kept = [(weight, tensor) for weight, tensor in terms if weight != 0.0] or [terms[0]]
-    total = kept[0][1] * kept[0][0]
-    for weight, tensor in kept[1:]:
+    """Sum of weight * tensor; product and sum are rounded apart (no fused multiply-add, whose vector tails may differ),
+    so that a batch equals its rows bitwise."""
+    (weight, tensor), *rest = terms
+    total = tensor * weight
+    for weight, tensor in rest:
         total = total + tensor * weight
     return total
 

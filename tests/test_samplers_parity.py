@@ -28,9 +28,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("euler_ancestral", {}),
     ("euler_ancestral", {"eta": 0.4, "s_noise": 0.9}),
     ("euler_ancestral", {"eta": 0.0}),
+    ("euler_ancestral", {"eta": 1.5}),  # sigma_up would exceed sigma_next: down to 0
     ("dpmpp_2s_ancestral", {}),
     ("dpmpp_2s_ancestral", {"eta": 0.4, "s_noise": 1.1}),
     ("dpmpp_2s_ancestral", {"eta": 0.0}),
+    ("dpmpp_2s_ancestral", {"eta": 1.5}),
     ("dpmpp_2m_sde", {}),
     ("dpmpp_2m_sde", {"solver_type": "heun"}),
     ("dpmpp_2m_sde", {"eta": 0.3, "s_noise": 0.8, "solver_type": "heun"}),
