@@ -33,6 +33,8 @@ class Cli(click.Group):
         except OSError as error:
             filename = f": {error.filename}" if error.filename else ""
             fail(ctx, (error.strerror or str(error)) + filename)
+        except torch.OutOfMemoryError:
+            fail(ctx, "the device is out of memory: try a smaller --batch, --width or --height")
         except (ValueError, TypeError) as error:
             fail(ctx, str(error))
 
@@ -83,11 +85,12 @@ def drawing_options(command: Command) -> Command:
 def main(ctx: click.Context) -> None:
     """Draw pictures that follow long, dense prompts: Stable Diffusion with ELLA.
 
-    Without further files it draws with the miniature, a tiny model of coloured shapes that comes with the package.
+    Without further files it draws with the miniature, a tiny model that comes with the package: squares, rings,
+    triangles, crosses and hearts in six colours and nine places, by night, in snow, forest or desert.
 
     \b
     Try it:
-      ella-kd generate "a large red circle above a small blue star on a white background" --enlarge 8
+      ella-kd generate "The scene is set in a deep forest. A red heart sits in the top left corner." --enlarge 8
       ella-kd compare prompts.txt
       ella-kd samplers
 
@@ -126,7 +129,7 @@ def generate(prompts: tuple[str, ...], file: str | None, mode: Mode, count: int,
 
     \b
     Examples:
-      ella-kd generate "a small green triangle at the top left" --count 4 --seed 1
+      ella-kd generate "The picture shows snow. A green triangle stands in the center." --count 4 --seed 1
       ella-kd generate --prompts prompts.txt --sampler euler_ancestral --steps 30 --out pictures
     """
     texts = [*prompts, *(_read_prompts(file) if file else [])]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
@@ -171,6 +172,16 @@ def test_a_full_disk_while_saving_is_one_line(run: Run, tmp_path: Path, monkeypa
     assert done.exit_code == 2
     assert done.stderr.splitlines()[-1] == (
         "Error: cannot write out/00001-1-a.png: No space left on device; free some space or choose another folder")
+
+
+def test_a_device_out_of_memory_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmany bytes")
+
+    monkeypatch.setattr(cli, "draw", exhausted)
+    done = run("generate", "a")
+    assert done.exit_code == 2
+    assert done.stderr == "Error: the device is out of memory: try a smaller --batch, --width or --height\n"
 
 
 def test_parts_without_a_checkpoint_are_refused(run: Run) -> None:

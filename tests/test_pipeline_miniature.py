@@ -13,7 +13,7 @@ from ella_kd.cli import main
 FOLDER = Path(__file__).parents[1] / "models" / "miniature"
 FILES = ["sd.safetensors", "tsc.safetensors", "clip/tokenizer.json", "t5/config.json", "t5/model.safetensors",
          "t5/tokenizer.json"]
-PROMPT = "On a white background there is a red circle at the top left."
+PROMPT = "The scene is set in a deep forest. A red heart sits in the top left corner."
 
 
 def test_the_files_are_there_and_small() -> None:
