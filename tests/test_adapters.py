@@ -3,11 +3,11 @@ from typing import Any, cast
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from tiny import WIDTH, features, noise, randomised, relative, row, tiny_tsc
 from torch import nn
 
 from ella_kd import CFGDenoiser, DiffusersUNet, ELLADenoiser, LDMDenoiser
 from ella_kd.models.text import TextFeatures
+from tiny import WIDTH, features, noise, randomised, relative, row, tiny_tsc
 
 X, SIGMA = noise(2, 4, 8, 8) * 3, torch.tensor([2.0, 7.0])
 

@@ -2,14 +2,14 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FEATURES, LATENTS, WIDTH, PointwiseTSC, features, noise, relative, row, tiny_tsc
 from torch import Tensor
 
 from ella_kd import ELLA, Concat, Conditioning, Constant
 from ella_kd.conditioning import Stack, plan
 from ella_kd.models.text import TextFeatures
+from tiny import FEATURES, LATENTS, WIDTH, PointwiseTSC, features, noise, relative, row, tiny_tsc
 
 T = torch.tensor([961.73, 0.0, 420.5])
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=4)
@@ -29,6 +29,7 @@ def timesteps(*t: float) -> Tensor:
     return torch.tensor(t, dtype=torch.float32)
 
 
+@settings(max_examples=30)
 @given(LENGTHS)
 def test_a_batch_of_mixed_lengths_equals_its_prompts_alone(lengths: list[int]) -> None:
     tsc, text, t = tiny_tsc(), features(*lengths), torch.linspace(0, 999, len(lengths))
@@ -39,6 +40,7 @@ def test_a_batch_of_mixed_lengths_equals_its_prompts_alone(lengths: list[int]) -
         assert relative(batch.tokens[i:i + 1], ELLA(tsc, row(text, i))(t[i:i + 1]).tokens) < 1e-5
 
 
+@settings(max_examples=30)
 @given(KINDS, LENGTHS)
 def test_planned_equals_unplanned(kind: str, lengths: list[int]) -> None:
     exact = conditioning(kind, lengths, tiny_tsc())
@@ -122,6 +124,7 @@ def test_planning_keeps_gradients_where_the_caller_has_them() -> None:
         assert not ELLA(tsc, features(4)).planned(T)(T).tokens.requires_grad
 
 
+@settings(max_examples=30)
 @given(KINDS, KINDS, LENGTHS, st.integers(1, 9))
 def test_stack_masks_what_it_pads(first: str, second: str, lengths: list[int], length: int) -> None:
     """Attention over the stacked tokens equals attention over each conditioning's own."""

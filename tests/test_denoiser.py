@@ -2,6 +2,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from ella_kd import ELLA, CFGDenoiser, Constant, ELLADenoiser, LDMDenoiser, NoiseSchedule
+from ella_kd.conditioning import Planned
+from ella_kd.models.text import TextFeatures
+from ella_kd.samplers.upstream import k_diffusion
 from tiny import (
     FEATURES,
     WIDTH,
@@ -14,12 +20,6 @@ from tiny import (
     tiny_tsc,
     tiny_unet,
 )
-from torch import Tensor, nn
-
-from ella_kd import ELLA, CFGDenoiser, Constant, ELLADenoiser, LDMDenoiser, NoiseSchedule
-from ella_kd.conditioning import Planned
-from ella_kd.models.text import TextFeatures
-from ella_kd.samplers.upstream import k_diffusion
 
 SIGMAS = torch.tensor([0.001, 0.0292, 0.1, 1.0, 3.3, 14.6, 14.615, 80.0], dtype=torch.float64)
 

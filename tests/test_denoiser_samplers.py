@@ -1,19 +1,19 @@
 """Every sampler on ELLA: the same timestep for the UNet and the connector, planned or not, ours or k-diffusion's."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tiny import PointwiseTSC, PointwiseUNet, features, noise, relative, tiny_tsc, tiny_unet
 from torch import Tensor
 
 from ella_kd import CFGDenoiser, ELLADenoiser, LDMDenoiser
 from ella_kd.models.text import TextFeatures
 from ella_kd.samplers import SAMPLERS, get_sigmas_ays, get_sigmas_karras, get_sigmas_normal
 from ella_kd.samplers.upstream import k_diffusion
+from tiny import PointwiseTSC, PointwiseUNet, features, noise, relative, tiny_tsc, tiny_unet
 
 LOW, HIGH = LDMDenoiser(PointwiseUNet()).sigma_min, LDMDenoiser(PointwiseUNet()).sigma_max
 SCHEDULES = {
@@ -25,14 +25,6 @@ SCHEDULES = {
 }
 THEIRS = [name for name in SAMPLERS if not SAMPLERS[name].cfg_pp]
 ONLY_THEIRS = ["lms", "dpm_2_ancestral", "dpmpp_sde", "dpmpp_3m_sde"]
-
-
-@pytest.fixture
-def float64() -> Iterator[None]:
-    """k-diffusion's helpers build tensors of the default dtype."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def same_noise() -> Callable[[Tensor, Tensor], Tensor]:

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import WIDTH, PointwiseTSC, PointwiseUNet, features, noise, relative, row, tiny_tsc, tiny_unet
 from torch import Tensor
 
 from ella_kd import ELLA, CFGDenoiser, Concat, Conditioning, Constant, ELLADenoiser
 from ella_kd.denoiser import LDMDenoiser
+from tiny import WIDTH, PointwiseTSC, PointwiseUNet, features, noise, relative, row, tiny_tsc, tiny_unet
 
 X, SIGMA = noise(2, 4, 8, 8) * 5, torch.tensor([5.0, 0.3])
 LENGTHS = st.lists(st.integers(1, 9), min_size=2, max_size=2)
@@ -24,6 +24,7 @@ def conditioning(kind: str, lengths: list[int], tsc: object, seed: int) -> Condi
     return {"ella": ella, "clip": clip, "ella + clip": Concat((ella, clip))}[kind]
 
 
+@settings(max_examples=30)
 @given(KINDS, KINDS, LENGTHS, st.integers(1, 9))
 def test_one_call_equals_two_whatever_the_kinds_and_lengths(first: str, second: str, lengths: list[int],
                                                             length: int) -> None:
