@@ -83,7 +83,8 @@ def measure_samplers(pipeline: Pipeline, count: int) -> dict[str, Any]:
         for steps in (5, 10, 20):
             scale = LAMBDA if sampler.cfg_pp else SCALE
             found = draw(pipeline, prompts, sampler=name, steps=steps, scale=scale)
-            result.setdefault(name, {})[str(steps)] = {"evaluations": sampler.evals * steps, **score(wanted, found)["right"]}
+            row = {"evaluations": sampler.evals * steps, **score(wanted, found)["right"]}
+            result.setdefault(name, {})[str(steps)] = row
         click.echo(f"{name}: " + ", ".join(f"{n} steps {row['score']:.1f}" for n, row in result[name].items()))
     return result
 
@@ -139,8 +140,8 @@ def between_marks(text: str, name: str, content: str) -> str:
 
 def machine() -> str:
     processor = next((line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), "")
-    return (f"{processor or platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
-            f"torch {torch.__version__}, transformers {transformers.__version__}")
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{processor or platform.machine()}, {torch.get_num_threads()} threads, {versions}"
 
 
 def _cpuinfo() -> list[str]:

@@ -1,4 +1,4 @@
-"""The miniature's autoencoder: f = 4, trained to give every sprite back exactly, its latents whitened for SD's scale."""
+"""The miniature's autoencoder: f = 4, trained to give every sprite back exactly, then whitened for SD's scale."""
 
 from __future__ import annotations
 
@@ -49,25 +49,26 @@ class Autoencoder(Stage):
         return {"exact": sum(exact) / len(exact), "l1": F.l1_loss(decoded, images).item()}
 
     @torch.no_grad()
-    def whiten(self) -> None:
-        """Folds a whitening of the latents into the two 1x1 convolutions, so that latents x 0.18215 are N(0, 1)-like.
+    def whitened(self) -> AutoencoderKL:
+        """The autoencoder with a whitening of the latents folded into its two 1x1 convolutions, exactly.
 
-        The files then use Stable Diffusion's own scale, and the denoiser meets decorrelated channels of unit variance.
+        Its latents x 0.18215 have mean 0 and unit covariance: the files use Stable Diffusion's own scale, and the UNet
+        meets decorrelated channels.
         """
-        device = next(self.parameters()).device
         rng = random.Random(2)
-        images = to_tensor([render(scene) for scene in scenes_of(rng, 1024)]).to(device)
+        images = to_tensor([render(scene) for scene in scenes_of(rng, 1024)])
         means = torch.cat([self.vae.moments(part)[0] for part in images.split(64)])
         flat = means.permute(0, 2, 3, 1).reshape(-1, means.shape[1]).double()
-        centre = flat.mean(0)
+        centre, channels = flat.mean(0), flat.shape[1]
         values, vectors = torch.linalg.eigh(torch.cov(flat.T))
         whitening = vectors @ torch.diag(values.rsqrt()) @ vectors.T / SCALE
-        quant, post = self.vae.quant_conv, self.vae.post_quant_conv
-        channels = len(centre)
-        matrix, bias = quant.weight.double().flatten(1), quant.bias.double()
-        quant.weight[:channels] = (whitening @ matrix[:channels])[..., None, None].to(quant.weight)
-        quant.bias[:channels] = (whitening @ (bias[:channels] - centre)).to(quant.bias)
-        quant.bias[channels:] += whitening.diagonal().log().mul(2).to(quant.bias)
-        matrix = post.weight.double().flatten(1)
-        post.bias += (matrix @ centre).to(post.bias)
-        post.weight.copy_((matrix @ torch.linalg.inv(whitening))[..., None, None].to(post.weight))
+
+        weight, bias = self.vae.quant_conv.parameters()  # the first half gives the mean, the second the log variance
+        bias[:channels] = whitening @ (bias[:channels].double() - centre)
+        weight[:channels] = (whitening @ weight[:channels].double().flatten(1))[..., None, None]
+        bias[channels:] += 2 * whitening.diagonal().log()
+        weight, bias = self.vae.post_quant_conv.parameters()
+        matrix = weight.double().flatten(1)
+        bias.copy_(bias.double() + matrix @ centre)
+        weight.copy_((matrix @ torch.linalg.inv(whitening))[..., None, None])
+        return self.vae

@@ -6,6 +6,7 @@ As in ELLA (arXiv 2403.05135, section 3) the connector is all that learns in the
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.miniature import captions
+from benchmarks.miniature.captions import Word
 from benchmarks.miniature.loop import Stage
 from benchmarks.miniature.questions import ask, summary
 from benchmarks.miniature.scenes import Scene, parse, random_scene, render, to_pictures, to_tensor
-from benchmarks.miniature.text import CLIP_LENGTH, PARAGRAPH, WIDTH, Reader
+from benchmarks.miniature.text import PARAGRAPH, WIDTH, CLIPReader, T5Reader
 from ella_kd import CFGDenoiser, ELLADenoiser, LDMDenoiser
-from ella_kd.models import TSC, AutoencoderKL, CLIPTextEncoder, NoiseSchedule, T5TextEncoder, TextFeatures, UNet, UNetConfig
+from ella_kd.models import (
+    TSC,
+    AutoencoderKL,
+    NoiseSchedule,
+    TextFeatures,
+    UNet,
+    UNetConfig,
+)
 from ella_kd.samplers import get_sigmas_karras, sample_dpmpp_2m
+
+Writer = Callable[[Scene, random.Random], list[Word]]
 
 LATENTS = 8
 UNET = UNetConfig(
@@ -90,14 +101,19 @@ def loss_weight(sigma: Tensor) -> Tensor:
     return snr.clamp(max=5.0) / snr * sigma.clamp(1.0, 12.0)
 
 
+def _captions(scenes: list[Scene], write: Writer, rng: random.Random) -> list[str]:
+    return ["" if rng.random() < NO_PROMPT else captions.text(write(scene, rng)) for scene in scenes]
+
+
 class DiffusionStage(Stage):
     """What the two stages share: the pool, the weighted `denoiser.loss`, and a look at held-out scenes."""
 
     denoiser: LDMDenoiser
+    encode: Callable[..., TextFeatures]
 
-    def __init__(self, vae: AutoencoderKL, curriculum: Curriculum, seed: int) -> None:
+    def __init__(self, vae: AutoencoderKL, curriculum: Curriculum) -> None:
         super().__init__()
-        self.vae, self.curriculum, self.seed = vae, curriculum, seed
+        self.vae, self.curriculum = vae, curriculum
         self.pool = Pool(vae, curriculum)
 
     def features(self, scenes: list[Scene], rng: random.Random) -> TextFeatures:
@@ -105,9 +121,6 @@ class DiffusionStage(Stage):
 
     def prompts(self, scenes: list[Scene], rng: random.Random) -> list[str]:
         """The complete captions that this stage is scored on."""
-        raise NotImplementedError
-
-    def encode(self, prompts: list[str]) -> TextFeatures:
         raise NotImplementedError
 
     def forward(self, rng: random.Random, batch: int, progress: float) -> Tensor:
@@ -145,10 +158,9 @@ class PlainDiffusion(DiffusionStage):
 
     name = "unet"
 
-    def __init__(self, vae: AutoencoderKL, clip: Reader, curriculum: Curriculum, seed: int) -> None:
-        super().__init__(vae, curriculum, seed)
-        self.clip = clip.encoder
-        self.encoder = CLIPTextEncoder(clip.encoder, clip.tokenizer)
+    def __init__(self, vae: AutoencoderKL, clip: CLIPReader, curriculum: Curriculum) -> None:
+        super().__init__(vae, curriculum)
+        self.clip, self.encode = clip, clip.text_encoder()
         self.unet = UNet(UNET)
         self.denoiser = LDMDenoiser(self.unet, NoiseSchedule.sd15())
 
@@ -156,13 +168,10 @@ class PlainDiffusion(DiffusionStage):
         return self.unet
 
     def features(self, scenes: list[Scene], rng: random.Random) -> TextFeatures:
-        return self.encode(["" if rng.random() < NO_PROMPT else captions.text(captions.web(s, rng, CLIP_LENGTH - 2)) for s in scenes])
+        return self.encode(_captions(scenes, self.clip.write, rng))
 
     def prompts(self, scenes: list[Scene], rng: random.Random) -> list[str]:
-        return [captions.text(captions.tags(scene, rng, noise=0.0)) for scene in scenes]
-
-    def encode(self, prompts: list[str]) -> TextFeatures:
-        return self.encoder(prompts)
+        return [captions.text(self.clip.write_all(scene, rng)) for scene in scenes]
 
 
 class ConnectorDiffusion(DiffusionStage):
@@ -173,22 +182,19 @@ class ConnectorDiffusion(DiffusionStage):
 
     name = "tsc"
 
-    def __init__(self, vae: AutoencoderKL, t5: Reader, unet: UNet, curriculum: Curriculum, seed: int) -> None:
-        super().__init__(vae, curriculum, seed)
-        self.t5 = t5.encoder
-        self.encoder = T5TextEncoder(t5.encoder, t5.tokenizer)
+    def __init__(self, vae: AutoencoderKL, t5: T5Reader, unet: UNet, curriculum: Curriculum) -> None:
+        super().__init__(vae, curriculum)
+        self.t5, self.encode = t5, t5.text_encoder()
         self.tsc = TSC(**CONNECTOR)
+        self.unet = unet
         self.denoiser = ELLADenoiser(unet, self.tsc, NoiseSchedule.sd15())
 
     def trained(self) -> nn.Module:
         return self.tsc
 
     def features(self, scenes: list[Scene], rng: random.Random) -> TextFeatures:
-        prompts = ["" if rng.random() < NO_PROMPT else captions.text(captions.dense(s, rng)) for s in scenes]
-        return self.encoder(prompts, max_length=PARAGRAPH if rng.random() < 0.5 else None)
+        prompts = _captions(scenes, self.t5.write, rng)
+        return self.encode(prompts, max_length=PARAGRAPH if rng.random() < 0.5 else None)
 
     def prompts(self, scenes: list[Scene], rng: random.Random) -> list[str]:
-        return [captions.text(captions.dense(scene, rng)) for scene in scenes]
-
-    def encode(self, prompts: list[str]) -> TextFeatures:
-        return self.encoder(prompts)
+        return [captions.text(self.t5.write_all(scene, rng)) for scene in scenes]

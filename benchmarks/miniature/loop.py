@@ -145,7 +145,7 @@ def train(stage: Stage, budget: Budget, folder: Path, seed: int, log_every: floa
             nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
             optimizer.step()
             if averager is not None:
-                averager.average_parameters(trained.parameters())  # type: ignore[no-untyped-call]
+                averager.average_parameters(trained.parameters())
             step, samples = step + 1, samples + budget.batch * world
             average.update(step)
             losses.append(loss.detach())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations, permutations
 
 from benchmarks.miniature.scenes import Scene, Thing
 
@@ -33,9 +33,8 @@ def _match(wanted: tuple[Thing, ...], found: tuple[Thing, ...]) -> tuple[Thing |
     candidates: tuple[Thing | None, ...] = (*found[:6], *[None] * len(wanted))
 
     def agreement(pairs: Iterable[tuple[Thing, Thing | None]]) -> int:
-        return sum(
-            4 * (w.shape == f.shape) + 2 * (w.place == f.place) + (w.colour == f.colour) for w, f in pairs if f is not None
-        )
+        same = [(w.shape == f.shape, w.place == f.place, w.colour == f.colour) for w, f in pairs if f is not None]
+        return sum(4 * shape + 2 * place + colour for shape, place, colour in same)
 
     return max(permutations(candidates, len(wanted)), key=lambda chosen: agreement(zip(wanted, chosen, strict=True)))
 
@@ -51,21 +50,22 @@ def ask(wanted: Scene, found: Scene) -> Answers:
     matched = _match(wanted.things, found.things)
     answers = [("global", found.background == wanted.background)]
     answers.append(("count", len(found.things) == len(wanted.things) and not found.smudges))
-    present = [match is not None and match.shape == thing.shape for thing, match in zip(wanted.things, matched)]
-    for thing, match, there in zip(wanted.things, matched, present, strict=True):
-        answers.append(("entity", there))
-        answers.append(("attribute", there and match is not None and match.colour == thing.colour))
-        answers.append(("attribute", there and match is not None and match.place == thing.place))
-    for i in range(len(wanted.things)):
-        for j in range(i):
-            a, b = matched[i], matched[j]
-            both = present[i] and present[j] and a is not None and b is not None
-            answers.append(("relation", both and _order(a, b) == _order(wanted.things[i], wanted.things[j])))
+    present: list[Thing | None] = []  # the found thing of the right shape, for every wanted one
+    for thing, match in zip(wanted.things, matched, strict=True):
+        there = match if match is not None and match.shape == thing.shape else None
+        present.append(there)
+        answers.append(("entity", there is not None))
+        answers.append(("attribute", there is not None and there.colour == thing.colour))
+        answers.append(("attribute", there is not None and there.place == thing.place))
+    for i, j in combinations(range(len(present)), 2):
+        a, b = present[i], present[j]
+        right = a is not None and b is not None and _order(a, b) == _order(wanted.things[i], wanted.things[j])
+        answers.append(("relation", right))
     return Answers(tuple(answers), found == wanted)
 
 
 def summary(pictures: list[Answers]) -> dict[str, float]:
-    """Mean DPG-style score, share of pictures all right, and the share of right answers per category, all in percent."""
+    """Mean DPG-style score, share of pictures all right, share of right answers per category: all in percent."""
     by_category: dict[str, list[bool]] = defaultdict(list)
     for picture in pictures:
         for category, right in picture.answers:

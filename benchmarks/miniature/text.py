@@ -7,8 +7,6 @@ word's feature must know shape, colour and place of the thing it speaks of. The 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +25,11 @@ from benchmarks.miniature import captions
 from benchmarks.miniature.captions import Word
 from benchmarks.miniature.loop import Stage
 from benchmarks.miniature.scenes import BACKGROUND_NAMES, COLOUR_NAMES, SHAPES, Scene, random_scene
+from ella_kd.models import CLIPTextEncoder, T5TextEncoder
 
 WIDTH = 128
 CLIP_LENGTH = 32  # room for the tags of three things; a paragraph about two is cut, as 77 tokens cut a dense prompt
 PARAGRAPH = 128
-Grammar = Callable[[Scene, random.Random], list[Word]]
 KINDS = len(SHAPES) * len(COLOUR_NAMES)
 
 
@@ -68,7 +66,7 @@ def t5_model() -> T5EncoderModel:
         T5Config(
             vocab_size=len(t5_tokenizer()), d_model=WIDTH, d_kv=32, num_heads=4, d_ff=256, num_layers=4,
             feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=0, eos_token_id=1, is_encoder_decoder=False,
-            use_cache=False, tie_word_embeddings=False,
+            use_cache=False,
         )
     )  # fmt: skip
 
@@ -90,7 +88,8 @@ class SceneProbe(nn.Module):
         super().__init__()
         self.queries = nn.Parameter(torch.randn(10, WIDTH) * WIDTH**-0.5)
         self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
-        self.mlp = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+        wide = 2 * WIDTH
+        self.mlp = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, wide), nn.GELU(), nn.Linear(wide, WIDTH))
         self.thing = nn.Linear(WIDTH, 1 + KINDS)
         self.background = nn.Linear(WIDTH, len(BACKGROUND_NAMES))
         self.word = nn.Linear(WIDTH, len(SHAPES) + len(COLOUR_NAMES) + 9)
@@ -131,15 +130,20 @@ def _word_targets(scenes: list[Scene], written: list[list[Word]], length: int, o
 
 
 class Reader(Stage):
-    """A text encoder under training, with its tokenizer, grammar and probe."""
+    """A text encoder under training, with its tokenizer and its probe."""
 
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = self.name = kind
-        self.grammar: Grammar = captions.dense if kind == "t5" else captions.web
-        self.tokenizer = t5_tokenizer() if kind == "t5" else clip_tokenizer()
-        self.encoder = t5_model() if kind == "t5" else clip_model()
-        self.probe = SceneProbe()
+    encoder: T5EncoderModel | CLIPTextModel
+    probe: SceneProbe
+    tokenizer: PreTrainedTokenizerFast
+    first_word = 0  # position of a caption's first word among its tokens
+
+    def write(self, scene: Scene, rng: random.Random) -> list[Word]:
+        """A caption of the kind this encoder is trained on."""
+        raise NotImplementedError
+
+    def write_all(self, scene: Scene, rng: random.Random) -> list[Word]:
+        """A caption of that kind that leaves nothing out."""
+        raise NotImplementedError
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         device = self.probe.queries.device
@@ -149,13 +153,12 @@ class Reader(Stage):
 
     def forward(self, rng: random.Random, batch: int, progress: float) -> Tensor:
         scenes = [random_scene(rng, rng.choice((1, 2, 2, 3))) for _ in range(batch)]
-        written = [self.grammar(scene, rng) for scene in scenes]
+        written = [self.write(scene, rng) for scene in scenes]
         features, mask = self.encode([captions.text(words) for words in written])
         device = features.device
         things, backgrounds = scene_targets(scenes)
         thing_logits, background_logits = self.probe(features, mask)
-        offset = 0 if self.kind == "t5" else 1
-        words = _word_targets(scenes, written, features.shape[1], offset).to(device)
+        words = _word_targets(scenes, written, features.shape[1], self.first_word).to(device)
         return (
             9 * F.cross_entropy(thing_logits.flatten(0, 1), things.flatten().to(device))
             + F.cross_entropy(background_logits, backgrounds.to(device))
@@ -163,25 +166,59 @@ class Reader(Stage):
         )
 
     @torch.no_grad()
-    def accuracy(self, scenes: list[Scene], grammar: Grammar, rng: random.Random) -> float:
-        """The share of scenes that the probe reads back without a mistake."""
+    def accuracy(self, scenes: list[Scene], rng: random.Random) -> float:
+        """The share of scenes that the probe reads back from a complete caption without a mistake."""
         things, backgrounds = scene_targets(scenes)
-        features, mask = self.encode([captions.text(grammar(scene, rng)) for scene in scenes])
+        features, mask = self.encode([captions.text(self.write_all(scene, rng)) for scene in scenes])
         thing_logits, background_logits = self.probe(features, mask)
         right = (thing_logits.argmax(-1).cpu() == things).all(1) & (background_logits.argmax(-1).cpu() == backgrounds)
         return right.float().mean().item()
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracy on scenes with a combination never seen in training, in complete sentences or complete tags."""
+        """Accuracy on scenes with a combination never seen in training."""
         rng = random.Random(1)
-        grammar = captions.dense if self.kind == "t5" else lambda scene, r: captions.tags(scene, r, noise=0.0)
         counts = {"one": 1, "two": 2, "three": 3}
         unseen = {name: [random_scene(rng, n, unseen=True) for _ in range(256)] for name, n in counts.items()}
-        return {f"parse_{name}": self.accuracy(scenes, grammar, rng) for name, scenes in unseen.items()}
+        return {f"parse_{name}": self.accuracy(scenes, rng) for name, scenes in unseen.items()}
 
-    def save(self, folder: Path) -> None:
-        """Writes the tokenizer folder and, for T5, the model beside it (CLIP's weights live in the checkpoint)."""
-        self.tokenizer.save_pretrained(folder)
-        if self.kind == "t5":
-            self.encoder.half().save_pretrained(folder)
-            self.encoder.float()
+
+class T5Reader(Reader):
+    """The T5 encoder, which reads dense paragraphs."""
+
+    name = "t5"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = t5_tokenizer()
+        self.encoder: T5EncoderModel = t5_model()
+        self.probe = SceneProbe()
+
+    def write(self, scene: Scene, rng: random.Random) -> list[Word]:
+        return captions.dense(scene, rng)
+
+    write_all = write
+
+    def text_encoder(self) -> T5TextEncoder:
+        return T5TextEncoder(self.encoder, self.tokenizer)
+
+
+class CLIPReader(Reader):
+    """The CLIP-style encoder, which reads web captions."""
+
+    name = "clip"
+    first_word = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = clip_tokenizer()
+        self.encoder: CLIPTextModel = clip_model()
+        self.probe = SceneProbe()
+
+    def write(self, scene: Scene, rng: random.Random) -> list[Word]:
+        return captions.web(scene, rng, CLIP_LENGTH - 2)
+
+    def write_all(self, scene: Scene, rng: random.Random) -> list[Word]:
+        return captions.tags(scene, rng, noise=0.0)
+
+    def text_encoder(self) -> CLIPTextEncoder:
+        return CLIPTextEncoder(self.encoder, self.tokenizer)

@@ -12,6 +12,7 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import click
 import torch
@@ -21,8 +22,9 @@ import torch.multiprocessing as mp
 from benchmarks.miniature.autoencoder import Autoencoder
 from benchmarks.miniature.diffusion import ConnectorDiffusion, Curriculum, PlainDiffusion
 from benchmarks.miniature.loop import Budget, Stage, train
-from benchmarks.miniature.text import Reader
-from ella_kd.models import AutoencoderKL, save_checkpoint, save_tsc
+from benchmarks.miniature.scenes import SIZE
+from benchmarks.miniature.text import CLIPReader, T5Reader
+from ella_kd.models import save_checkpoint, save_tsc
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ PRESETS = {
         processes=2,
         budgets={
             "vae": Budget(samples=130_000, minutes=6.5, batch=16),
-            "t5": Budget(samples=160_000, minutes=13, batch=48),
+            "t5": Budget(samples=140_000, minutes=24, batch=48),
             "clip": Budget(samples=200_000, minutes=5, batch=48),
-            "unet": Budget(samples=2_000_000, minutes=52, batch=32),
+            "unet": Budget(samples=2_000_000, minutes=36, batch=32),
             "tsc": Budget(samples=1_000_000, minutes=34, batch=32),
         },
         curriculum=Curriculum(most=3),
@@ -64,7 +66,10 @@ PRESETS = {
 STAGES = ("vae", "t5", "clip", "unet", "tsc")
 
 
-def finished(stage: Stage, folder: Path) -> Stage:
+Finished = TypeVar("Finished", bound=Stage)
+
+
+def finished(stage: Finished, folder: Path) -> Finished:
     """The stage with the averaged weights of its finished run. Raises FileNotFoundError or ValueError if it is not."""
     path = folder / f"{stage.name}.pt"
     if not path.exists():
@@ -78,35 +83,27 @@ def finished(stage: Stage, folder: Path) -> Stage:
     return stage.eval().requires_grad_(False)
 
 
-def trained_vae(folder: Path) -> AutoencoderKL:
-    autoencoder = Autoencoder()
-    finished(autoencoder, folder)
-    autoencoder.whiten()
-    return autoencoder.vae
+def plain_diffusion(preset: Preset, folder: Path) -> PlainDiffusion:
+    """The untrained plain Stable Diffusion on the finished autoencoder and CLIP-style encoder."""
+    vae = finished(Autoencoder(), folder).whitened()
+    return PlainDiffusion(vae, finished(CLIPReader(), folder), preset.curriculum)
 
 
-def trained_reader(kind: str, folder: Path) -> Reader:
-    reader = Reader(kind)
-    finished(reader, folder)
-    return reader
+def connector_diffusion(preset: Preset, folder: Path) -> ConnectorDiffusion:
+    """The untrained connector on the finished T5 and plain Stable Diffusion."""
+    plain = finished(plain_diffusion(preset, folder), folder)
+    return ConnectorDiffusion(plain.vae, finished(T5Reader(), folder), plain.unet, preset.curriculum)
 
 
-def build(name: str, preset: Preset, folder: Path, seed: int) -> Stage:
+def build(name: str, preset: Preset, folder: Path) -> Stage:
     """The stage `name` on top of the finished ones it needs."""
-    torch.manual_seed(seed)
-    stage: Stage
     if name == "vae":
-        stage = Autoencoder().to(memory_format=torch.channels_last)
-    elif name in ("t5", "clip"):
-        stage = Reader(name)
-    elif name == "unet":
-        stage = PlainDiffusion(trained_vae(folder), trained_reader("clip", folder), preset.curriculum, seed)
-    else:
-        plain = build("unet", preset, folder, seed)
-        finished(plain, folder)
-        assert isinstance(plain, PlainDiffusion)
-        stage = ConnectorDiffusion(plain.vae, trained_reader("t5", folder), plain.unet, preset.curriculum, seed)
-    return stage.to(preset.device)
+        return Autoencoder()
+    if name == "t5":
+        return T5Reader()
+    if name == "clip":
+        return CLIPReader()
+    return plain_diffusion(preset, folder) if name == "unet" else connector_diffusion(preset, folder)
 
 
 def _process(rank: int, name: str, preset: Preset, folder: Path, seed: int, processes: int, meeting: str) -> None:
@@ -115,7 +112,9 @@ def _process(rank: int, name: str, preset: Preset, folder: Path, seed: int, proc
     if processes > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
     log_every = 400.0 if name in ("unet", "tsc") else 60.0
-    train(build(name, preset, folder, seed), preset.budgets[name], folder, seed, log_every)
+    torch.manual_seed(seed)
+    stage = build(name, preset, folder).to(preset.device)
+    train(stage, preset.budgets[name], folder, seed, log_every)
     if processes > 1:
         dist.destroy_process_group()
 
@@ -125,27 +124,25 @@ def run(name: str, preset: Preset, folder: Path, seed: int) -> None:
     processes = preset.processes if name in ("unet", "tsc") else 1
     with tempfile.TemporaryDirectory() as meeting:
         args = (name, preset, folder, seed, processes, os.path.join(meeting, "rendezvous"))
-        mp.spawn(_process, args=args, nprocs=processes)  # type: ignore[no-untyped-call]
+        mp.spawn(_process, args=args, nprocs=processes)
 
 
 def export(preset: Preset, folder: Path, seed: int, out: Path) -> None:
     """Writes the files of a finished run as those of the real models are: fp16, one checkpoint, a TSC, two folders."""
-    stage = build("tsc", preset, folder, seed)
-    finished(stage, folder)
-    assert isinstance(stage, ConnectorDiffusion)
-    clip, t5 = trained_reader("clip", folder), trained_reader("t5", folder)
+    stage = finished(connector_diffusion(preset, folder), folder)
+    clip, t5 = finished(CLIPReader(), folder), stage.t5
     out.mkdir(parents=True, exist_ok=True)
-    unet = stage.denoiser.inner_model
-    metadata = {"modelspec.resolution": "32x32"}
-    save_checkpoint(out / "sd.safetensors", unet, stage.vae, clip.encoder, metadata, dtype=torch.float16)
+    metadata = {"modelspec.resolution": f"{SIZE}x{SIZE}"}
+    save_checkpoint(out / "sd.safetensors", stage.unet, stage.vae, clip.encoder, metadata, dtype=torch.float16)
     save_tsc(out / "tsc.safetensors", stage.tsc, dtype=torch.float16)
-    clip.save(out / "clip")
-    t5.save(out / "t5")
-    logs = {}
+    clip.tokenizer.save_pretrained(out / "clip")
+    t5.tokenizer.save_pretrained(out / "t5")
+    t5.encoder.half().save_pretrained(out / "t5")
+    stages = {}
     for name in STAGES:
-        lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        logs[name] = {"budget": asdict(preset.budgets[name]), "end": lines[-1], "log": lines}
-    record = {"seed": seed, "device": preset.device, "processes": preset.processes, "stages": logs}
+        log = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        stages[name] = {"budget": asdict(preset.budgets[name]), "log": log}
+    record = {"seed": seed, "device": preset.device, "processes": preset.processes, "stages": stages}
     (out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
