@@ -21,6 +21,7 @@ import transformers
 from benchmarks.miniature import captions
 from benchmarks.miniature.questions import CATEGORIES, ask, summary
 from benchmarks.miniature.scenes import Scene, parse, random_scene
+from benchmarks.readme import between_marks
 from ella_kd import Pipeline, generate
 from ella_kd.samplers import SAMPLERS
 
@@ -128,14 +129,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.legend(fontsize=8, frameon=False)
     figure.tight_layout()
     figure.savefig(path)
-
-
-def between_marks(text: str, name: str, content: str) -> str:
-    """`text` with what stands between `<!-- name -->` and `<!-- /name -->` replaced. ValueError without the marks."""
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if start not in text or end not in text:
-        raise ValueError(f"expected the marks {start} and {end}")
-    return text[: text.index(start) + len(start)] + f"\n{content}\n" + text[text.index(end) :]
 
 
 def machine() -> str:
