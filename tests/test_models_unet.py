@@ -93,10 +93,15 @@ def test_the_architecture_is_read_off_the_shapes(name: str) -> None:
     config = CONFIGS[name]
     with torch.device("meta"):
         shapes = {key: x.shape for key, x in UNet(config).state_dict().items()}
-    # heads are not in the shapes: 8 for the SD1.x kind, 64 channels each for the SD2.x kind, or as told
-    if config.head_dim is None:
-        assert UNetConfig.from_shapes(shapes) == config
+    # heads are not in the shapes: as told, or 8 for the SD1.x kind and 64 channels each for the SD2.x kind
     assert UNetConfig.from_shapes(shapes, config.num_heads, config.head_dim) == config
+
+
+def test_the_kind_tells_the_heads_if_nothing_else_does() -> None:
+    for config in (UNetConfig(), UNetConfig(context_dim=1024, num_heads=None, head_dim=64, linear_proj=True)):
+        with torch.device("meta"):
+            shapes = {key: x.shape for key, x in UNet(config).state_dict().items()}
+        assert UNetConfig.from_shapes(shapes) == config
 
 
 def test_has_the_names_and_shapes_of_sd15() -> None:

@@ -66,6 +66,13 @@ def test_equals_diffusers(name: str, dtype: torch.dtype, tolerance: float) -> No
     assert error(vae.decode(latents), twin.decode(posterior.mean).sample) < tolerance
 
 
+def test_the_log_variance_stays_in_range() -> None:
+    vae = random_vae(MINIATURE)
+    vae.quant_conv.bias[4:6], vae.quant_conv.bias[6:] = 100.0, -100.0
+    _, logvar = vae.moments(torch.randn(1, 3, 8, 8))
+    assert (logvar.amin().item(), logvar.amax().item()) == (-30, 20)
+
+
 def test_a_draw_is_mean_plus_deviation_times_noise() -> None:
     vae = random_vae(MINIATURE)
     images = torch.randn(1, 3, 8, 8)
