@@ -46,7 +46,7 @@ PRESETS = {
             "t5": Budget(samples=140_000, minutes=24, batch=48),
             "clip": Budget(samples=200_000, minutes=5, batch=48),
             "unet": Budget(samples=2_000_000, minutes=36, batch=32),
-            "tsc": Budget(samples=1_000_000, minutes=34, batch=32),
+            "tsc": Budget(samples=1_000_000, minutes=22, batch=32),
         },
         curriculum=Curriculum(most=3),
     ),
