@@ -11,18 +11,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MINIATURE = ["sd.safetensors", "tsc.safetensors", "README.md", "clip/tokenizer.json", "clip/tokenizer_config.json",
-             "t5/config.json", "t5/model.safetensors", "t5/tokenizer.json", "t5/tokenizer_config.json"]
+MINIATURE = ["sd.safetensors", "tsc.safetensors", "clip/tokenizer.json", "t5/config.json", "t5/model.safetensors"]
+
+
+def miniature() -> set[str]:
+    folder = ROOT / "models" / "miniature"
+    return {*MINIATURE, *(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())}
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of what is in the clone, with stand-ins for the miniature's files."""
+    """Built from a copy of what is in the clone, with small stand-ins for the miniature's files."""
     source = tmp_path_factory.mktemp("source") / "clone"
     leave = shutil.ignore_patterns(".venv", ".git", "build", "dist", "*.egg-info", ".*_cache", "__pycache__", "runs",
                                    "out", "*.safetensors")
     shutil.copytree(ROOT, source, symlinks=True, ignore=leave)
-    for name in MINIATURE:
+    for name in miniature():
         path = source / "models" / "miniature" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
@@ -38,8 +42,8 @@ def test_the_wheel_holds_the_packages_and_the_miniature_and_nothing_else(wheel: 
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
     sources = {"ella_kd": ROOT / "ella_kd", "ella_kd/models": ROOT / "models", "ella_kd/samplers": ROOT / "samplers"}
     modules = {f"{package}/{file.name}" for package, folder in sources.items() for file in folder.glob("*.py")}
-    miniature = {f"ella_kd/models/miniature/{name}" for name in MINIATURE}
-    assert modules | miniature | {"ella_kd/py.typed"} == set(names)
+    weights = {f"ella_kd/models/miniature/{name}" for name in miniature()}
+    assert modules | weights | {"ella_kd/py.typed"} == set(names)
     assert {name.partition("/")[0] for name in names} == {"ella_kd"}, "samplers and models must not be top-level names"
 
 
