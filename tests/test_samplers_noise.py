@@ -46,10 +46,11 @@ def test_randn_is_torch_s_own_per_row() -> None:
 def test_a_row_depends_on_its_own_seed(kind: type[NormalNoise]) -> None:
     x = torch.zeros(3, 4, 8, 8)
     batch = kind(x, [5, 6, 5 + 2**40])
-    alone = kind(x[:1], [6])
+    alone, double = kind(x[:1], [6]), kind(x[:1].double(), [6])
     for s, t in ((14.6, 3.0), (3.0, 0.2)):
         drawn = batch(s, t)
         assert torch.equal(drawn[1], alone(s, t)[0])
+        assert torch.equal(double(s, t)[0], drawn[1].double()), "drawn in float32 for any dtype"
         assert not torch.equal(drawn[0], drawn[1])
         assert not torch.equal(drawn[0], drawn[2]), "all bits of a seed count"
 
