@@ -58,7 +58,8 @@ def test_an_importable_k_diffusion_is_used_as_it_is(tmp_path: Any) -> None:
 def test_a_k_diffusion_that_does_not_import_is_loaded_in_part(tmp_path: Any, error: str) -> None:
     package = tmp_path / "k_diffusion"
     package.mkdir()
-    (package / "__init__.py").write_text(f"from . import utils\nraise {error}\n")
+    (package / "__init__.py").write_text(f"from . import layers\nraise {error}\n")
+    (package / "layers.py").write_text("")
     (package / "utils.py").write_text("from torchvision.transforms import functional as TF\nmine = True\n")
     (package / "sampling.py").write_text("from . import utils\n")
     (package / "external.py").write_text("from . import sampling, utils\n")
