@@ -21,7 +21,7 @@ from ella_kd.images import contact_sheet, save_image, save_png
 from ella_kd.samplers import get_sigmas_karras, randn
 from ella_kd.samplers.upstream import k_diffusion
 
-STEPS, SCALE, SEED = 20, 4.0, 1001
+STEPS, SCALE, SEED = 20, 3.0, 1001
 ENLARGE = 8  # 32 px pictures are shown as 256 px
 
 

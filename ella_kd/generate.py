@@ -62,7 +62,7 @@ def generate(
                          "height": height}.items():
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
-    multiple = pipeline.size_multiple
+    multiple = pipeline.vae.factor
     if width % multiple or height % multiple:
         raise ValueError(f"width and height must be multiples of {multiple} for this model, got {width}x{height}: "
                          f"try {_nearest(width, multiple)}x{_nearest(height, multiple)}")

@@ -77,11 +77,6 @@ class Pipeline:
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
 
-    @property
-    def size_multiple(self) -> int:
-        """Width and height must be multiples of this: the autoencoder's factor times the UNet's own halvings."""
-        return self.vae.factor * 2 ** (len(self.unet.config.channel_mult) - 1)
-
 
 def _image_size(path: Path) -> int | None:
     if path.suffix != ".safetensors":

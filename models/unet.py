@@ -176,19 +176,22 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # the skip's size: an odd one was rounded up
 
 
 class Stage(nn.Sequential):
-    """Layers in a row, each given what it takes beside x."""
+    """Layers in a row, each given what it takes beside x; size: what an Upsample must reach."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None,  # type: ignore[override]
+                size: torch.Size | None = None) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context, mask)
+            elif isinstance(layer, Upsample):
+                x = layer(x, size)
             else:
                 x = layer(x)
         return x
@@ -197,8 +200,7 @@ class Stage(nn.Sequential):
 class UNet(nn.Module):
     """The denoising network of latent diffusion (Rombach et al. 2022, arXiv 2112.10752, section 3.2).
 
-    `unet(x, t, context, mask=None)`: x [B, in_channels, h, w], h and w multiples of 2 ** (levels - 1); t [B], the
-    timestep, fractional welcome; context [B, L, context_dim], the text tokens; mask [B, L] bool, True at real tokens,
+    `unet(x, t, context, mask=None)`: x [B, in_channels, h, w], of any size; t [B], the timestep, fractional welcome; context [B, L, context_dim], the text tokens; mask [B, L] bool, True at real tokens,
     None if all are real -> [B, out_channels, h, w]. x and context have the network's dtype, t stays fp32.
     Raises ValueError for a wrong shape.
     """
@@ -254,14 +256,14 @@ class UNet(nn.Module):
             skips.append(x)
         x = self.middle_block(x, emb, context, mask)
         for stage in self.output_blocks:
-            x = stage(torch.cat([x, skips.pop()], dim=1), emb, context, mask)
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = stage(x, emb, context, mask, skips[-1].shape[2:] if skips else None)
         return self.out(x)
 
     def _check(self, x: Tensor, t: Tensor, context: Tensor, mask: Tensor | None) -> None:
-        config, factor = self.config, 2 ** (len(self.config.channel_mult) - 1)
-        if x.ndim != 4 or x.shape[1] != config.in_channels or x.shape[2] % factor or x.shape[3] % factor:
-            raise ValueError(f"the UNet takes x [B, {config.in_channels}, h, w] with h and w multiples of {factor}, "
-                             f"got {list(x.shape)}")
+        config = self.config
+        if x.ndim != 4 or x.shape[1] != config.in_channels:
+            raise ValueError(f"the UNet takes x [B, {config.in_channels}, h, w], got {list(x.shape)}")
         if t.shape != x.shape[:1]:
             raise ValueError(f"the UNet takes one timestep per sample: x has {x.shape[0]}, t has {list(t.shape)}")
         if context.ndim != 3 or context.shape[0] != x.shape[0] or context.shape[2] != config.context_dim:

@@ -134,7 +134,7 @@ def test_help_explains_with_an_example(run: Run, command: list[str]) -> None:
     (["generate", "a", "--schedule", "caras"], "unknown schedule 'caras': did you mean karras"),
     (["generate", "a", "--mode", "loose"], "'loose' is not one of 'flexible', 'fixed', 'plain'."),
     (["generate", "a", "--steps", "0"], "Invalid value for '--steps': 0 is not in the range x>=1."),
-    (["generate", "a", "--width", "20"], "multiples of 8 for this model, got 20x16: try 16x16"),
+    (["generate", "a", "--width", "21"], "multiples of 4 for this model, got 21x16: try 20x16"),
     (["generate", "a", "--out", "file/pictures"], "cannot write to the folder file/pictures: "),
     (["generate", "a", "--tsc", "missing.safetensors"], "no checkpoint at missing.safetensors"),
     (["generate", "a", "--t5", "nowhere"], "no T5 model in nowhere"),

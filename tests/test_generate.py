@@ -125,8 +125,8 @@ def test_every_sampler_draws_on_every_schedule(pipeline: Pipeline, schedule: str
     ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
     ({"steps": 2.5}, "steps must be a whole number"),
     ({"count": 0}, "count must be"),
-    ({"width": 20}, "multiples of 8 for this model, got 20x16: try 16x16"),
-    ({"height": 20}, "multiples of 8 for this model, got 16x20: try 16x16"),
+    ({"width": 21}, "multiples of 4 for this model, got 21x16: try 20x16"),
+    ({"height": 19}, "multiples of 4 for this model, got 16x19: try 16x20"),
     ({"height": 0}, "height must be a whole number of at least 1, got 0"),
     ({"width": 16.0}, "width must be a whole number"),
     ({"sampler": "dpmpp2m"}, "unknown sampler 'dpmpp2m': did you mean dpmpp_2m"),
@@ -178,4 +178,3 @@ def test_the_default_size_is_the_checkpoints(tiny_files: dict[str, str], tmp_pat
     save_checkpoint(tmp_path / "unsaid.safetensors", parts.unet, parts.vae, parts.text_model)
     unsaid = Pipeline.load(tmp_path / "unsaid.safetensors")
     assert unsaid.size == 64 * 4  # 64 latents, each 4 px here; 8 px and so 512 in Stable Diffusion
-    assert unsaid.size_multiple == 8
