@@ -200,8 +200,9 @@ class Stage(nn.Sequential):
 class UNet(nn.Module):
     """The denoising network of latent diffusion (Rombach et al. 2022, arXiv 2112.10752, section 3.2).
 
-    `unet(x, t, context, mask=None)`: x [B, in_channels, h, w], of any size; t [B], the timestep, fractional welcome; context [B, L, context_dim], the text tokens; mask [B, L] bool, True at real tokens,
-    None if all are real -> [B, out_channels, h, w]. x and context have the network's dtype, t stays fp32.
+    `unet(x, t, context, mask=None)`: x [B, in_channels, h, w], any h and w; t [B], the timestep, fractional welcome;
+    context [B, L, context_dim], the text tokens; mask [B, L] bool, True at real tokens, None if all are real ->
+    [B, out_channels, h, w]. x and context have the network's dtype, t stays fp32.
     Raises ValueError for a wrong shape.
     """
 

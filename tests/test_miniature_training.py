@@ -124,10 +124,11 @@ def test_five_stages_make_a_system_that_the_loaders_read(tmp_path: Path, monkeyp
                              clip_tokenizer=out / "clip", device="cpu")
     assert pipeline.size == 32
     for mode in ("plain", "fixed", "flexible"):
-        assert generate(pipeline, "A red ring.", mode=mode, steps=2, seeds=0, progress=False)  # type: ignore[arg-type]
+        assert generate(pipeline, "A red ring.", mode=mode, steps=2, seeds=0, progress=False)
     assert pipeline.t5 is not None
     prompt = "A red ring sits in the center. The background is snow."
-    expected = stage.encode([prompt]).tokens  # type: ignore[attr-defined]
+    assert isinstance(stage, diffusion.ConnectorDiffusion)
+    expected = stage.encode([prompt]).tokens
     torch.testing.assert_close(pipeline.t5(prompt).tokens, expected, atol=1e-2, rtol=1e-2)  # fp16 on disk
 
 
