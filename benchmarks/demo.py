@@ -26,9 +26,9 @@ ENLARGE = 8  # 32 px pictures are shown as 256 px
 
 
 def scenes() -> list[Scene]:
-    """Eight scenes of two things; in each, at least one (shape, colour, place) was never seen in training."""
+    """Four scenes of two things and four of three; each has a (shape, colour, place) never seen in training."""
     rng = random.Random("demo")
-    return [random_scene(rng, 2, unseen=True) for _ in range(8)]
+    return [random_scene(rng, count, unseen=True) for count in (2, 2, 2, 2, 3, 3, 3, 3)]
 
 
 def describe(scene: Scene) -> str:

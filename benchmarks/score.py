@@ -24,7 +24,7 @@ from benchmarks.miniature.questions import CATEGORIES, ask, summary
 from benchmarks.miniature.scenes import Scene, parse, random_scene
 from benchmarks.readme import between_marks
 from ella_kd import Pipeline, generate
-from ella_kd.samplers import SAMPLERS
+from ella_kd.samplers import SAMPLERS, get_sigmas_karras
 
 HERE = Path(__file__).parent
 STEPS, SCALE, LAMBDA, BATCH = 20, 3.0, 0.6, 50
@@ -87,7 +87,9 @@ def measure_samplers(pipeline: Pipeline, count: int) -> dict[str, Any]:
         for steps in (5, 10, 20):
             scale = LAMBDA if sampler.cfg_pp else SCALE
             found = draw(pipeline, prompts, sampler=name, steps=steps, scale=scale)
-            row = {"evaluations": sampler.evals * steps, **score(wanted, found)["right"]}
+            sigmas = get_sigmas_karras(steps, pipeline.noise_schedule.sigma_min, pipeline.noise_schedule.sigma_max)
+            evaluations = len(sampler.solver.eval_sigmas(sigmas))
+            row = {"evaluations": evaluations, **score(wanted, found)["right"]}
             result.setdefault(name, {})[str(steps)] = row
         click.echo(f"{name}: " + ", ".join(f"{n} steps {row['score']:.1f}" for n, row in result[name].items()))
     return result
