@@ -21,22 +21,19 @@ def run(script: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def test_the_scripts_run_as_written() -> None:
-    torch.manual_seed(0)
     names = run(SCRIPT)
     assert names["images"].shape == (1, 3, 32, 32)
     assert bool(names["images"].isfinite().all())
     ours = names["latents"]
-    torch.manual_seed(0)
     theirs = run(SWAP, names)["latents"]  # k-diffusion's own sampler, from the same noise
     torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_can_be_swapped_in(name: str) -> None:
-    script = re.sub(r"\bsample_dpmpp_2m\b", f"sample_{name}", SCRIPT).replace("karras(20,", "karras(3,")
+    script = SCRIPT.replace("sample_dpmpp_2m", f"sample_{name}").replace("karras(20,", "karras(3,")
     if name.endswith("_cfg_pp"):
         script = script.replace("cond_scale=3.0", "cond_scale=0.6")
-    torch.manual_seed(0)
     assert bool(run(script)["latents"].isfinite().all())
 
 
