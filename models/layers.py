@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 Shapes = Mapping[str, Sequence[int]]  # tensor name -> shape
@@ -27,9 +28,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = No
 
     mask [B, Lk] bool, True at keys that are seen; None: all are. A row without any True gives NaN.
     """
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (rearrange(x, "b l (h d) -> b h l d", h=heads) for x in (q, k, v))
     seen = None if mask is None else mask[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)
+    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=seen), "b h l d -> b l (h d)")
 
 
 def zero_init(layer: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ella_kd.models.layers import Shapes, attend, count_of, shape_of, timestep_embedding, zero_init
@@ -276,9 +277,9 @@ class UNet(nn.Module):
 
 def _tokens(x: Tensor) -> Tensor:
     """[B, C, h, w] -> [B, h * w, C]"""
-    return x.flatten(2).transpose(1, 2)
+    return rearrange(x, "b c h w -> b (h w) c")
 
 
 def _image(tokens: Tensor, like: Tensor) -> Tensor:
     """[B, h * w, C] -> [B, C, h, w]"""
-    return tokens.transpose(1, 2).reshape(like.shape)
+    return rearrange(tokens, "b (h w) c -> b c h w", h=like.shape[2])

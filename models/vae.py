@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ella_kd.models.layers import Shapes, attend, count_of, shape_of
@@ -70,8 +71,9 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        return x + self.proj_out(attend(q, k, v, heads=1).transpose(1, 2).reshape(x.shape))
+        q, k, v = (rearrange(layer(h), "b c h w -> b (h w) c") for layer in (self.q, self.k, self.v))
+        seen = attend(q, k, v, heads=1)
+        return x + self.proj_out(rearrange(seen, "b (h w) c -> b c h w", h=x.shape[2]))
 
 
 class Mid(nn.Module):
