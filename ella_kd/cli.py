@@ -136,11 +136,14 @@ def generate(prompts: tuple[str, ...], file: str | None, mode: Mode, count: int,
     if not texts:
         raise ValueError("no prompt: give one in quotes, or a file of prompts with --prompts")
     _check_writable(out)
-    pictures = draw(_load(options), texts, mode=mode, count=count, seeds=seed, batch_size=batch, **options)
-    for number, picture in enumerate(pictures, _last_number(out) + 1):
-        path = out / f"{number:05d}-{picture.settings.seed}-{_slug(picture.settings.prompt)}.png"
-        save_png(picture, path, enlarge)
-        click.echo(path)
+    pipeline, number, some = _load(options), _last_number(out), max(1, batch // count)
+    for i in range(0, len(texts), some):  # saved as they come: a run that is stopped keeps what it has drawn
+        drawn = draw(pipeline, texts[i : i + some], mode=mode, count=count, seeds=seed, batch_size=batch, **options)
+        for picture in drawn:
+            number += 1
+            path = out / f"{number:05d}-{picture.settings.seed}-{_slug(picture.settings.prompt)}.png"
+            save_png(picture, path, enlarge)
+            click.echo(path)
 
 
 @main.command()

@@ -76,6 +76,22 @@ def test_prompts_come_from_the_line_and_from_a_file_and_numbers_go_on(run: Run, 
         "00004-5-a-red-circle.png", "00005-5-a-blue-square.png", "00006-5-the-left-of-a-circle-really.png"]
 
 
+def test_a_run_that_stops_keeps_what_it_has_drawn(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def stops(pipeline: Pipeline, prompts: list[str], **options: Any) -> list[Any]:
+        calls.append(prompts)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(pipeline, prompts, **options)
+
+    monkeypatch.setattr(cli, "draw", stops)
+    done = run("generate", "a", "a red circle", "a blue square", "--batch", "4", "--count", "2", "--seed", "5")
+    assert done.exit_code != 0
+    assert calls == [["a", "a red circle"], ["a blue square"]]
+    assert len(files(tmp_path / "out")) == 4
+
+
 def test_options_reach_the_picture(run: Run, tmp_path: Path) -> None:
     done = run("generate", "a circle", "--negative", "blue", "--mode", "fixed", "--sampler", "euler_ancestral",
                "--schedule", "ays", "--steps", "3", "--scale", "2.5", "--seed", "8", "--width", "24", "--height", "8")
