@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ella_kd.samplers import functions, schedules
+from ella_kd.samplers import compatible_schedules, functions, schedules, timestep_schedules
 from ella_kd.samplers.dpmpp import DPMpp2M, DPMpp2SAncestral
 from ella_kd.samplers.euler import Euler, EulerAncestral
 from ella_kd.samplers.second_order import DPM2, Heun
@@ -62,6 +62,23 @@ def _ranged(name: str, description: str) -> Schedule:
     return Schedule(name, function, lambda n, model: function(n, model.sigma_min, model.sigma_max), description)
 
 
+def _nodes(name: str, description: str) -> Schedule:
+    function = getattr(schedules, f"get_sigmas_{name}")
+    return Schedule(name, function, lambda n, model: function(n), description)
+
+
+def _timesteps(name: str, description: str) -> Schedule:
+    function = getattr(timestep_schedules, f"get_sigmas_{name}")
+    return Schedule(name, function, function, description)
+
+
+def _compatible(name: str, description: str, ranged: bool = False) -> Schedule:
+    function = getattr(compatible_schedules, f"get_sigmas_{name}")
+    if ranged:
+        return Schedule(name, function, lambda n, model: function(n, model.sigma_min, model.sigma_max), description)
+    return Schedule(name, function, function, description)
+
+
 SAMPLERS: dict[str, Sampler] = {
     row.name: row
     for row in (
@@ -83,15 +100,52 @@ SCHEDULES: dict[str, Schedule] = {
     for row in (
         _ranged("karras", "even in sigma^(1/7), Karras et al. 2022"),
         _ranged("exponential", "even in log sigma"),
-        Schedule("normal", schedules.get_sigmas_normal, schedules.get_sigmas_normal, "even in the model's timestep"),
+        _ranged("polyexponential", "log sigma falls as a power of even steps; with power 1, its default, exponential"),
         Schedule(
-            "ays",
-            schedules.get_sigmas_ays,
-            lambda n, model: schedules.get_sigmas_ays(n),
-            "Align Your Steps, ten nodes optimised for SD1.5",
+            "vp",
+            schedules.get_sigmas_vp,
+            lambda n, model: schedules.get_sigmas_vp(n, *schedules.vp_betas(model.sigma_min, model.sigma_max)),
+            "even in the time of a continuous VP process, fitted to the model's range",
+        ),
+        _ranged("laplace", "even quantiles of a Laplace distribution of log sigma: dense about sigma 1"),
+        _ranged("kl_optimal", "even in arctan sigma"),
+        Schedule(
+            "linear_quadratic",
+            schedules.get_sigmas_linear_quadratic,
+            lambda n, model: schedules.get_sigmas_linear_quadratic(n, model.sigma_max),
+            "half the steps linear in sigma near the top, then a parabola; made for flow models",
+        ),
+        _nodes("ays", "Align Your Steps, ten nodes optimised for SD1.5"),
+        _nodes("ays_sdxl", "Align Your Steps, ten nodes optimised for SDXL"),
+        _nodes("gits", "GITS, ten nodes found for SD1.5"),
+        _timesteps("normal", "even in the model's timestep"),
+        _timesteps("sgm_uniform", "even in the model's timestep, the step to 0 included"),
+        _timesteps("simple", "every (N / n)-th timestep from the last down"),
+        _timesteps("ddim_uniform", "every (N / n)-th timestep from 1 up, the spacing of DDIM"),
+        _timesteps("beta", "timesteps at quantiles of a Beta distribution: dense at both ends"),
+        _timesteps("leading", "diffusers' default spacing: starts below the largest sigma"),
+        _timesteps("trailing", "diffusers' spacing from the last timestep down"),
+        _timesteps("linspace", "diffusers' even spacing in the timestep, sigma linear between whole ones"),
+    )
+}
+
+COMPATIBLE_SCHEDULES: dict[str, Schedule] = {
+    row.name: row
+    for row in (
+        _compatible("beta_comfyui", "ComfyUI's beta: rounded timesteps, equal ones dropped"),
+        _compatible("beta_a1111", "A1111's Beta: quantiles of sigma itself", ranged=True),
+        _compatible("kl_optimal_a1111", "A1111's KL Optimal: ends at sigma_min, no 0", ranged=True),
+        _compatible("laplace_comfyui", "ComfyUI's Laplace: clamped to the range, no 0", ranged=True),
+        _compatible("ddim_uniform_comfyui", "ComfyUI's ddim_uniform: more steps than asked where n does not divide N"),
+        Schedule(
+            "ays_a1111",
+            compatible_schedules.get_sigmas_ays_a1111,
+            lambda n, model: compatible_schedules.get_sigmas_ays_a1111(n),
+            "A1111's Align Your Steps: eleven nodes interpolated to n, then 0",
         ),
     )
 }
+"""What other programs mean by a name where `SCHEDULES` means something else; not all give n + 1 values, or end in 0."""
 
 Row = TypeVar("Row")
 
@@ -102,8 +156,8 @@ def get_sampler(name: str) -> Sampler:
 
 
 def get_schedule(name: str) -> Schedule:
-    """The row of SCHEDULES of that name; ValueError names the nearest ones where there is none."""
-    return _lookup(SCHEDULES, name, "schedule")
+    """The row of SCHEDULES or COMPATIBLE_SCHEDULES of that name; ValueError names the nearest ones if there is none."""
+    return _lookup({**SCHEDULES, **COMPATIBLE_SCHEDULES}, name, "schedule")
 
 
 def _lookup(table: Mapping[str, Row], name: str, what: str) -> Row:
