@@ -154,7 +154,7 @@ def test_callback_keys_x_before_the_step_and_sigmas(model: Pointwise) -> None:
     records: list[dict[str, Any]] = []
     x = latents()
     sample_euler(model, x, SIGMAS, ARGS, records.append, True)
-    assert [list(record) for record in records] == [["x", "i", "sigma", "sigma_hat", "denoised"]] * 6
+    assert [list(record) for record in records] == [["x", "i", "sigma", "sigma_hat", "denoised", "nfe"]] * 6
     assert torch.equal(records[0]["x"], x)
     assert [record["i"] for record in records] == list(range(6))
     for i, record in enumerate(records):
