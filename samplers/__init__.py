@@ -1,5 +1,6 @@
 """Samplers, step schedules and noise: they know x, sigma and a model, nothing of text or networks."""
 
+from ella_kd.samplers.adams import DEIS, IPNDM, GradientEstimation
 from ella_kd.samplers.dpmpp import DPMpp2M, DPMpp2SAncestral
 from ella_kd.samplers.driver import sample
 from ella_kd.samplers.euler import Euler, EulerAncestral
@@ -14,6 +15,16 @@ from ella_kd.samplers.functions import (
     sample_euler_ancestral_cfg_pp,
     sample_euler_cfg_pp,
     sample_heun,
+)
+from ella_kd.samplers.functions_exponential import (
+    sample_deis,
+    sample_gradient_estimation,
+    sample_ipndm,
+    sample_ipndm_v,
+    sample_res_multistep,
+    sample_res_multistep_ancestral,
+    sample_uni_pc,
+    sample_uni_pc_bh2,
 )
 from ella_kd.samplers.noise import BrownianNoise, NormalNoise, randn
 from ella_kd.samplers.schedules import (
@@ -41,9 +52,12 @@ from ella_kd.samplers.timestep_schedules import (
     get_sigmas_simple,
     get_sigmas_trailing,
 )
+from ella_kd.samplers.unipc import ResMultistepAncestral, UniPC
 
 __all__ = [
+    "DEIS",
     "DPM2",
+    "IPNDM",
     "SAMPLERS",
     "SCHEDULES",
     "BrownianNoise",
@@ -51,12 +65,15 @@ __all__ = [
     "DPMpp2SAncestral",
     "Euler",
     "EulerAncestral",
+    "GradientEstimation",
     "Heun",
     "NormalNoise",
+    "ResMultistepAncestral",
     "Sampler",
     "Schedule",
     "Solver",
     "Step",
+    "UniPC",
     "get_sampler",
     "get_schedule",
     "get_sigmas_ays",
@@ -79,6 +96,7 @@ __all__ = [
     "get_sigmas_vp",
     "randn",
     "sample",
+    "sample_deis",
     "sample_dpm_2",
     "sample_dpmpp_2m",
     "sample_dpmpp_2m_cfg_pp",
@@ -88,5 +106,12 @@ __all__ = [
     "sample_euler_ancestral",
     "sample_euler_ancestral_cfg_pp",
     "sample_euler_cfg_pp",
+    "sample_gradient_estimation",
     "sample_heun",
+    "sample_ipndm",
+    "sample_ipndm_v",
+    "sample_res_multistep",
+    "sample_res_multistep_ancestral",
+    "sample_uni_pc",
+    "sample_uni_pc_bh2",
 ]

@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ella_kd.samplers import compatible_schedules, functions, schedules, timestep_schedules
+from ella_kd.samplers import compatible_schedules, functions, functions_exponential, schedules, timestep_schedules
+from ella_kd.samplers.adams import DEIS, IPNDM, GradientEstimation
 from ella_kd.samplers.dpmpp import DPMpp2M, DPMpp2SAncestral
 from ella_kd.samplers.euler import Euler, EulerAncestral
 from ella_kd.samplers.second_order import DPM2, Heun
 from ella_kd.samplers.solver import Solver
+from ella_kd.samplers.unipc import ResMultistepAncestral, UniPC
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ def _sampler(name: str, solver: Solver, family: str, cfg_pp: bool = False) -> Sa
     return Sampler(name, getattr(functions, f"sample_{name}"), solver, family, cfg_pp)
 
 
+def _exponential(name: str, solver: Solver, family: str) -> Sampler:
+    return Sampler(name, getattr(functions_exponential, f"sample_{name}"), solver, family)
+
+
 def _ranged(name: str, description: str) -> Schedule:
     function = getattr(schedules, f"get_sigmas_{name}")
     return Schedule(name, function, lambda n, model: function(n, model.sigma_min, model.sigma_max), description)
@@ -89,6 +95,14 @@ SAMPLERS: dict[str, Sampler] = {
         _sampler("dpmpp_2s_ancestral", DPMpp2SAncestral(), "DPM-Solver++"),
         _sampler("dpmpp_2m", DPMpp2M(), "DPM-Solver++"),
         _sampler("dpmpp_2m_sde", DPMpp2M(eta=1.0), "DPM-Solver++"),
+        _exponential("uni_pc", UniPC(), "UniPC"),
+        _exponential("uni_pc_bh2", UniPC("bh2"), "UniPC"),
+        _exponential("deis", DEIS(), "DEIS"),
+        _exponential("ipndm", IPNDM(), "iPNDM"),
+        _exponential("ipndm_v", DEIS(4, "sigma"), "Adams-Bashforth"),
+        _exponential("res_multistep", DPMpp2M(solver_type="heun"), "RES, DPM-Solver++"),
+        _exponential("res_multistep_ancestral", ResMultistepAncestral(), "RES"),
+        _exponential("gradient_estimation", GradientEstimation(), "gradient estimation"),
         _sampler("euler_cfg_pp", Euler(), "Euler", cfg_pp=True),
         _sampler("euler_ancestral_cfg_pp", EulerAncestral(), "Euler", cfg_pp=True),
         _sampler("dpmpp_2m_cfg_pp", DPMpp2M(), "DPM-Solver++", cfg_pp=True),

@@ -23,7 +23,7 @@ SCHEDULES = {
     "img2img karras": lambda: get_sigmas_karras(10, LOW, HIGH)[5:],
     "img2img normal": lambda: get_sigmas_normal(10, LDMDenoiser(PointwiseUNet()))[5:],
 }
-THEIRS = [name for name in SAMPLERS if not SAMPLERS[name].cfg_pp]
+THEIRS = [name for name in SAMPLERS if hasattr(k_diffusion().sampling, f"sample_{name}")]
 ONLY_THEIRS = ["lms", "dpm_2_ancestral", "dpmpp_sde", "dpmpp_3m_sde"]
 
 

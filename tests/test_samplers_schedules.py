@@ -150,7 +150,7 @@ def test_sampler_rows_are_true(row: Sampler, guided: Guided) -> None:
     assert get_sampler(row.name) is row
     assert row.function.__name__ == f"sample_{row.name}"
     assert row.cfg_pp == row.name.endswith("_cfg_pp")
-    assert row.stochastic == ("eta" in inspect.signature(row.function).parameters)
+    assert row.stochastic == ("noise_sampler" in inspect.signature(row.function).parameters)
     assert row.function.__doc__
 
     torch.manual_seed(0)
