@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ella_kd.samplers import compatible_schedules, functions, functions_exponential, schedules, timestep_schedules
+from ella_kd.samplers import (
+    cfg_pp_functions,
+    compatible_schedules,
+    functions,
+    functions_exponential,
+    schedules,
+    timestep_schedules,
+)
 from ella_kd.samplers.adams import DEIS, IPNDM, GradientEstimation
 from ella_kd.samplers.dpmpp import DPMpp2M, DPMpp2SAncestral
 from ella_kd.samplers.euler import Euler, EulerAncestral
@@ -55,8 +62,8 @@ class Schedule:
     description: str
 
 
-def _sampler(name: str, solver: Solver, family: str, cfg_pp: bool = False) -> Sampler:
-    return Sampler(name, getattr(functions, f"sample_{name}"), solver, family, cfg_pp)
+def _sampler(name: str, solver: Solver, family: str) -> Sampler:
+    return Sampler(name, getattr(functions, f"sample_{name}"), solver, family)
 
 
 def _exponential(name: str, solver: Solver, family: str) -> Sampler:
@@ -103,11 +110,19 @@ SAMPLERS: dict[str, Sampler] = {
         _exponential("res_multistep", DPMpp2M(solver_type="heun"), "RES, DPM-Solver++"),
         _exponential("res_multistep_ancestral", ResMultistepAncestral(), "RES"),
         _exponential("gradient_estimation", GradientEstimation(), "gradient estimation"),
-        _sampler("euler_cfg_pp", Euler(), "Euler", cfg_pp=True),
-        _sampler("euler_ancestral_cfg_pp", EulerAncestral(), "Euler", cfg_pp=True),
-        _sampler("dpmpp_2m_cfg_pp", DPMpp2M(), "DPM-Solver++", cfg_pp=True),
     )
 }
+
+
+def _cfg_pp_rows(base: Sampler) -> Iterator[Sampler]:
+    for variant in ("", "_paper", "_comfyui"):
+        name = f"{base.name}{variant}_cfg_pp"
+        function = getattr(cfg_pp_functions, f"sample_{name}", None)
+        if function is not None:
+            yield Sampler(name, function, base.solver, base.family, cfg_pp=True)
+
+
+SAMPLERS.update({row.name: row for base in list(SAMPLERS.values()) for row in _cfg_pp_rows(base)})
 
 SCHEDULES: dict[str, Schedule] = {
     row.name: row
