@@ -22,6 +22,7 @@ from ella_kd.samplers.cfg_pp_functions import (
     sample_uni_pc_cfg_pp,
 )
 from ella_kd.samplers.dpmpp import DPMpp2M, DPMpp2SAncestral
+from ella_kd.samplers.dpmpp_sde import DPMpp3M, DPMppSDE
 from ella_kd.samplers.driver import Interrupted, Run, sample
 from ella_kd.samplers.euler import Euler, EulerAncestral
 from ella_kd.samplers.functions import (
@@ -43,6 +44,19 @@ from ella_kd.samplers.functions_exponential import (
     sample_uni_pc,
     sample_uni_pc_bh2,
 )
+from ella_kd.samplers.functions_kd import (
+    sample_ddim,
+    sample_ddpm,
+    sample_dpm_2_ancestral,
+    sample_dpmpp_3m_sde,
+    sample_dpmpp_sde,
+    sample_heunpp2,
+    sample_lcm,
+    sample_lms,
+)
+from ella_kd.samplers.heunpp import HeunPP2
+from ella_kd.samplers.lcm import LCM
+from ella_kd.samplers.lms import LMS
 from ella_kd.samplers.noise import BrownianNoise, NormalNoise, randn
 from ella_kd.samplers.schedules import (
     get_sigmas_ays,
@@ -56,7 +70,7 @@ from ella_kd.samplers.schedules import (
     get_sigmas_polyexponential,
     get_sigmas_vp,
 )
-from ella_kd.samplers.second_order import DPM2, Heun
+from ella_kd.samplers.second_order import DPM2, DPM2Ancestral, Heun
 from ella_kd.samplers.solver import Solver, Step
 from ella_kd.samplers.tables import SAMPLERS, SCHEDULES, Sampler, Schedule, get_sampler, get_schedule
 from ella_kd.samplers.timestep_schedules import (
@@ -75,16 +89,22 @@ __all__ = [
     "DEIS",
     "DPM2",
     "IPNDM",
+    "LCM",
+    "LMS",
     "SAMPLERS",
     "SCHEDULES",
     "BrownianNoise",
     "CFGpp",
+    "DPM2Ancestral",
     "DPMpp2M",
     "DPMpp2SAncestral",
+    "DPMpp3M",
+    "DPMppSDE",
     "Euler",
     "EulerAncestral",
     "GradientEstimation",
     "Heun",
+    "HeunPP2",
     "Interrupted",
     "NormalNoise",
     "ResMultistepAncestral",
@@ -116,9 +136,12 @@ __all__ = [
     "get_sigmas_vp",
     "randn",
     "sample",
+    "sample_ddim",
+    "sample_ddpm",
     "sample_deis",
     "sample_deis_cfg_pp",
     "sample_dpm_2",
+    "sample_dpm_2_ancestral",
     "sample_dpm_2_cfg_pp",
     "sample_dpmpp_2m",
     "sample_dpmpp_2m_cfg_pp",
@@ -127,6 +150,8 @@ __all__ = [
     "sample_dpmpp_2m_sde_cfg_pp",
     "sample_dpmpp_2s_ancestral",
     "sample_dpmpp_2s_ancestral_cfg_pp",
+    "sample_dpmpp_3m_sde",
+    "sample_dpmpp_sde",
     "sample_euler",
     "sample_euler_ancestral",
     "sample_euler_ancestral_cfg_pp",
@@ -135,10 +160,13 @@ __all__ = [
     "sample_gradient_estimation_cfg_pp",
     "sample_heun",
     "sample_heun_cfg_pp",
+    "sample_heunpp2",
     "sample_ipndm",
     "sample_ipndm_cfg_pp",
     "sample_ipndm_v",
     "sample_ipndm_v_cfg_pp",
+    "sample_lcm",
+    "sample_lms",
     "sample_res_multistep",
     "sample_res_multistep_ancestral",
     "sample_res_multistep_ancestral_cfg_pp",

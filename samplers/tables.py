@@ -19,8 +19,12 @@ from ella_kd.samplers import (
 )
 from ella_kd.samplers.adams import DEIS, IPNDM, GradientEstimation
 from ella_kd.samplers.dpmpp import DPMpp2M, DPMpp2SAncestral
+from ella_kd.samplers.dpmpp_sde import DPMpp3M, DPMppSDE
 from ella_kd.samplers.euler import Euler, EulerAncestral
-from ella_kd.samplers.second_order import DPM2, Heun
+from ella_kd.samplers.heunpp import HeunPP2
+from ella_kd.samplers.lcm import LCM
+from ella_kd.samplers.lms import LMS
+from ella_kd.samplers.second_order import DPM2, DPM2Ancestral, Heun
 from ella_kd.samplers.solver import Solver
 from ella_kd.samplers.unipc import ResMultistepAncestral, UniPC
 
@@ -70,6 +74,10 @@ def _exponential(name: str, solver: Solver, family: str) -> Sampler:
     return Sampler(name, getattr(functions_exponential, f"sample_{name}"), solver, family)
 
 
+def _kd(name: str, solver: Solver, family: str) -> Sampler:
+    return Sampler(name, getattr(functions_kd, f"sample_{name}"), solver, family)
+
+
 def _ranged(name: str, description: str) -> Schedule:
     function = getattr(schedules, f"get_sigmas_{name}")
     return Schedule(name, function, lambda n, model: function(n, model.sigma_min, model.sigma_max), description)
@@ -102,6 +110,14 @@ SAMPLERS: dict[str, Sampler] = {
         _sampler("dpmpp_2s_ancestral", DPMpp2SAncestral(), "DPM-Solver++"),
         _sampler("dpmpp_2m", DPMpp2M(), "DPM-Solver++"),
         _sampler("dpmpp_2m_sde", DPMpp2M(eta=1.0), "DPM-Solver++"),
+        _kd("dpm_2_ancestral", DPM2Ancestral(), "DPM-Solver"),
+        _kd("lms", LMS(), "Adams-Bashforth"),
+        _kd("dpmpp_sde", DPMppSDE(), "DPM-Solver++"),
+        _kd("dpmpp_3m_sde", DPMpp3M(), "DPM-Solver++"),
+        _kd("ddim", EulerAncestral(eta=0.0), "DDIM"),
+        _kd("ddpm", EulerAncestral(), "DDPM"),
+        _kd("lcm", LCM(), "consistency"),
+        _kd("heunpp2", HeunPP2(), "Heun++, no paper"),
         _exponential("uni_pc", UniPC(), "UniPC"),
         _exponential("uni_pc_bh2", UniPC("bh2"), "UniPC"),
         _exponential("deis", DEIS(), "DEIS"),

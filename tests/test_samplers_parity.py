@@ -116,5 +116,6 @@ def test_churn_equals_k_diffusion(solver: type[Euler], guided: Guided, monkeypat
 def test_signature_is_k_diffusion_s_and_seeds(name: str) -> None:
     ours = list(inspect.signature(SAMPLERS[name].function).parameters.values())
     theirs = list(inspect.signature(getattr(k_diffusion().sampling, f"sample_{name}")).parameters.values())
-    assert [(p.name, p.default, p.kind) for p in ours[:-1]] == [(p.name, p.default, p.kind) for p in theirs]
+    assert [(p.name, p.default, p.kind) for p in ours[: len(theirs)]] == [(p.name, p.default, p.kind) for p in theirs]
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
     assert (ours[-1].name, ours[-1].default, ours[-1].kind) == ("seeds", None, inspect.Parameter.KEYWORD_ONLY)
