@@ -58,6 +58,7 @@ from ella_kd.samplers.heunpp import HeunPP2
 from ella_kd.samplers.lcm import LCM
 from ella_kd.samplers.lms import LMS
 from ella_kd.samplers.noise import BrownianNoise, NormalNoise, randn
+from ella_kd.samplers.saving import load_run, save_run
 from ella_kd.samplers.schedules import (
     get_sigmas_ays,
     get_sigmas_ays_sdxl,
@@ -134,6 +135,7 @@ __all__ = [
     "get_sigmas_simple",
     "get_sigmas_trailing",
     "get_sigmas_vp",
+    "load_run",
     "randn",
     "sample",
     "sample_ddim",
@@ -176,4 +178,5 @@ __all__ = [
     "sample_uni_pc_bh2",
     "sample_uni_pc_bh2_cfg_pp",
     "sample_uni_pc_cfg_pp",
+    "save_run",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ella_kd.samplers.cfg_pp import CFGpp
 from ella_kd.samplers.checks import check_latents, check_sigmas
 from ella_kd.samplers.evaluations import Callback, Evaluations, Model, Record
 from ella_kd.samplers.noise import check_seeds, draw, random_seeds
+from ella_kd.samplers.saving import save_run
 from ella_kd.samplers.solver import Noise, Solver, State, Step
 
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
@@ -122,6 +124,11 @@ class Run(Iterator[Record]):
     def state(self) -> State:
         """A flat dict of tensors from which `sample` or a new Run goes on, together with `x`."""
         return {**self._kept, **self._at[2], "step": torch.tensor(self._at[0])}
+
+    def save(self, path: str | Path) -> None:
+        """Writes x and the state to a safetensors file, from which `load_run` brings them back."""
+        self._evaluate.raise_if_not_finite()
+        save_run(path, self.x, self.state)
 
     def __len__(self) -> int:
         """How many steps are left."""
