@@ -14,6 +14,7 @@ from ella_kd.samplers import (
     compatible_schedules,
     functions,
     functions_exponential,
+    functions_kd,
     schedules,
     timestep_schedules,
 )
