@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ella_kd.samplers import functions, functions_exponential
+from ella_kd.samplers import functions, functions_exponential, functions_kd
 from ella_kd.samplers.cfg_pp import CFGpp, Scale
 from ella_kd.samplers.solver import Step
 
@@ -62,6 +62,14 @@ sample_dpmpp_2s_ancestral_cfg_pp = cfg_pp_form(functions.sample_dpmpp_2s_ancestr
 sample_dpmpp_2m_cfg_pp = cfg_pp_form(functions.sample_dpmpp_2m)
 sample_dpmpp_2m_paper_cfg_pp = cfg_pp_form(functions.sample_dpmpp_2m, _paper_code, "paper")
 sample_dpmpp_2m_sde_cfg_pp = cfg_pp_form(functions.sample_dpmpp_2m_sde)
+sample_dpm_2_ancestral_cfg_pp = cfg_pp_form(functions_kd.sample_dpm_2_ancestral)
+sample_lms_cfg_pp = cfg_pp_form(functions_kd.sample_lms)
+sample_dpmpp_sde_cfg_pp = cfg_pp_form(functions_kd.sample_dpmpp_sde)
+sample_dpmpp_3m_sde_cfg_pp = cfg_pp_form(functions_kd.sample_dpmpp_3m_sde)
+sample_ddim_cfg_pp = cfg_pp_form(functions_kd.sample_ddim)
+sample_ddpm_cfg_pp = cfg_pp_form(functions_kd.sample_ddpm)
+sample_lcm_cfg_pp = cfg_pp_form(functions_kd.sample_lcm)
+sample_heunpp2_cfg_pp = cfg_pp_form(functions_kd.sample_heunpp2)
 sample_uni_pc_cfg_pp = cfg_pp_form(functions_exponential.sample_uni_pc)
 sample_uni_pc_bh2_cfg_pp = cfg_pp_form(functions_exponential.sample_uni_pc_bh2)
 sample_deis_cfg_pp = cfg_pp_form(functions_exponential.sample_deis)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 SIGMA_MIN, SIGMA_MAX = 0.05, 20.0
 QUANTILES = np.linspace(0.03, 0.97, 12)
-SLOPES = ("lms",)  # keep slopes, so the step to 0 is no mere D
+SLOPES = ("lms", "lms_cfg_pp")  # keep slopes, so the step to 0 is no mere D
 
 
 def measured_order(solver: Solver, mixture: Mixture, counts: tuple[int, ...] = (160, 320, 640)) -> float:
