@@ -62,6 +62,15 @@ from ella_kd.samplers.functions_kd import (
     sample_lcm,
     sample_lms,
 )
+from ella_kd.samplers.functions_stochastic import (
+    sample_er_sde,
+    sample_exp_heun_2_x0,
+    sample_exp_heun_2_x0_sde,
+    sample_sa_solver,
+    sample_sa_solver_pece,
+    sample_seeds_2,
+    sample_seeds_3,
+)
 from ella_kd.samplers.heunpp import HeunPP2
 from ella_kd.samplers.lcm import LCM
 from ella_kd.samplers.lms import LMS
@@ -80,7 +89,9 @@ from ella_kd.samplers.schedules import (
     get_sigmas_vp,
 )
 from ella_kd.samplers.second_order import DPM2, DPM2Ancestral, Heun
+from ella_kd.samplers.seeds import SEEDS2, SEEDS3
 from ella_kd.samplers.solver import Solver, Step
+from ella_kd.samplers.stochastic_multistep import ERSDE, SASolver, SASolverPECE
 from ella_kd.samplers.tables import SAMPLERS, SCHEDULES, Sampler, Schedule, get_sampler, get_schedule
 from ella_kd.samplers.timestep_schedules import (
     get_sigmas_beta,
@@ -97,11 +108,14 @@ from ella_kd.samplers.unipc import ResMultistepAncestral, UniPC
 __all__ = [
     "DEIS",
     "DPM2",
+    "ERSDE",
     "IPNDM",
     "LCM",
     "LMS",
     "SAMPLERS",
     "SCHEDULES",
+    "SEEDS2",
+    "SEEDS3",
     "BrownianNoise",
     "CFGpp",
     "DPM2Ancestral",
@@ -118,6 +132,8 @@ __all__ = [
     "NormalNoise",
     "ResMultistepAncestral",
     "Run",
+    "SASolver",
+    "SASolverPECE",
     "Sampler",
     "Schedule",
     "Solver",
@@ -167,10 +183,13 @@ __all__ = [
     "sample_dpmpp_3m_sde_cfg_pp",
     "sample_dpmpp_sde",
     "sample_dpmpp_sde_cfg_pp",
+    "sample_er_sde",
     "sample_euler",
     "sample_euler_ancestral",
     "sample_euler_ancestral_cfg_pp",
     "sample_euler_cfg_pp",
+    "sample_exp_heun_2_x0",
+    "sample_exp_heun_2_x0_sde",
     "sample_gradient_estimation",
     "sample_gradient_estimation_cfg_pp",
     "sample_heun",
@@ -190,6 +209,10 @@ __all__ = [
     "sample_res_multistep_ancestral_cfg_pp",
     "sample_res_multistep_cfg_pp",
     "sample_res_multistep_comfyui_cfg_pp",
+    "sample_sa_solver",
+    "sample_sa_solver_pece",
+    "sample_seeds_2",
+    "sample_seeds_3",
     "sample_uni_pc",
     "sample_uni_pc_bh2",
     "sample_uni_pc_bh2_cfg_pp",

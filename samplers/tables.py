@@ -15,6 +15,7 @@ from ella_kd.samplers import (
     functions,
     functions_exponential,
     functions_kd,
+    functions_stochastic,
     schedules,
     timestep_schedules,
 )
@@ -26,7 +27,9 @@ from ella_kd.samplers.heunpp import HeunPP2
 from ella_kd.samplers.lcm import LCM
 from ella_kd.samplers.lms import LMS
 from ella_kd.samplers.second_order import DPM2, DPM2Ancestral, Heun
+from ella_kd.samplers.seeds import SEEDS2, SEEDS3
 from ella_kd.samplers.solver import Solver
+from ella_kd.samplers.stochastic_multistep import ERSDE, SASolver, SASolverPECE
 from ella_kd.samplers.unipc import ResMultistepAncestral, UniPC
 
 
@@ -73,6 +76,10 @@ def _sampler(name: str, solver: Solver, family: str) -> Sampler:
 
 def _exponential(name: str, solver: Solver, family: str) -> Sampler:
     return Sampler(name, getattr(functions_exponential, f"sample_{name}"), solver, family)
+
+
+def _stochastic(name: str, solver: Solver, family: str) -> Sampler:
+    return Sampler(name, getattr(functions_stochastic, f"sample_{name}"), solver, family)
 
 
 def _kd(name: str, solver: Solver, family: str) -> Sampler:
@@ -127,6 +134,13 @@ SAMPLERS: dict[str, Sampler] = {
         _exponential("res_multistep", DPMpp2M(solver_type="heun"), "RES, DPM-Solver++"),
         _exponential("res_multistep_ancestral", ResMultistepAncestral(), "RES"),
         _exponential("gradient_estimation", GradientEstimation(), "gradient estimation"),
+        _stochastic("exp_heun_2_x0", SEEDS2(eta=0.0, r=1.0, solver_type="phi_2"), "SEEDS"),
+        _stochastic("exp_heun_2_x0_sde", SEEDS2(r=1.0, solver_type="phi_2"), "SEEDS"),
+        _stochastic("seeds_2", SEEDS2(), "SEEDS"),
+        _stochastic("seeds_3", SEEDS3(), "SEEDS"),
+        _stochastic("er_sde", ERSDE(), "ER-SDE"),
+        _stochastic("sa_solver", SASolver(), "SA-Solver"),
+        _stochastic("sa_solver_pece", SASolverPECE(), "SA-Solver"),
     )
 }
 

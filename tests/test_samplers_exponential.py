@@ -2,6 +2,7 @@
 stochastic ones, and what holds of every method (split runs, batches, short schedules)."""
 
 import math
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -14,10 +15,17 @@ from torch import Tensor
 
 from ella_kd.samplers import (
     DEIS,
+    ERSDE,
     IPNDM,
+    SEEDS2,
+    SEEDS3,
     DPMpp2M,
+    DPMpp2SAncestral,
+    EulerAncestral,
     GradientEstimation,
     ResMultistepAncestral,
+    SASolver,
+    SASolverPECE,
     Solver,
     UniPC,
     get_sigmas_karras,
@@ -25,11 +33,16 @@ from ella_kd.samplers import (
     sample_deis,
     sample_dpmpp_2m,
     sample_dpmpp_2m_sde,
+    sample_er_sde,
+    sample_exp_heun_2_x0,
     sample_gradient_estimation,
     sample_ipndm,
     sample_ipndm_v,
     sample_res_multistep,
     sample_res_multistep_ancestral,
+    sample_sa_solver,
+    sample_sa_solver_pece,
+    sample_seeds_2,
     sample_uni_pc,
     sample_uni_pc_bh2,
 )
@@ -45,6 +58,25 @@ pytestmark = [
 TO_ZERO = [14.6, 9.1, 4.2, 2.2, 1.1, 0.5, 0.2, 0.03, 0.0]
 ABOVE_ZERO = [14.6, 9.1, 4.2, 2.2, 1.1, 0.5, 0.2, 0.03]
 
+
+
+def named(value: object) -> str:
+    """A test's name, without the addresses of functions."""
+    return re.sub(r"<function (\w+) at \w+>", r"\1", str(value))
+
+
+def zero(sigma: float) -> float:
+    return 0.0
+
+
+def one(sigma: float) -> float:
+    return 1.0
+
+
+def identity(sigma: float) -> float:
+    return sigma
+
+
 DETERMINISTIC: list[tuple[Solver, float]] = [
     (UniPC(), 3.85),  # max_order and one more for the corrector
     (UniPC("bh2"), 3.87),
@@ -59,17 +91,43 @@ DETERMINISTIC: list[tuple[Solver, float]] = [
     (GradientEstimation(), 0.97),
     (GradientEstimation(1.5), 1.98),
     (ResMultistepAncestral(eta=0.0), 2.01),
+    (SEEDS2(eta=0.0), 1.99),
+    (SEEDS2(eta=0.0, r=1.0, solver_type="phi_2"), 1.99),
+    (SEEDS3(eta=0.0), 2.98),
+    (SASolver(zero), 3.87),
+    (SASolver(zero, corrector_order=3), 3.09),
+    (SASolver(zero, corrector_order=0), 2.69),  # falls from 3.04 as the Euler start's error takes over
+    (SASolver(zero, predictor_order=2, corrector_order=2, simple_order_2=True), 2.03),
+    (SASolverPECE(zero), 3.83),
+    (ERSDE(noise_scaler=identity, max_stage=2), 2.00),
+    (ERSDE(noise_scaler=identity), 2.02),
+    (ERSDE(noise_scaler=identity, corrected=True), 2.84),
 ]
-STOCHASTIC: list[Solver] = [ResMultistepAncestral(), ResMultistepAncestral(eta=0.4, s_noise=0.9)]
+STOCHASTIC: list[Solver] = [
+    ResMultistepAncestral(),
+    ResMultistepAncestral(eta=0.4, s_noise=0.9),
+    SEEDS2(),
+    SEEDS2(r=1.0, solver_type="phi_2"),
+    SEEDS3(),
+    SEEDS3(eta=0.4, s_noise=0.9),
+    SASolver(one),
+    SASolver(),
+    SASolverPECE(one),
+    ERSDE(),
+    ERSDE(corrected=True),
+]
 SOLVERS = [solver for solver, _ in DETERMINISTIC] + STOCHASTIC
 
 
-@pytest.mark.parametrize(("solver", "expected"), DETERMINISTIC, ids=str)
+@pytest.mark.parametrize(("solver", "expected"), DETERMINISTIC, ids=named)
 def test_order_as_measured(solver: Solver, expected: float, mixture: Mixture) -> None:
     assert measured_order(solver, mixture) == pytest.approx(expected, abs=0.1)
 
 
-@pytest.mark.parametrize("solver", [UniPC(), DEIS(), IPNDM(), GradientEstimation(), ResMultistepAncestral(eta=0.0)])
+@pytest.mark.parametrize("solver", [
+    UniPC(), DEIS(), IPNDM(), GradientEstimation(), ResMultistepAncestral(eta=0.0), SEEDS2(eta=0.0), SEEDS3(eta=0.0),
+    SASolver(zero), SASolverPECE(zero), ERSDE(noise_scaler=identity),
+], ids=named)
 def test_the_order_stated_is_the_one_measured(solver: Solver, mixture: Mixture) -> None:
     assert solver.order == round(measured_order(solver, mixture))
 
@@ -79,7 +137,7 @@ def test_the_order_stated_is_the_one_measured(solver: Solver, mixture: Mixture) 
 
 
 def diffusers_run(
-    scheduler: Any, model: Any, x: Tensor, sigmas: list[float], noise: list[Tensor] | None = None
+    scheduler: Any, model: Any, x: Tensor, sigmas: list[float], noise: list[Tensor] | None = None, **options: Any
 ) -> Tensor:
     n = len(sigmas) - 1
     scheduler.set_timesteps(n)
@@ -91,7 +149,7 @@ def diffusers_run(
     noises = iter(noise or [])
     for i, t in enumerate(scheduler.timesteps):
         denoised = model(x / alphas[i], scheduler.sigmas[i].expand(len(x)))
-        options = {"variance_noise": next(noises)} if noise else {}
+        options = {"variance_noise": next(noises)} if noise else options
         x = scheduler.step(denoised, t, x, **options).prev_sample
     result: Tensor = x / alphas[-1]
     return result
@@ -171,7 +229,85 @@ def one_step_at_a_time(solver: Solver, model: Any, x: Tensor, sigmas: list[float
     return x
 
 
+@pytest.mark.parametrize("tau", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(("predictor", "corrector"), [(1, 1), (2, 2), (3, 3), (3, 4), (4, 4), (4, 2)])
+def test_sa_solver_equals_diffusers(predictor: int, corrector: int, tau: float, guided: Guided) -> None:
+    """diffusers' SA-Solver always takes appendix D's weights where the order is 2, which every run passes through; it
+    has no step to sigma 0 (infinite lambda), and lowers the order at the end by default."""
+    scheduler = diffusers.SASolverScheduler(
+        predictor_order=predictor, corrector_order=corrector, prediction_type="sample",
+        tau_func=lambda t: torch.tensor(tau), lower_order_final=False,
+    )
+    expected = diffusers_run(scheduler, guided, latents(), ABOVE_ZERO, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    got = sample_sa_solver(
+        guided, latents(), torch.tensor(ABOVE_ZERO), disable=True, tau_func=lambda sigma: tau, simple_order_2=True,
+        noise_sampler=lambda s, t: torch.randn(2, 3, 5, 3, generator=generator),
+        predictor_order=predictor, corrector_order=corrector,
+    )
+    assert relative(got, expected) <= 1e-9  # diffusers' closed forms cancel
+
+
 # Identities
+
+
+def test_seeds_2_without_noise_is_dpmpp_2s_and_exponential_heun(guided: Guided) -> None:
+    sigmas = torch.tensor(TO_ZERO)
+    two_s, _ = sample(DPMpp2SAncestral(eta=0.0), guided, latents(), sigmas, disable=True)
+    assert relative(sample_seeds_2(guided, latents(), sigmas, disable=True, eta=0.0), two_s) <= 1e-13
+    heun, _ = sample(SEEDS2(eta=0.0, r=1.0, solver_type="phi_2"), guided, latents(), sigmas, disable=True)
+    assert torch.equal(sample_exp_heun_2_x0(guided, latents(), sigmas, disable=True), heun)
+
+
+def test_one_exponential_heun_step_by_hand(guided: Guided) -> None:
+    """x' = e^-h x + (phi_1 - phi_2) D + phi_2 D_2, phi_1 = 1 - e^-h, phi_2 = 1 - phi_1 / h."""
+    s, t = 5.0, 2.0
+    x, h = latents(s), math.log(s / t)
+    first = guided(x, torch.full((2,), s))
+    second = guided(t / s * x + (1 - t / s) * first, torch.full((2,), t))
+    phi_1, phi_2 = 1 - t / s, 1 - (1 - t / s) / h
+    expected = t / s * x + (phi_1 - phi_2) * first + phi_2 * second
+    assert relative(sample_exp_heun_2_x0(guided, x, torch.tensor([s, t]), disable=True), expected) <= 1e-14
+
+
+def test_er_sde_identities(guided: Guided) -> None:
+    """With phi = sigma^2 and one stage it is the ancestral Euler step; with phi = sigma it adds no noise."""
+    sigmas = torch.tensor(TO_ZERO)
+    got = sample_er_sde(
+        guided, latents(), sigmas, disable=True, noise_sampler=given_noise, noise_scaler=lambda s: s * s, max_stage=1
+    )
+    expected, _ = sample(EulerAncestral(), guided, latents(), sigmas, disable=True, noise_sampler=given_noise)
+    assert relative(got, expected) <= 1e-13
+    assert not any(step.noises for step in ERSDE(noise_scaler=identity).steps(TO_ZERO))
+    first = sample_er_sde(guided, latents(), sigmas, disable=True, noise_scaler=identity, max_stage=1)
+    assert relative(first, one_step_at_a_time(UniPC(), guided, latents(), TO_ZERO)) <= 1e-13
+
+
+def test_er_sde_by_hand(guided: Guided) -> None:
+    """Two steps with the integral written out: for phi = sigma^2, I_0 = 1/t - 1/s."""
+    s0, s1, s2 = 5.0, 2.0, 0.6
+    x = latents(s0)
+    noise = [given_noise(torch.tensor(a), torch.tensor(b)) for a, b in ((s0, s1), (s1, s2))]
+    d0 = guided(x, torch.full((2,), s0))
+    r = (s1 / s0) ** 2
+    x1 = r * x + (1 - r) * d0 + math.sqrt(s1**2 - s0**2 * r**2) * noise[0]
+    d1 = guided(x1, torch.full((2,), s1))
+    r = (s2 / s1) ** 2
+    slope = (d1 - d0) / (s1 - s0)
+    a_1 = s2 - s1 + s2**2 * (1 / s2 - 1 / s1)
+    expected = r * x1 + (1 - r) * d1 + a_1 * slope + math.sqrt(s2**2 - s1**2 * r**2) * noise[1]
+    got = sample_er_sde(
+        guided, x, torch.tensor([s0, s1, s2]), disable=True, noise_sampler=given_noise, noise_scaler=lambda s: s * s
+    )
+    assert relative(got, expected) <= 1e-13
+
+
+def test_one_pece_step_is_exponential_heun(guided: Guided) -> None:
+    """At tau 0: exponential Euler, then the corrector of order 2 in log sigma, evaluated at both ends."""
+    s, t = 5.0, 2.0
+    x = latents(s)
+    got = sample_sa_solver_pece(guided, x, torch.tensor([s, t]), disable=True, tau_func=zero)
+    assert relative(got, sample_exp_heun_2_x0(guided, x, torch.tensor([s, t]), disable=True)) <= 1e-14
 
 
 def test_deis_in_sigma_is_lms(guided: Guided) -> None:
@@ -227,7 +363,7 @@ def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
     return (S * x + s2 * M) / (S + s2)
 
 
-@pytest.mark.parametrize("solver", STOCHASTIC[:1], ids=str)
+@pytest.mark.parametrize("solver", [solver for solver in STOCHASTIC if "s_noise=0.9" not in str(solver)], ids=named)
 def test_moments(solver: Solver) -> None:
     """Within 3 standard errors at the end of 120 steps."""
     sigmas = get_sigmas_karras(121, 0.05, 20.0)[:-1]
@@ -238,7 +374,7 @@ def test_moments(solver: Solver) -> None:
     assert abs(float(out.var()) / variance - 1) < 3 * math.sqrt(2 / out.numel())
 
 
-@pytest.mark.parametrize("solver", STOCHASTIC[:1], ids=str)
+@pytest.mark.parametrize("solver", [ResMultistepAncestral(), SASolver(one), SASolver(), ERSDE()], ids=named)
 def test_noise_is_exact_where_denoised_is_constant(solver: Solver) -> None:
     """The data are one point, so x stays m + sigma n: at every step the variance is sigma^2, without any error."""
     for c, (s, t) in zip(solver.steps(ABOVE_ZERO), pairwise(ABOVE_ZERO)):
@@ -246,10 +382,27 @@ def test_noise_is_exact_where_denoised_is_constant(solver: Solver) -> None:
         assert (to_x * s) ** 2 + up**2 == pytest.approx(t**2, rel=1e-12)
 
 
+@pytest.mark.parametrize("solver", [SEEDS2(), SEEDS2(r=1.0), SEEDS3(), SEEDS3(eta=0.4)], ids=named)
+def test_noise_of_seeds_is_exact_too(solver: Solver) -> None:
+    """Each noise switched on alone: the weights' squares add up to the variance that x lacks, at the step's end."""
+    s, t = 5.0, 2.0
+    (c,) = solver.steps([s, t])
+
+    def end(x: float, drawn: int | None) -> float:
+        def noise(k: int) -> Tensor:
+            return torch.full((1, 1, 1, 1), float(k == drawn))
+
+        got, _ = solver.step(c, torch.full((1, 1, 1, 1), x), {}, lambda x, sigma: torch.zeros_like(x), noise)
+        return float(got)
+
+    variance = sum(end(0.0, k) ** 2 for k in range(len(c.noises)))
+    assert end(s, None) ** 2 + variance == pytest.approx(t**2, rel=1e-12)
+
+
 # What holds of every method
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+@pytest.mark.parametrize("solver", SOLVERS, ids=named)
 def test_split_equals_whole_and_batch_equals_singles(solver: Solver) -> None:
     model, sigmas, seeds = Pointwise(), torch.tensor(TO_ZERO[:6]), [5, 2**62]
     x = latents().float()
@@ -265,7 +418,7 @@ def test_split_equals_whole_and_batch_equals_singles(solver: Solver) -> None:
         assert torch.equal(single[0], whole[row])
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+@pytest.mark.parametrize("solver", SOLVERS, ids=named)
 def test_lambda_zero_is_the_base_method_on_uncond(solver: Solver, guided: Guided) -> None:
     sigmas = torch.tensor(TO_ZERO)
     got, _ = sample(
@@ -275,19 +428,21 @@ def test_lambda_zero_is_the_base_method_on_uncond(solver: Solver, guided: Guided
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+@pytest.mark.parametrize("solver", SOLVERS, ids=named)
 def test_without_its_history_a_step_is_first_order(solver: Solver, guided: Guided) -> None:
     """A run begun by another method: its state holds a schedule and a step, and no history of this one."""
     sigmas = torch.tensor([5.0, 2.0, 0.6, 0.2])
     state = {"sigmas": sigmas, "step": torch.tensor(2)}
     x = latents(0.6)
     got, _ = sample(solver, guided, x, disable=True, state=state, noise_sampler=given_noise)
+    if isinstance(solver, SASolverPECE):  # whose first step is corrected, with its own two evaluations
+        solver = SASolver(solver.tau)
     expected, _ = sample(solver, guided, x, sigmas[2:], disable=True, noise_sampler=given_noise)
     assert relative(got, expected) <= 1e-14
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=str)
-@pytest.mark.parametrize("sigmas", [[14.6, 0.0], [3.0, 0.5], [14.6, 0.03, 0.0]], ids=str)
+@pytest.mark.parametrize("solver", SOLVERS, ids=named)
+@pytest.mark.parametrize("sigmas", [[14.6, 0.0], [3.0, 0.5], [14.6, 0.03, 0.0]], ids=named)
 def test_short_schedules(solver: Solver, sigmas: list[float], guided: Guided) -> None:
     x = latents(sigmas[0])
     before = x.clone()
@@ -297,7 +452,7 @@ def test_short_schedules(solver: Solver, sigmas: list[float], guided: Guided) ->
     assert tuple(guided.seen) == solver.eval_sigmas(sigmas)
 
 
-@pytest.mark.parametrize("solver", [solver for solver, _ in DETERMINISTIC], ids=str)
+@pytest.mark.parametrize("solver", [solver for solver, _ in DETERMINISTIC], ids=named)
 def test_inversion_and_back(solver: Solver, mixture: Mixture) -> None:
     up = get_sigmas_karras(200, 0.05, 10.0)[:-1].flip(0)
     x = mixture.means[1] + 0.3 * randn(1, 1, 3, 3)
@@ -314,6 +469,12 @@ BAD: list[tuple[Callable[[], Solver], str]] = [
     (lambda: DEIS(max_order=2.0), "from 1 to 4, got 2.0"),  # type: ignore[arg-type]
     (lambda: DEIS(variable="t"), "log_sigma, sigma, vp_time, got 't'"),  # type: ignore[arg-type]
     (lambda: IPNDM(max_order=True), "from 1 to 4, got True"),
+    (lambda: SEEDS2(r=0.0), "r must be above 0 and not above 1, got 0.0"),
+    (lambda: SEEDS2(solver_type="phi_3"), "'phi_1' or 'phi_2', got 'phi_3'"),  # type: ignore[arg-type]
+    (lambda: SEEDS3(r_1=0.7), "0 < r_1 < r_2 < 1 must hold, got r_1 = 0.7"),
+    (lambda: SASolver(predictor_order=0), "predictor_order must be a whole number from 1 to 4, got 0"),
+    (lambda: SASolver(corrector_order=5), "corrector_order must be a whole number from 0 to 4, got 5"),
+    (lambda: ERSDE(max_stage=4), "max_stage must be a whole number from 1 to 3, got 4"),
     (lambda: GradientEstimation(math.nan), "gamma must be a finite number, got nan"),
 ]
 
@@ -322,6 +483,17 @@ BAD: list[tuple[Callable[[], Solver], str]] = [
 def test_bad_options(make: Callable[[], Solver], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_bad_functions_and_noise_on_the_way_up(guided: Guided) -> None:
+    sigmas, ascending = torch.tensor(TO_ZERO), torch.tensor([0.1, 0.6, 3.0])
+    with pytest.raises(ValueError, match=r"tau\(9.1\) must be a finite number >= 0, got -1"):
+        sample_sa_solver(guided, latents(), sigmas, disable=True, tau_func=lambda sigma: -1.0)
+    with pytest.raises(ValueError, match=r"noise_scaler must grow .* not at 9\.1"):
+        sample_er_sde(guided, latents(), sigmas, disable=True, noise_scaler=lambda sigma: sigma**0.5)
+    for solver in STOCHASTIC:
+        with pytest.raises(ValueError, match="ascending"):
+            sample(solver, guided, latents(0.1), ascending, disable=True)
 
 
 def test_weights_are_those_of_a_thousand_steps_too() -> None:
