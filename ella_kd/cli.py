@@ -174,13 +174,13 @@ def compare(prompts_file: str, out: Path, batch: int, seed: int, **options: Any)
 @main.command()
 def samplers() -> None:
     """List the samplers and the schedules: what --sampler and --schedule take."""
-    click.echo(f"{'SAMPLER':<24}{'FAMILY':<14}{'ORDER':<7}{'CALLS A STEP':<14}NOTES")
+    click.echo(f"{'SAMPLER':<32}{'FAMILY':<21}{'ORDER':<7}{'CALLS A STEP':<14}NOTES")
     for sampler in SAMPLERS.values():
         notes = ["adds noise"] * sampler.stochastic + ["CFG++: --scale is lambda, 0 to 1"] * sampler.cfg_pp
-        click.echo(f"{sampler.name:<24}{sampler.family:<14}{sampler.order:<7}{sampler.evals:<14}{'; '.join(notes)}")
-    click.echo(f"\n{'SCHEDULE':<24}STEPS ARE")
+        click.echo(f"{sampler.name:<32}{sampler.family:<21}{sampler.order:<7}{sampler.evals:<14}{'; '.join(notes)}")
+    click.echo(f"\n{'SCHEDULE':<32}STEPS ARE")
     for schedule in SCHEDULES.values():
-        click.echo(f"{schedule.name:<24}{schedule.description}")
+        click.echo(f"{schedule.name:<32}{schedule.description}")
 
 
 def _load(options: dict[str, Any]) -> Pipeline:

@@ -1,7 +1,7 @@
 """Networks and their files: the UNet, the autoencoder, ELLA's connector, text encoders, checkpoints."""
 
 from ella_kd.models.checkpoint import Checkpoint, load_checkpoint, load_tsc, save_checkpoint, save_tsc
-from ella_kd.models.noise_schedule import NoiseSchedule
+from ella_kd.models.noise_schedule import EDMSchedule, NoiseSchedule
 from ella_kd.models.text import CLIPTextEncoder, T5TextEncoder, TextFeatures
 from ella_kd.models.tsc import TSC
 from ella_kd.models.unet import UNet, UNetConfig
@@ -12,6 +12,7 @@ __all__ = [
     "AutoencoderKL",
     "CLIPTextEncoder",
     "Checkpoint",
+    "EDMSchedule",
     "NoiseSchedule",
     "T5TextEncoder",
     "TextFeatures",

@@ -1,5 +1,6 @@
 """The noise levels a diffusion model was trained on: the map between timestep t and sigma."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -43,6 +44,40 @@ class NoiseSchedule:
     def sd15(cls, prediction: Prediction = "eps") -> "NoiseSchedule":
         """The schedule of Stable Diffusion 1.x and 2.x, and of ELLA: sigma from .0292 to 14.6146 in 1000 steps."""
         return cls.scaled_linear(prediction=prediction)
+
+    @classmethod
+    def linear(cls, beta_start: float, beta_end: float, n: int = 1000,
+               prediction: Prediction = "eps") -> "NoiseSchedule":
+        """Betas linear in t (DDPM; diffusers' "linear")."""
+        return cls((1 - torch.linspace(beta_start, beta_end, n, dtype=torch.float64)).cumprod(0), prediction)
+
+    @classmethod
+    def sd2_v(cls) -> "NoiseSchedule":
+        """Stable Diffusion 2.x at 768: SD1.5's noise levels, v-prediction."""
+        return cls.sd15("v")
+
+    @classmethod
+    def kolors(cls) -> "NoiseSchedule":
+        """Kolors: scaled linear betas to .014 in 1100 steps; sigma to 29.2."""
+        return cls.scaled_linear(0.00085, 0.014, 1100)
+
+    @classmethod
+    def paints_undo(cls) -> "NoiseSchedule":
+        """Paints-UNDO: linear betas from .00085 to .020 in 1000 steps; sigma to 191."""
+        return cls.linear(0.00085, 0.020)
+
+    def zero_terminal_snr(self, last: float = 2.0**-24) -> "NoiseSchedule":
+        """This schedule with its end moved to (almost) no signal (Lin et al. 2023, 2305.08891, algorithm 1).
+
+        sqrt(alphas_cumprod) is shifted so that its last is 0 and scaled so that its first is kept; the last, which
+        would be sigma = infinity, is then `last` (diffusers' 2^-24: sigma 4096). For models trained so; they predict v.
+        """
+        root = self.alphas_cumprod.sqrt()
+        table = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+        if not 0 < last < float(table[-2]):
+            raise ValueError(f"last must lie between 0 and the second smallest, {float(table[-2]):g}, got {last}")
+        table[-1] = last
+        return NoiseSchedule(table, self.prediction)
 
     @property
     def sigmas(self) -> Tensor:
@@ -95,3 +130,54 @@ class NoiseSchedule:
             dtype = torch.float32 if device.type == "mps" else torch.float64
             self._log_sigmas_on[device] = self.sigmas.log().to(device, dtype)
         return self._log_sigmas_on[device]
+
+
+@dataclass(frozen=True)
+class EDMSchedule:
+    """Noise levels without a table: t = log(sigma) / 4 at any sigma, as networks in EDM's preconditioning are trained.
+
+    Karras et al. (2022, 2206.00364, table 1, c_noise); the defaults, sigma_data too, are Playground v2.5's.
+    It has a NoiseSchedule's attributes; `sigmas` are n levels even in log sigma, for schedules that walk a table.
+    Raises ValueError unless 0 < sigma_min < sigma_max, sigma_data > 0 and n >= 2.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    n: int = 1000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(f"expected 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        if not 0 < self.sigma_data < math.inf or self.n < 2:
+            raise ValueError(f"expected sigma_data > 0 and n >= 2, got {self.sigma_data} and {self.n}")
+
+    @property
+    def log_sigmas(self) -> Tensor:
+        """[n] float64, ascending."""
+        return torch.linspace(math.log(self.sigma_min), math.log(self.sigma_max), self.n, dtype=torch.float64)
+
+    @property
+    def sigmas(self) -> Tensor:
+        """[n] float64, ascending."""
+        return self.log_sigmas.exp()
+
+    def sigma_to_t(self, sigma: Tensor, quantize: bool = False) -> Tensor:
+        """t = log(sigma) / 4, any shape -> fp32, clamped to the range; computed in float64 (fp32 on mps), rounded once.
+
+        NaN and negative sigma give NaN. ValueError with `quantize`: there are no whole timesteps here."""
+        if quantize:
+            raise ValueError("EDM's t is log(sigma) / 4: there are no whole timesteps to round to")
+        log = sigma.to(torch.float32 if sigma.device.type == "mps" else torch.float64).log()
+        return (log.clamp(math.log(self.sigma_min), math.log(self.sigma_max)) / 4).float()
+
+    def t_to_sigma(self, t: Tensor) -> Tensor:
+        """sigma = exp(4 t), clamped to the range: any shape; t's float dtype is kept (integers give fp32)."""
+        exact = t.to(torch.float32 if t.device.type == "mps" else torch.float64)
+        sigma = (4 * exact).exp().clamp(self.sigma_min, self.sigma_max)
+        return sigma.to(t.dtype if t.is_floating_point() else torch.float32)
+
+    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in of `denoised = c_skip * x + c_out * network(c_in * x)` (table 1), shaped as sigma."""
+        total = sigma**2 + self.sigma_data**2
+        return self.sigma_data**2 / total, sigma * self.sigma_data * total**-0.5, total**-0.5

@@ -2,8 +2,8 @@
 
 model(x, sigma, **extra_args) -> denoised; x [B, C, h, w] float32 or float64 at noise level sigmas[0]; sigmas [n + 1].
 All of them return x at sigmas[-1] and raise what `ella_kd.samplers.driver.sample` raises; seeds name the noise of each
-row, and without them one seed per row is drawn from torch's global generator. In the CFG++ forms the model's cond_scale
-is lambda (0 to 1).
+row, and without them one seed per row is drawn from torch's global generator.
+Their CFG++ forms are in `ella_kd.samplers.cfg_pp_functions`.
 """
 
 from __future__ import annotations
@@ -147,51 +147,3 @@ def sample_dpmpp_2m_sde(
     """DPM-Solver++(2M) SDE, Brownian noise. Order 2 at eta 0, one evaluation per step."""
     solver = DPMpp2M(eta, s_noise, solver_type)
     return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
-
-
-def sample_euler_cfg_pp(
-    model: Model,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: Args = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    *,
-    seeds: Seeds = None,
-) -> Tensor:
-    """Euler with CFG++ (2406.08070); cond_scale is lambda. One evaluation per step."""
-    return sample(Euler(), model, x, sigmas, extra_args, callback, disable, seeds=seeds, cfg_pp=True)[0]
-
-
-def sample_euler_ancestral_cfg_pp(
-    model: Model,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: Args = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | None = None,
-    *,
-    seeds: Seeds = None,
-) -> Tensor:
-    """Euler ancestral with CFG++ (2406.08070); cond_scale is lambda. One evaluation per step."""
-    solver = EulerAncestral(eta, s_noise)
-    return sample(
-        solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler, cfg_pp=True
-    )[0]
-
-
-def sample_dpmpp_2m_cfg_pp(
-    model: Model,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: Args = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    *,
-    seeds: Seeds = None,
-) -> Tensor:
-    """DPM-Solver++(2M) on U with CFG++ (2406.08070); cond_scale is lambda. One evaluation per step."""
-    return sample(DPMpp2M(), model, x, sigmas, extra_args, callback, disable, seeds=seeds, cfg_pp=True)[0]

@@ -1,4 +1,4 @@
-"""Second order in one step, in sigma: Heun and DPM-Solver-2."""
+"""Second order in one step, in sigma: Heun and DPM-Solver-2, and the latter's ancestral form."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ella_kd.samplers.solver import Churned, Evaluate, Noise, State, Step, linear, pairs
+from ella_kd.samplers.solver import (
+    Ancestral,
+    Churned,
+    Evaluate,
+    Noise,
+    State,
+    Step,
+    ancestral_step,
+    linear,
+    pairs,
+)
 
 
 @dataclass(frozen=True)
@@ -67,3 +77,37 @@ class DPM2(_Midpoint):
 
     def second(self, s: float, t: float) -> tuple[float, float]:
         return (s * t) ** 0.5, 1.0
+
+
+@dataclass(frozen=True)
+class DPM2Ancestral(Ancestral):
+    """DPM-Solver-2 (2206.00927) down to sigma_down, then noise (k-diffusion).
+
+    Order 2 at eta 0, two evaluations per step; one where sigma_down is 0. There, with sigma_next above 0 (eta above 1),
+    k-diffusion adds no noise and goes on with an x of no noise at all; this adds it."""
+
+    order = 2
+    evals = 2
+
+    def steps(self, sigmas: Sequence[float]) -> list[Step]:
+        steps = []
+        for s, t in pairwise(sigmas):
+            down, up = ancestral_step(s, t, self.eta)
+            up *= self.s_noise
+            if down > 0:
+                m = (s * down) ** 0.5
+                steps.append(Step((s, m), (up, m / s, (s - m) / s, (down - s) / m), pairs(up, s, t)))
+            else:
+                steps.append(Step((s,), (up,), pairs(up, s, t)))
+        return steps
+
+    def step(self, c: Step, x: Tensor, state: State, evaluate: Evaluate, noise: Noise) -> tuple[Tensor, State]:
+        up, *trial = c.weights
+        denoised = evaluate(x, c.evals[0])
+        if trial:
+            to_x, to_denoised, slope_m = trial
+            x_2 = linear((to_x, x), (to_denoised, denoised))
+            x = linear((1.0, x), (slope_m, x_2 - evaluate(x_2, c.evals[1])))
+        else:
+            x = denoised
+        return (x + noise(0) * up if up else x), state
