@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ella_kd import LDMDenoiser
+from ella_kd.models import EDMSchedule
 from ella_kd.samplers import (
     DEIS,
     ERSDE,
@@ -34,6 +36,7 @@ from ella_kd.samplers import (
     sample_dpmpp_2m,
     sample_dpmpp_2m_sde,
     sample_er_sde,
+    sample_euler,
     sample_exp_heun_2_x0,
     sample_gradient_estimation,
     sample_ipndm,
@@ -246,6 +249,70 @@ def test_sa_solver_equals_diffusers(predictor: int, corrector: int, tau: float, 
         predictor_order=predictor, corrector_order=corrector,
     )
     assert relative(got, expected) <= 1e-9  # diffusers' closed forms cancel
+
+
+# EDM Euler and EDM DPM++ 2M are Euler and 2M on a denoiser with a sigma_data
+
+
+class Network(torch.nn.Module):
+    """F of EDM's preconditioning, with some use of t and context."""
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return torch.tanh(1.5 * x + t.view(-1, 1, 1, 1)) + context.mean()
+
+
+def edm_run(
+    scheduler: Any, network: Network, x: Tensor, sigmas: list[float], context: Tensor, **options: Any
+) -> Tensor:
+    n = len(sigmas) - 1
+    scheduler.set_timesteps(n)
+    scheduler.sigmas = torch.tensor(sigmas)
+    scheduler.timesteps = scheduler.precondition_noise(scheduler.sigmas[:-1])
+    for t in scheduler.timesteps:
+        output = network(scheduler.scale_model_input(x, t), t.expand(len(x)), context)
+        x = scheduler.step(output, t, x, **options).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.3])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun", "sde"])
+def test_edm_equals_diffusers(method: str, sigma_data: float) -> None:
+    """1e-6: our t is float32, and diffusers' Euler rounds x to float32 at every step."""
+    sigmas, context = [40.0, *TO_ZERO], torch.full((1, 2, 3), 0.1)
+    network, x = Network(), latents(40.0)
+    denoiser = LDMDenoiser(network, EDMSchedule(sigma_data=sigma_data))
+    assert denoiser.sigma_data == sigma_data
+    generators = [torch.Generator().manual_seed(4) for _ in range(2)]
+    grid, args = torch.tensor(sigmas), {"cond": context}
+    if method == "euler":
+        scheduler: Any = diffusers.EDMEulerScheduler(sigma_data=sigma_data)
+        got = sample_euler(denoiser, x, grid, args, disable=True)
+    else:
+        scheduler = diffusers.EDMDPMSolverMultistepScheduler(
+            sigma_data=sigma_data, solver_type="heun" if method == "heun" else "midpoint", lower_order_final=False,
+            algorithm_type="sde-dpmsolver++" if method == "sde" else "dpmsolver++",
+        )
+        if method == "sde":
+            got = sample_dpmpp_2m_sde(
+                denoiser, x, grid, args, disable=True,
+                noise_sampler=lambda s, t: torch.randn(2, 3, 5, 3, generator=generators[0]),
+            )
+        else:
+            got = (sample_dpmpp_2m if method == "midpoint" else sample_res_multistep)(
+                denoiser, x, grid, args, disable=True
+            )
+    options = {"generator": generators[1]} if method in ("euler", "sde") else {}
+    assert relative(got, edm_run(scheduler, network, x, sigmas, context, **options)) <= 1e-6
+
+
+def test_loss_of_an_edm_denoiser_is_zero_where_the_network_is_right() -> None:
+    """Its unit is the network's: the error of denoised over c_out, squared."""
+    denoiser = LDMDenoiser(Network(), EDMSchedule())
+    x, noise, sigma, context = latents(0.5), latents(1.0).flip(0), torch.tensor([0.3, 2.0]), torch.full((1, 2, 3), 0.1)
+    s = sigma.view(-1, 1, 1, 1)
+    error = denoiser(x + s * noise, sigma, cond=context) - x
+    expected = (error / denoiser.get_scalings(s)[1]).square().flatten(1).mean(1)
+    torch.testing.assert_close(denoiser.loss(x, noise, sigma, context), expected)
 
 
 # Identities
