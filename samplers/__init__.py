@@ -29,6 +29,8 @@ from ella_kd.samplers.cfg_pp_functions import (
     sample_uni_pc_bh2_cfg_pp,
     sample_uni_pc_cfg_pp,
 )
+from ella_kd.samplers.dpm_adaptive import sample_dpm_adaptive
+from ella_kd.samplers.dpm_solver import DPMFast
 from ella_kd.samplers.dpmpp import DPMpp2M, DPMpp2SAncestral
 from ella_kd.samplers.dpmpp_sde import DPMpp3M, DPMppSDE
 from ella_kd.samplers.driver import Interrupted, Run, sample
@@ -56,6 +58,7 @@ from ella_kd.samplers.functions_kd import (
     sample_ddim,
     sample_ddpm,
     sample_dpm_2_ancestral,
+    sample_dpm_fast,
     sample_dpmpp_3m_sde,
     sample_dpmpp_sde,
     sample_heunpp2,
@@ -119,6 +122,7 @@ __all__ = [
     "BrownianNoise",
     "CFGpp",
     "DPM2Ancestral",
+    "DPMFast",
     "DPMpp2M",
     "DPMpp2SAncestral",
     "DPMpp3M",
@@ -172,6 +176,8 @@ __all__ = [
     "sample_dpm_2_ancestral",
     "sample_dpm_2_ancestral_cfg_pp",
     "sample_dpm_2_cfg_pp",
+    "sample_dpm_adaptive",
+    "sample_dpm_fast",
     "sample_dpmpp_2m",
     "sample_dpmpp_2m_cfg_pp",
     "sample_dpmpp_2m_paper_cfg_pp",

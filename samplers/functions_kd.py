@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
+from ella_kd.samplers.dpm_solver import DPMFast, orders
 from ella_kd.samplers.dpmpp_sde import DPMpp3M, DPMppSDE
 from ella_kd.samplers.driver import Callback, Model, NoiseSampler, sample
 from ella_kd.samplers.euler import EulerAncestral
@@ -165,3 +167,29 @@ def sample_heunpp2(
     """Heun++, a heuristic of three slopes. Order 1, three evaluations per step."""
     solver = HeunPP2(s_churn, s_tmin, s_tmax, s_noise)
     return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds)[0]
+
+
+def sample_dpm_fast(
+    model: Model,
+    x: Tensor,
+    sigma_min: float,
+    sigma_max: float,
+    n: int,
+    extra_args: Args = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 0.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+    *,
+    seeds: Seeds = None,
+) -> Tensor:
+    """DPM-Solver-fast (2206.00927): n evaluations on steps of order 3, the last ones lower, from x at sigma_max to
+    sigma_min, above 0 (a sigma_min above sigma_max inverts)."""
+    solver = DPMFast(eta, s_noise, n)
+    high, low = float(sigma_max), float(sigma_min)
+    if not (0 < low < math.inf and 0 < high < math.inf):
+        raise ValueError(f"sigma_min and sigma_max must be above 0 and finite, got {low} and {high}")
+    places = torch.linspace(math.log(high), math.log(low), len(orders(n)) + 1, dtype=torch.float64)
+    sigmas = places.exp().to(x.dtype)
+    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
