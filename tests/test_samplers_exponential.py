@@ -35,6 +35,7 @@ from ella_kd.samplers import (
     sample_deis,
     sample_dpmpp_2m,
     sample_dpmpp_2m_sde,
+    sample_dpmpp_3m_sde,
     sample_er_sde,
     sample_euler,
     sample_exp_heun_2_x0,
@@ -223,6 +224,24 @@ def test_dpmpp_2m_and_res_equal_diffusers(
         function = sample_dpmpp_2m if solver_type == "midpoint" else sample_res_multistep
         got = function(guided, x, grid, disable=True)
     assert relative(got, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("sigmas", [TO_ZERO, ABOVE_ZERO], ids=len)
+@pytest.mark.parametrize("sde", [False, True])
+def test_dpmpp_3m_equals_diffusers_without_noise(sde: bool, sigmas: list[float], guided: Guided) -> None:
+    """And not with noise: there diffusers' weight of the second difference is (1 - e^-H - H) / H^2 - 1/2 with H = 2 h,
+    where it is + 1/2 without noise and in k-diffusion; it tends to -1, not to 0, as steps grow smaller."""
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        solver_order=3, solver_type="heun", prediction_type="sample", lower_order_final=False,
+        algorithm_type="sde-dpmsolver++" if sde else "dpmsolver++",
+        final_sigmas_type="zero" if sigmas[-1] == 0 else "sigma_min",
+    )
+    noise = [given_noise(torch.tensor(s), torch.tensor(t)) for s, t in pairwise(sigmas)] if sde else None
+    expected = diffusers_run(scheduler, guided, latents(), sigmas, noise)
+    got = sample_dpmpp_3m_sde(
+        guided, latents(), torch.tensor(sigmas), disable=True, eta=float(sde), noise_sampler=given_noise
+    )
+    assert relative(got, expected) > 0.1 if sde else relative(got, expected) <= 1e-6
 
 
 def one_step_at_a_time(solver: Solver, model: Any, x: Tensor, sigmas: list[float]) -> Tensor:
