@@ -29,6 +29,7 @@ from ella_kd.samplers.cfg_pp_functions import (
     sample_res_multistep_ancestral_cfg_pp,
     sample_res_multistep_cfg_pp,
     sample_res_multistep_comfyui_cfg_pp,
+    sample_restart_cfg_pp,
     sample_sa_solver_cfg_pp,
     sample_sa_solver_pece_cfg_pp,
     sample_seeds_2_cfg_pp,
@@ -71,6 +72,7 @@ from ella_kd.samplers.functions_kd import (
     sample_heunpp2,
     sample_lcm,
     sample_lms,
+    sample_restart,
 )
 from ella_kd.samplers.functions_stochastic import (
     sample_er_sde,
@@ -85,6 +87,7 @@ from ella_kd.samplers.heunpp import HeunPP2
 from ella_kd.samplers.lcm import LCM
 from ella_kd.samplers.lms import LMS
 from ella_kd.samplers.noise import BrownianNoise, NormalNoise, randn
+from ella_kd.samplers.restart import Restart
 from ella_kd.samplers.saving import load_run, save_run
 from ella_kd.samplers.schedules import (
     get_sigmas_ays,
@@ -142,6 +145,7 @@ __all__ = [
     "Interrupted",
     "NormalNoise",
     "ResMultistepAncestral",
+    "Restart",
     "Run",
     "SASolver",
     "SASolverPECE",
@@ -225,6 +229,8 @@ __all__ = [
     "sample_res_multistep_ancestral_cfg_pp",
     "sample_res_multistep_cfg_pp",
     "sample_res_multistep_comfyui_cfg_pp",
+    "sample_restart",
+    "sample_restart_cfg_pp",
     "sample_sa_solver",
     "sample_sa_solver_cfg_pp",
     "sample_sa_solver_pece",
