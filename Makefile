@@ -23,8 +23,9 @@ check: $(STAMP)         ## lint and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-bench: $(STAMP)         ## the semantic score
+bench: $(STAMP)         ## the semantic score, the samplers' orders and the driver's own time
 	$(PY) -m benchmarks.score $(ARGS)
+	$(PY) -m benchmarks.samplers
 
 install: $(STAMP)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import re
 from pathlib import Path
 
-from ella_kd.samplers import SAMPLERS
+from ella_kd.samplers import SAMPLERS, Sampler
 
 README = Path(__file__).parents[1] / "README.md"
+MEASURED = Path(__file__).parent / "samplers.json"
 
 
 def between_marks(text: str, name: str, content: str) -> str:
@@ -18,15 +22,30 @@ def between_marks(text: str, name: str, content: str) -> str:
 
 
 def samplers_table() -> str:
-    """A Markdown row per method; `tests/test_samplers_orders.py` measures the orders that it states."""
-    rows = ["| `sample_` | family | order | evaluations a step | adds noise | CFG++ |", "|---|---|---|---|---|---|"]
+    """A Markdown row per method; the orders are those that `python -m benchmarks.samplers` measured."""
+    orders = json.loads(MEASURED.read_text())["orders"] if MEASURED.exists() else {}
+    rows = ["| `sample_` | family, paper | evaluations a step | measured order | adds noise | CFG++ | takes |"]
+    rows.append("|---" * 7 + "|")
     for name, sampler in SAMPLERS.items():
         if sampler.cfg_pp:
             continue
-        noise = "yes" if sampler.stochastic else ""
-        cfg_pp = f"`{name}_cfg_pp`" if f"{name}_cfg_pp" in SAMPLERS else ""
-        rows.append(f"| `{name}` | {sampler.family} | {sampler.order} | {sampler.evals} | {noise} | {cfg_pp} |")
+        order = f"{orders[name]['order']:.2f}" if name in orders else ""
+        noise = f"yes ({sampler.solver.noise.capitalize()})" if sampler.stochastic else ""
+        forms = [other for other in SAMPLERS if re.fullmatch(rf"{name}(_paper|_comfyui)?_cfg_pp", other)]
+        cfg_pp = ", ".join(f"`{form.removeprefix(name)}`" for form in forms)
+        takes = "sigmas" if "sigmas" in inspect.signature(sampler.function).parameters else "sigma_min, sigma_max"
+        family = f"{sampler.family}{paper(sampler)}"
+        rows.append(f"| `{name}` | {family} | {sampler.evals} | {order} | {noise} | {cfg_pp} | {takes} |")
     return "\n".join(rows)
+
+
+def paper(sampler: Sampler) -> str:
+    """The first arXiv number that the function's docstring names, or else the method's."""
+    for text in (sampler.function.__doc__, type(sampler.solver).__doc__):
+        found = re.search(r"\d{4}\.\d{5}", text or "")
+        if found:
+            return f", [{found[0]}](https://arxiv.org/abs/{found[0]})"
+    return ""
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ella_kd.conditioning import ELLA, Conditioning, Constant, plan
-from ella_kd.models.noise_schedule import NoiseSchedule
+from ella_kd.models.noise_schedule import EDMSchedule, NoiseSchedule
 from ella_kd.models.text import TextFeatures
 from ella_kd.models.tsc import TSC
 
@@ -22,18 +22,22 @@ class LDMDenoiser(nn.Module):
     """A latent-diffusion network as a k-diffusion denoiser: `denoiser(x, sigma, cond) -> denoised`.
 
     inner_model: any `unet(x, t, context)`, and `unet(x, t, context, mask)` where a conditioning has a mask, of any
-    dtype. noise_schedule: what it was trained on, and whether it returns eps or v. quantize: round t to the nearest
+    dtype. noise_schedule: what it was trained on, and whether it returns eps or v; with an EDMSchedule, which has a
+    sigma_data, the network is one in EDM's preconditioning (Playground v2.5). quantize: round t to the nearest
     integer. With constant tokens this equals k-diffusion's `CompVisDenoiser` (eps) and `CompVisVDenoiser` (v).
     """
 
-    sigma_data = 1.0
-
-    def __init__(self, inner_model: nn.Module, noise_schedule: NoiseSchedule | None = None,
+    def __init__(self, inner_model: nn.Module, noise_schedule: NoiseSchedule | EDMSchedule | None = None,
                  quantize: bool = False) -> None:
         super().__init__()
         self.inner_model = inner_model
         self.noise_schedule = noise_schedule or NoiseSchedule.sd15()
         self.quantize = quantize
+
+    @property
+    def sigma_data(self) -> float:
+        """The standard deviation of the data that the network's scalings assume; 1 without EDM's preconditioning."""
+        return self.noise_schedule.sigma_data if isinstance(self.noise_schedule, EDMSchedule) else 1.0
 
     @property
     def sigma_min(self) -> float:
@@ -71,7 +75,10 @@ class LDMDenoiser(nn.Module):
         """c_skip, c_out, c_in of `denoised = c_skip * x + c_out * network(c_in * x)`, each shaped as sigma.
 
         eps: x0 = x - sigma * eps. v (Salimans and Ho 2022, arXiv 2202.00512): v = c_in * (noise - sigma * x0).
+        EDM: Karras et al. 2022 (arXiv 2206.00364), table 1.
         """
+        if isinstance(self.noise_schedule, EDMSchedule):
+            return self.noise_schedule.scalings(sigma)
         c_in = (sigma**2 + 1) ** -0.5
         if self.noise_schedule.prediction == "v":
             return c_in**2, -sigma * c_in, c_in
@@ -95,13 +102,16 @@ class LDMDenoiser(nn.Module):
         return c_skip * x + c_out * self._network(c_in * x, sigma, cond)
 
     def loss(self, x: Tensor, noise: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
-        """The network's mean squared error per sample [B], in its own units (eps or v), at x + sigma * noise.
+        """The network's mean squared error per sample [B], in its own units (eps, v, EDM's F), at x + sigma * noise.
 
         x (clean latents) and noise [B, C, h, w], sigma [B]. Gradients reach the network and the connector.
         """
         s = _checked(x, sigma)[:, None, None, None]
-        c_in = self.get_scalings(s)[2]
-        target = c_in * (noise - s * x) if self.noise_schedule.prediction == "v" else noise
+        c_skip, c_out, c_in = self.get_scalings(s)
+        if isinstance(self.noise_schedule, EDMSchedule):
+            target = (x - c_skip * (x + s * noise)) / c_out
+        else:
+            target = c_in * (noise - s * x) if self.noise_schedule.prediction == "v" else noise
         return (self._network(c_in * (x + s * noise), sigma, cond) - target).square().flatten(1).mean(1)
 
     def _network(self, x_in: Tensor, sigma: Tensor, cond: Condition) -> Tensor:

@@ -14,8 +14,11 @@ from ella_kd.samplers.cfg_pp_functions import (
     sample_dpmpp_2s_ancestral_cfg_pp,
     sample_dpmpp_3m_sde_cfg_pp,
     sample_dpmpp_sde_cfg_pp,
+    sample_er_sde_cfg_pp,
     sample_euler_ancestral_cfg_pp,
     sample_euler_cfg_pp,
+    sample_exp_heun_2_x0_cfg_pp,
+    sample_exp_heun_2_x0_sde_cfg_pp,
     sample_gradient_estimation_cfg_pp,
     sample_heun_cfg_pp,
     sample_heunpp2_cfg_pp,
@@ -26,9 +29,16 @@ from ella_kd.samplers.cfg_pp_functions import (
     sample_res_multistep_ancestral_cfg_pp,
     sample_res_multistep_cfg_pp,
     sample_res_multistep_comfyui_cfg_pp,
+    sample_restart_cfg_pp,
+    sample_sa_solver_cfg_pp,
+    sample_sa_solver_pece_cfg_pp,
+    sample_seeds_2_cfg_pp,
+    sample_seeds_3_cfg_pp,
     sample_uni_pc_bh2_cfg_pp,
     sample_uni_pc_cfg_pp,
 )
+from ella_kd.samplers.dpm_adaptive import sample_dpm_adaptive
+from ella_kd.samplers.dpm_solver import DPMFast
 from ella_kd.samplers.dpmpp import DPMpp2M, DPMpp2SAncestral
 from ella_kd.samplers.dpmpp_sde import DPMpp3M, DPMppSDE
 from ella_kd.samplers.driver import Interrupted, Run, sample
@@ -56,11 +66,13 @@ from ella_kd.samplers.functions_kd import (
     sample_ddim,
     sample_ddpm,
     sample_dpm_2_ancestral,
+    sample_dpm_fast,
     sample_dpmpp_3m_sde,
     sample_dpmpp_sde,
     sample_heunpp2,
     sample_lcm,
     sample_lms,
+    sample_restart,
 )
 from ella_kd.samplers.functions_stochastic import (
     sample_er_sde,
@@ -75,6 +87,7 @@ from ella_kd.samplers.heunpp import HeunPP2
 from ella_kd.samplers.lcm import LCM
 from ella_kd.samplers.lms import LMS
 from ella_kd.samplers.noise import BrownianNoise, NormalNoise, randn
+from ella_kd.samplers.restart import Restart
 from ella_kd.samplers.saving import load_run, save_run
 from ella_kd.samplers.schedules import (
     get_sigmas_ays,
@@ -119,6 +132,7 @@ __all__ = [
     "BrownianNoise",
     "CFGpp",
     "DPM2Ancestral",
+    "DPMFast",
     "DPMpp2M",
     "DPMpp2SAncestral",
     "DPMpp3M",
@@ -131,6 +145,7 @@ __all__ = [
     "Interrupted",
     "NormalNoise",
     "ResMultistepAncestral",
+    "Restart",
     "Run",
     "SASolver",
     "SASolverPECE",
@@ -172,6 +187,8 @@ __all__ = [
     "sample_dpm_2_ancestral",
     "sample_dpm_2_ancestral_cfg_pp",
     "sample_dpm_2_cfg_pp",
+    "sample_dpm_adaptive",
+    "sample_dpm_fast",
     "sample_dpmpp_2m",
     "sample_dpmpp_2m_cfg_pp",
     "sample_dpmpp_2m_paper_cfg_pp",
@@ -184,12 +201,15 @@ __all__ = [
     "sample_dpmpp_sde",
     "sample_dpmpp_sde_cfg_pp",
     "sample_er_sde",
+    "sample_er_sde_cfg_pp",
     "sample_euler",
     "sample_euler_ancestral",
     "sample_euler_ancestral_cfg_pp",
     "sample_euler_cfg_pp",
     "sample_exp_heun_2_x0",
+    "sample_exp_heun_2_x0_cfg_pp",
     "sample_exp_heun_2_x0_sde",
+    "sample_exp_heun_2_x0_sde_cfg_pp",
     "sample_gradient_estimation",
     "sample_gradient_estimation_cfg_pp",
     "sample_heun",
@@ -209,10 +229,16 @@ __all__ = [
     "sample_res_multistep_ancestral_cfg_pp",
     "sample_res_multistep_cfg_pp",
     "sample_res_multistep_comfyui_cfg_pp",
+    "sample_restart",
+    "sample_restart_cfg_pp",
     "sample_sa_solver",
+    "sample_sa_solver_cfg_pp",
     "sample_sa_solver_pece",
+    "sample_sa_solver_pece_cfg_pp",
     "sample_seeds_2",
+    "sample_seeds_2_cfg_pp",
     "sample_seeds_3",
+    "sample_seeds_3_cfg_pp",
     "sample_uni_pc",
     "sample_uni_pc_bh2",
     "sample_uni_pc_bh2_cfg_pp",

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ella_kd.samplers import functions, functions_exponential, functions_kd
+from ella_kd.samplers import functions, functions_exponential, functions_kd, functions_stochastic
 from ella_kd.samplers.cfg_pp import CFGpp, Scale
 from ella_kd.samplers.solver import Step
 
@@ -70,6 +70,7 @@ sample_ddim_cfg_pp = cfg_pp_form(functions_kd.sample_ddim)
 sample_ddpm_cfg_pp = cfg_pp_form(functions_kd.sample_ddpm)
 sample_lcm_cfg_pp = cfg_pp_form(functions_kd.sample_lcm)
 sample_heunpp2_cfg_pp = cfg_pp_form(functions_kd.sample_heunpp2)
+sample_restart_cfg_pp = cfg_pp_form(functions_kd.sample_restart)
 sample_uni_pc_cfg_pp = cfg_pp_form(functions_exponential.sample_uni_pc)
 sample_uni_pc_bh2_cfg_pp = cfg_pp_form(functions_exponential.sample_uni_pc_bh2)
 sample_deis_cfg_pp = cfg_pp_form(functions_exponential.sample_deis)
@@ -79,6 +80,13 @@ sample_res_multistep_cfg_pp = cfg_pp_form(functions_exponential.sample_res_multi
 sample_res_multistep_comfyui_cfg_pp = cfg_pp_form(functions_exponential.sample_res_multistep, _comfyui_res, "comfyui")
 sample_res_multistep_ancestral_cfg_pp = cfg_pp_form(functions_exponential.sample_res_multistep_ancestral)
 sample_gradient_estimation_cfg_pp = cfg_pp_form(functions_exponential.sample_gradient_estimation)
+sample_exp_heun_2_x0_cfg_pp = cfg_pp_form(functions_stochastic.sample_exp_heun_2_x0)
+sample_exp_heun_2_x0_sde_cfg_pp = cfg_pp_form(functions_stochastic.sample_exp_heun_2_x0_sde)
+sample_seeds_2_cfg_pp = cfg_pp_form(functions_stochastic.sample_seeds_2)
+sample_seeds_3_cfg_pp = cfg_pp_form(functions_stochastic.sample_seeds_3)
+sample_er_sde_cfg_pp = cfg_pp_form(functions_stochastic.sample_er_sde)
+sample_sa_solver_cfg_pp = cfg_pp_form(functions_stochastic.sample_sa_solver)
+sample_sa_solver_pece_cfg_pp = cfg_pp_form(functions_stochastic.sample_sa_solver_pece)
 
 COMFYUI: dict[str, Function] = {
     "euler_cfg_pp": sample_euler_cfg_pp,

@@ -62,7 +62,8 @@ class Evaluations:
         else:
             denoised = used = self.model(x, sigma_in, **self.extra_args)
         _check("denoised", denoised, x)
-        self.counts.append((self.i, sigma, torch.isfinite(denoised).logical_not().sum()))
+        # NaN and Inf less themselves are NaN, which is not 0; isfinite takes five times as long on a CPU.
+        self.counts.append((self.i, sigma, torch.count_nonzero(denoised - denoised)))
         self.calls += 1
         if self.calls == 1:
             self.first = x, sigma, denoised

@@ -93,7 +93,9 @@ def sample_ipndm_v(
     *,
     seeds: Seeds = None,
 ) -> Tensor:
-    """iPNDM with the weights of the real grid: Adams-Bashforth in sigma, which is LMS. One evaluation per step."""
+    """iPNDM with the weights of the real grid: Adams-Bashforth in sigma, which is LMS. One evaluation per step.
+
+    ComfyUI's weights of three and four terms are exact on even grids alone; these are exact on every grid."""
     return sample(DEIS(max_order, "sigma"), model, x, sigmas, extra_args, callback, disable, seeds=seeds)[0]
 
 

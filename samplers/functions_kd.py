@@ -7,9 +7,12 @@ What they take, return and raise is what `ella_kd.samplers.functions` says.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
+from ella_kd.samplers.dpm_solver import DPMFast, orders
 from ella_kd.samplers.dpmpp_sde import DPMpp3M, DPMppSDE
 from ella_kd.samplers.driver import Callback, Model, NoiseSampler, sample
 from ella_kd.samplers.euler import EulerAncestral
@@ -17,6 +20,7 @@ from ella_kd.samplers.functions import Args, Seeds
 from ella_kd.samplers.heunpp import HeunPP2
 from ella_kd.samplers.lcm import LCM
 from ella_kd.samplers.lms import LMS
+from ella_kd.samplers.restart import Restart
 from ella_kd.samplers.second_order import DPM2Ancestral
 
 
@@ -165,3 +169,51 @@ def sample_heunpp2(
     """Heun++, a heuristic of three slopes. Order 1, three evaluations per step."""
     solver = HeunPP2(s_churn, s_tmin, s_tmax, s_noise)
     return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds)[0]
+
+
+def sample_dpm_fast(
+    model: Model,
+    x: Tensor,
+    sigma_min: float,
+    sigma_max: float,
+    n: int,
+    extra_args: Args = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 0.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+    *,
+    seeds: Seeds = None,
+) -> Tensor:
+    """DPM-Solver-fast (2206.00927): n evaluations on steps of order 3, the last ones lower, from x at sigma_max to
+    sigma_min, above 0 (a sigma_min above sigma_max inverts)."""
+    solver = DPMFast(eta, s_noise, n)
+    high, low = float(sigma_max), float(sigma_min)
+    if not (0 < low < math.inf and 0 < high < math.inf):
+        raise ValueError(f"sigma_min and sigma_max must be above 0 and finite, got {low} and {high}")
+    places = torch.linspace(math.log(high), math.log(low), len(orders(n)) + 1, dtype=torch.float64)
+    sigmas = places.exp().to(x.dtype)
+    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+
+
+def sample_restart(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Args = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    s_noise: float = 1.0,
+    restart_list: Mapping[float, Sequence[float]] | None = None,
+    noise_sampler: NoiseSampler | None = None,
+    *,
+    seeds: Seeds = None,
+) -> Tensor:
+    """Restart sampling (2306.14878) on Heun steps. restart_list is A1111's, {sigma_min: [sigmas, times, sigma_max]},
+    sigmas counting those of the way down with both ends; None is {0.1: [10, 1, 2]}. Order 2, two evaluations per
+    step, and the restarts' on top: the schedule is not shortened for them, as A1111 does."""
+    listed = {0.1: (10, 1, 2.0)} if restart_list is None else restart_list
+    intervals = tuple((float(low), int(n) - 1, int(times), float(high)) for low, (n, times, high) in listed.items())
+    solver = Restart(intervals, s_noise)
+    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -47,11 +49,16 @@ class LMS(Solver):
 
 def multistep_weights(nodes: Sequence[float], s: float, t: float) -> list[float]:
     """Integrals from s to t of the Lagrange polynomials of `nodes`, by a Gauss-Legendre rule that is exact for them."""
-    points, shares = np.polynomial.legendre.leggauss((len(nodes) + 1) // 2)
-    points, shares = (s + t) / 2 + (t - s) / 2 * points, (t - s) / 2 * shares
+    middle, half = (s + t) / 2, (t - s) / 2
+    rule = [(middle + half * point, half * share) for point, share in _gauss_legendre((len(nodes) + 1) // 2)]
     weights = []
     for j, node in enumerate(nodes):
         others = [other for k, other in enumerate(nodes) if k != j]
-        values = np.prod([(points - other) / (node - other) for other in others], axis=0)
-        weights.append(float(np.sum(shares * values)))
+        weights.append(sum(share * math.prod((u - other) / (node - other) for other in others) for u, share in rule))
     return weights
+
+
+@functools.cache
+def _gauss_legendre(points: int) -> tuple[tuple[float, float], ...]:
+    """(point, share) of the rule on [-1, 1]; numpy finds them anew at each call, by eigenvalues."""
+    return tuple(zip(*(values.tolist() for values in np.polynomial.legendre.leggauss(points))))

@@ -26,6 +26,7 @@ from ella_kd.samplers.euler import Euler, EulerAncestral
 from ella_kd.samplers.heunpp import HeunPP2
 from ella_kd.samplers.lcm import LCM
 from ella_kd.samplers.lms import LMS
+from ella_kd.samplers.restart import Restart
 from ella_kd.samplers.second_order import DPM2, DPM2Ancestral, Heun
 from ella_kd.samplers.seeds import SEEDS2, SEEDS3
 from ella_kd.samplers.solver import Solver
@@ -126,6 +127,7 @@ SAMPLERS: dict[str, Sampler] = {
         _kd("ddpm", EulerAncestral(), "DDPM"),
         _kd("lcm", LCM(), "consistency"),
         _kd("heunpp2", HeunPP2(), "Heun++, no paper"),
+        _kd("restart", Restart(), "Restart, Heun"),
         _exponential("uni_pc", UniPC(), "UniPC"),
         _exponential("uni_pc_bh2", UniPC("bh2"), "UniPC"),
         _exponential("deis", DEIS(), "DEIS"),

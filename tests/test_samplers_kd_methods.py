@@ -16,7 +16,9 @@ from ella_kd.samplers import (
     DPMpp3M,
     DPMppSDE,
     EulerAncestral,
+    Heun,
     HeunPP2,
+    Restart,
     Solver,
     get_sigmas_karras,
     sample,
@@ -30,6 +32,7 @@ from ella_kd.samplers import (
     sample_heunpp2,
     sample_lcm,
     sample_lms,
+    sample_restart,
 )
 from ella_kd.samplers import functions_kd as functions
 from ella_kd.samplers.lms import multistep_weights
@@ -72,6 +75,8 @@ SOLVERS: list[Solver] = [
     LCM(),
     HeunPP2(),
     HeunPP2(s_churn=2.0),
+    Restart(),
+    Restart(((0.3, 2, 2, 5.0), (1.0, 3, 1, 14.0))),
 ]
 each_solver = pytest.mark.parametrize("solver", SOLVERS, ids=str)
 SIGMAS = [14.6, 6.0, 2.2, 1.1, 0.4, 0.03, 0.0]
@@ -301,6 +306,35 @@ def test_heunpp2_by_hand(end: float, guided: Guided) -> None:
     assert relative(got, x3) < 1e-13
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_restart_is_heun_in_pieces(times: int, guided: Guided) -> None:
+    """Down to the sigma nearest .1, up to the one nearest 2 with noise, down a Karras grid of ten sigmas, and on."""
+    sigmas = torch.tensor(SCHEDULES["to zero"])
+    x = start = latents(sigmas)
+    low, high = 6, 3  # 0.2 and 2.2
+    x, _ = sample(Heun(), guided, x, sigmas[: low + 1], disable=True)
+    for _ in range(times):
+        x = x + given_noise(sigmas[low], sigmas[high]) * (sigmas[high] ** 2 - sigmas[low] ** 2).sqrt()
+        grid = get_sigmas_karras(10, float(sigmas[low]), float(sigmas[high]))[:-1]
+        x, _ = sample(Heun(), guided, x, grid, disable=True)
+    x, _ = sample(Heun(), guided, x, sigmas[low:], disable=True)
+    before = len(guided.seen)
+    options: dict[str, Any] = {"restart_list": {0.15: [10, times, 2.0]}, "noise_sampler": given_noise}
+    got = sample_restart(guided, start, sigmas, disable=True, **options)
+    assert relative(got, x) <= 1e-10
+    assert len(guided.seen) == 2 * before == 2 * (15 + 18 * times)
+
+
+def test_restart_leaves_out_what_the_schedule_does_not_cover(guided: Guided) -> None:
+    for sigmas in ([14.6, 0.0], [0.03, 0.2, 1.1, 4.2], [14.6, 9.0, 5.0], [14.6, 3.0, 0.0]):
+        x = latents(torch.tensor(sigmas))
+        heun, _ = sample(Heun(), guided, x, torch.tensor(sigmas), disable=True)
+        far = sample_restart(guided, x, torch.tensor(sigmas), disable=True, restart_list={0.1: [4, 1, 0.11]})
+        assert torch.equal(far, heun)
+    with pytest.raises(ValueError, match="0 < sigma_min < sigma_max"):
+        sample_restart(guided, latents(torch.ones(1)), torch.tensor([2.0, 1.0]), restart_list={2.0: [4, 1, 1.0]})
+
+
 @each_solver
 def test_split_equals_whole_and_batch_equals_singles_bitwise(solver: Solver) -> None:
     model, sigmas = Pointwise(), torch.tensor(SIGMAS)
@@ -341,7 +375,13 @@ def test_a_run_that_another_method_began_goes_on(solver: Solver) -> None:
 
 @pytest.mark.parametrize(
     ("function", "n"),
-    [(sample_dpm_2_ancestral, 150), (sample_dpmpp_sde, 150), (sample_dpmpp_3m_sde, 150), (sample_ddpm, 700)],
+    [
+        (sample_dpm_2_ancestral, 150),
+        (sample_dpmpp_sde, 150),
+        (sample_dpmpp_3m_sde, 150),
+        (sample_ddpm, 700),
+        (sample_restart, 60),
+    ],
 )
 def test_sde_moments_are_the_data_s(function: Any, n: int) -> None:
     """Gaussian data N(.7, .5^2): mean and variance of 30000 values at sigma .02 within 3 standard errors. DDPM is first

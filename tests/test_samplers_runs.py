@@ -55,7 +55,7 @@ def test_iterating_is_sampling_and_the_records_are_true(row: Sampler, guided: Gu
         assert record["x"] is not run.x
         assert torch.equal(record["sigma"], SIGMAS[i])
         sigma = record["sigma_hat"].expand(2)
-        assert torch.equal(record["denoised"], guided.predict(record["x"], sigma, False, **ARGS).denoised)
+        assert torch.equal(record["denoised"], guided.predict(record["x"], sigma, False, ARGS["cond_scale"]).denoised)
         guided.seen.pop()
         assert record["nfe"] == len(guided.seen) == sum(counts[: i + 1]) > seen
         before, seen = run.x, record["nfe"]
