@@ -63,7 +63,7 @@ def test_the_demo_as_a_user_runs_it(tmp_path: Path) -> None:
 
 def test_the_score_fills_its_tables(miniature: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score, "STEPS", 2)
-    monkeypatch.setattr(score, "SAMPLERS", {"euler": score.SAMPLERS["euler"]})
+    monkeypatch.setattr(score, "SCORED", ("euler",))
     (tmp_path / "README.md").write_text((score.HERE / "README.md").read_text())
     few = ["--count", "2", "--sampler-count", "2", "--most", "1"]
     done = CliRunner().invoke(score.main, [*few, "--out", str(tmp_path)])
