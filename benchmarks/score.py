@@ -1,7 +1,7 @@
 """The semantic score: how much of a dense prompt is in the picture, read from the pixels of the miniature's pictures.
 
-Scores plain Stable Diffusion, ELLA fixed and ELLA flexible on held-out prompts at equal seeds, and ten samplers at 5, 10
-and 20 steps. Writes `score.json`, the tables in `benchmarks/README.md` and the plot beside it.
+Scores plain Stable Diffusion, ELLA fixed and ELLA flexible on held-out prompts at equal seeds, and ten samplers at 5,
+10 and 20 steps. Writes `score.json`, the tables in `benchmarks/README.md` and the plot beside it.
 """
 
 from __future__ import annotations
