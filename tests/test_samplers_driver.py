@@ -42,6 +42,7 @@ SOLVERS: list[tuple[Solver, bool]] = [
     (EulerAncestral(), True),
     (DPMpp2M(), True),
 ]
+SOLVERS += [case for row in SAMPLERS.values() if (case := (row.solver, row.cfg_pp)) not in SOLVERS]
 each_solver = pytest.mark.parametrize(("solver", "cfg_pp"), SOLVERS, ids=str)
 SIGMAS = get_sigmas_karras(6, 0.03, 14.6)
 ARGS = {"cond_scale": 0.7}
@@ -134,8 +135,8 @@ def test_inputs_are_not_modified_and_dtype_is_kept(solver: Solver, cfg_pp: bool,
 
 @each_solver
 @pytest.mark.parametrize("sigmas", [[14.6, 0.0], [3.0, 0.5]], ids=str)
-def test_one_step_schedules(solver: Solver, cfg_pp: bool, sigmas: list[float], model: Pointwise) -> None:
-    out, state = sample(solver, model, latents(), torch.tensor(sigmas), ARGS, disable=True, seeds=[1, 2], cfg_pp=cfg_pp)
+def test_one_step_schedules(solver: Solver, cfg_pp: bool, sigmas: list[float], guided: Guided) -> None:
+    out, state = sample(solver, guided, latents(), torch.tensor(sigmas), ARGS, disable=True, seeds=[1, 2], cfg_pp=cfg_pp)
     assert out.isfinite().all()
     assert int(state["step"]) == 1
 
