@@ -136,7 +136,8 @@ def test_inputs_are_not_modified_and_dtype_is_kept(solver: Solver, cfg_pp: bool,
 @each_solver
 @pytest.mark.parametrize("sigmas", [[14.6, 0.0], [3.0, 0.5]], ids=str)
 def test_one_step_schedules(solver: Solver, cfg_pp: bool, sigmas: list[float], guided: Guided) -> None:
-    out, state = sample(solver, guided, latents(), torch.tensor(sigmas), ARGS, disable=True, seeds=[1, 2], cfg_pp=cfg_pp)
+    schedule = torch.tensor(sigmas)
+    out, state = sample(solver, guided, latents(), schedule, ARGS, disable=True, seeds=[1, 2], cfg_pp=cfg_pp)
     assert out.isfinite().all()
     assert int(state["step"]) == 1
 
