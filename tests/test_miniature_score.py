@@ -12,7 +12,8 @@ from PIL import Image
 from benchmarks import demo, score
 from benchmarks.miniature.questions import ask, summary
 from benchmarks.miniature.scenes import parse, random_scene, render, to_pictures, to_tensor
-from ella_kd import Pipeline
+from ella_kd import CFGDenoiser, ELLADenoiser, Pipeline
+from ella_kd.samplers import randn, sample_dpm_adaptive, sample_dpm_fast
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +74,18 @@ def test_the_score_fills_its_tables(miniature: Pipeline, tmp_path: Path, monkeyp
     assert "| euler |" in text
     assert (tmp_path / "samplers.png").stat().st_size < 300_000
     assert json.loads((tmp_path / "score.json").read_text())["settings"]["steps"] == 2
+
+
+def test_the_adaptive_and_the_fast_sampler_draw_dense_prompts_too(miniature: Pipeline) -> None:
+    wanted = score.held_out(4, 2)
+    assert miniature.tsc is not None and miniature.t5 is not None
+    denoiser = CFGDenoiser(ELLADenoiser(miniature.unet, miniature.tsc, miniature.noise_schedule))
+    low, high = denoiser.sigma_min, denoiser.sigma_max
+    args = {"cond": miniature.t5(score.write_captions(wanted, "dense")), "uncond": miniature.t5(""), "cond_scale": 3.0}
+    x = randn((4, 4, 8, 8), [0, 1, 2, 3]) * high
+    adaptive = sample_dpm_adaptive(denoiser, x, low, high, extra_args=args, disable=True)
+    fast = sample_dpm_fast(denoiser, x, low, high, 20, extra_args=args, disable=True)
+    for latents in (adaptive, fast):
+        with torch.no_grad():
+            found = [parse(picture) for picture in to_pictures(miniature.vae.decode(latents))]
+        assert summary([ask(w, f) for w, f in zip(wanted, found, strict=True)])["all_right"] >= 75
