@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,9 +30,9 @@ class _Midpoint(Churned):
     order = 2
     evals = 2
 
+    @abstractmethod
     def second(self, s: float, t: float) -> tuple[float, float]:
         """(m, mix) for a step from s to t > 0."""
-        raise NotImplementedError
 
     def steps(self, sigmas: Sequence[float]) -> list[Step]:
         steps = []

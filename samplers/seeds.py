@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,13 +25,13 @@ class _Seeds(Ancestral):
 
     noise = "brownian"
 
+    @abstractmethod
     def fractions(self) -> tuple[float, ...]:
         """Where the stages after the first lie in the step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tableau(self, H: float) -> list[list[float]]:
         """For each further stage and for the end, the weights of the D before it; H = (1 + eta) h."""
-        raise NotImplementedError
 
     def steps(self, sigmas: Sequence[float]) -> list[Step]:
         stages = (*self.fractions(), 1.0)

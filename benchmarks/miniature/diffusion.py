@@ -6,6 +6,7 @@ As in ELLA (arXiv 2403.05135, section 3) the connector is all that learns in the
 from __future__ import annotations
 
 import random
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -116,12 +117,13 @@ class DiffusionStage(Stage):
         self.vae, self.curriculum = vae, curriculum
         self.pool = Pool(vae, curriculum)
 
+    @abstractmethod
     def features(self, scenes: list[Scene], rng: random.Random) -> TextFeatures:
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def prompts(self, scenes: list[Scene], rng: random.Random) -> list[str]:
         """The complete captions that this stage is scored on."""
-        raise NotImplementedError
 
     def forward(self, rng: random.Random, batch: int, progress: float) -> Tensor:
         scenes, latents = self.pool.draw(rng, batch, progress)

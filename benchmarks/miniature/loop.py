@@ -7,6 +7,7 @@ import math
 import os
 import random
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,14 @@ class Budget:
     lr: float = 1e-3
 
 
-class Stage(nn.Module):
+class Stage(nn.Module, ABC):
     """A module that is its own training task: `forward(rng, batch, progress)` draws a batch and returns the loss."""
 
     name: str
 
+    @abstractmethod
     def forward(self, rng: random.Random, batch: int, progress: float) -> Tensor:
-        raise NotImplementedError
+        ...
 
     def trained(self) -> nn.Module:
         """The submodule that learns; the rest is frozen."""

@@ -7,6 +7,7 @@ word's feature must know shape, colour and place of the thing it speaks of. The 
 from __future__ import annotations
 
 import random
+from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -137,13 +138,13 @@ class Reader(Stage):
     tokenizer: PreTrainedTokenizerFast
     first_word = 0  # position of a caption's first word among its tokens
 
+    @abstractmethod
     def write(self, scene: Scene, rng: random.Random) -> list[Word]:
         """A caption of the kind this encoder is trained on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write_all(self, scene: Scene, rng: random.Random) -> list[Word]:
         """A caption of that kind that leaves nothing out."""
-        raise NotImplementedError
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         device = self.probe.queries.device
