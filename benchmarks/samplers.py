@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.machine import machine
 from benchmarks.mixture import Mixture
 from benchmarks.readme import README, between_marks
 from benchmarks.readme import samplers_table as readme_table
@@ -45,7 +45,7 @@ def methods() -> dict[str, Solver]:
     """The deterministic form of every method on a fixed grid, and the corrected 3M."""
     found: dict[str, Solver] = {}
     for name, row in SAMPLERS.items():
-        if row.cfg_pp or not isinstance(row.solver, Solver):
+        if row.cfg_pp:
             continue
         solver = deterministic(row.solver)
         if solver is not None:
@@ -105,7 +105,7 @@ def measure_overhead(rounds: int, steps: int = 40) -> dict[str, dict[str, float]
     result = {}
     for name, row in SAMPLERS.items():
         theirs = getattr(upstream, f"sample_{name}", None)
-        if theirs is None or row.cfg_pp or not isinstance(row.solver, Solver):
+        if theirs is None or row.cfg_pp:
             continue
         options = {"noise_sampler": fixed_noise(x)} if row.stochastic else {}
         times: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -169,18 +169,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
-
-
-def machine() -> str:
-    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    processor = names[0] if names else platform.machine()
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return f"{processor}, {torch.get_num_threads()} threads, {versions}"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 @click.command(help=__doc__)

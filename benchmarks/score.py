@@ -7,7 +7,6 @@ Scores plain Stable Diffusion, ELLA fixed and ELLA flexible on held-out prompts 
 from __future__ import annotations
 
 import json
-import platform
 import random
 import warnings
 from collections.abc import Sequence
@@ -16,9 +15,8 @@ from typing import Any
 
 import click
 import numpy as np
-import torch
-import transformers
 
+from benchmarks.machine import machine
 from benchmarks.miniature import captions
 from benchmarks.miniature.questions import CATEGORIES, ask, summary
 from benchmarks.miniature.scenes import Scene, parse, random_scene
@@ -140,17 +138,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.legend(fontsize=8, frameon=False)
     figure.tight_layout()
     figure.savefig(path)
-
-
-def machine() -> str:
-    processor = next((line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), "")
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{processor or platform.machine()}, {torch.get_num_threads()} threads, {versions}"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 @click.command(help=__doc__)

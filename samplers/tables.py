@@ -71,78 +71,59 @@ class Schedule:
     description: str
 
 
-def _sampler(name: str, solver: Solver, family: str) -> Sampler:
-    return Sampler(name, getattr(functions, f"sample_{name}"), solver, family)
+def _sampler(function: Callable[..., Tensor], solver: Solver, family: str) -> Sampler:
+    return Sampler(function.__name__.removeprefix("sample_"), function, solver, family)
 
 
-def _exponential(name: str, solver: Solver, family: str) -> Sampler:
-    return Sampler(name, getattr(functions_exponential, f"sample_{name}"), solver, family)
+def _schedule(
+    function: Callable[..., Tensor], description: str, sigmas: Callable[[int, Any], Tensor] | None = None
+) -> Schedule:
+    """A row whose `sigmas(n, model)` is the function itself, which takes the model, or as given."""
+    return Schedule(function.__name__.removeprefix("get_sigmas_"), function, sigmas or function, description)
 
 
-def _stochastic(name: str, solver: Solver, family: str) -> Sampler:
-    return Sampler(name, getattr(functions_stochastic, f"sample_{name}"), solver, family)
+def _ranged(function: Callable[..., Tensor], description: str) -> Schedule:
+    return _schedule(function, description, lambda n, model: function(n, model.sigma_min, model.sigma_max))
 
 
-def _kd(name: str, solver: Solver, family: str) -> Sampler:
-    return Sampler(name, getattr(functions_kd, f"sample_{name}"), solver, family)
-
-
-def _ranged(name: str, description: str) -> Schedule:
-    function = getattr(schedules, f"get_sigmas_{name}")
-    return Schedule(name, function, lambda n, model: function(n, model.sigma_min, model.sigma_max), description)
-
-
-def _nodes(name: str, description: str) -> Schedule:
-    function = getattr(schedules, f"get_sigmas_{name}")
-    return Schedule(name, function, lambda n, model: function(n), description)
-
-
-def _timesteps(name: str, description: str) -> Schedule:
-    function = getattr(timestep_schedules, f"get_sigmas_{name}")
-    return Schedule(name, function, function, description)
-
-
-def _compatible(name: str, description: str, ranged: bool = False) -> Schedule:
-    function = getattr(compatible_schedules, f"get_sigmas_{name}")
-    if ranged:
-        return Schedule(name, function, lambda n, model: function(n, model.sigma_min, model.sigma_max), description)
-    return Schedule(name, function, function, description)
+def _nodes(function: Callable[..., Tensor], description: str) -> Schedule:
+    return _schedule(function, description, lambda n, model: function(n))
 
 
 SAMPLERS: dict[str, Sampler] = {
     row.name: row
     for row in (
-        _sampler("euler", Euler(), "Euler"),
-        _sampler("euler_ancestral", EulerAncestral(), "Euler"),
-        _sampler("heun", Heun(), "Heun (EDM)"),
-        _sampler("dpm_2", DPM2(), "DPM-Solver"),
-        _sampler("dpmpp_2s_ancestral", DPMpp2SAncestral(), "DPM-Solver++"),
-        _sampler("dpmpp_2m", DPMpp2M(), "DPM-Solver++"),
-        _sampler("dpmpp_2m_sde", DPMpp2M(eta=1.0), "DPM-Solver++"),
-        _kd("dpm_2_ancestral", DPM2Ancestral(), "DPM-Solver"),
-        _kd("lms", LMS(), "Adams-Bashforth"),
-        _kd("dpmpp_sde", DPMppSDE(), "DPM-Solver++"),
-        _kd("dpmpp_3m_sde", DPMpp3M(), "DPM-Solver++"),
-        _kd("ddim", EulerAncestral(eta=0.0), "DDIM"),
-        _kd("ddpm", EulerAncestral(), "DDPM"),
-        _kd("lcm", LCM(), "consistency"),
-        _kd("heunpp2", HeunPP2(), "Heun++, no paper"),
-        _kd("restart", Restart(), "Restart, Heun"),
-        _exponential("uni_pc", UniPC(), "UniPC"),
-        _exponential("uni_pc_bh2", UniPC("bh2"), "UniPC"),
-        _exponential("deis", DEIS(), "DEIS"),
-        _exponential("ipndm", IPNDM(), "iPNDM"),
-        _exponential("ipndm_v", DEIS(4, "sigma"), "Adams-Bashforth"),
-        _exponential("res_multistep", DPMpp2M(solver_type="heun"), "RES, DPM-Solver++"),
-        _exponential("res_multistep_ancestral", ResMultistepAncestral(), "RES"),
-        _exponential("gradient_estimation", GradientEstimation(), "gradient estimation"),
-        _stochastic("exp_heun_2_x0", SEEDS2(eta=0.0, r=1.0, solver_type="phi_2"), "SEEDS"),
-        _stochastic("exp_heun_2_x0_sde", SEEDS2(r=1.0, solver_type="phi_2"), "SEEDS"),
-        _stochastic("seeds_2", SEEDS2(), "SEEDS"),
-        _stochastic("seeds_3", SEEDS3(), "SEEDS"),
-        _stochastic("er_sde", ERSDE(), "ER-SDE"),
-        _stochastic("sa_solver", SASolver(), "SA-Solver"),
-        _stochastic("sa_solver_pece", SASolverPECE(), "SA-Solver"),
+        _sampler(functions.sample_euler, Euler(), "Euler"),
+        _sampler(functions.sample_euler_ancestral, EulerAncestral(), "Euler"),
+        _sampler(functions.sample_heun, Heun(), "Heun (EDM)"),
+        _sampler(functions.sample_dpm_2, DPM2(), "DPM-Solver"),
+        _sampler(functions.sample_dpmpp_2s_ancestral, DPMpp2SAncestral(), "DPM-Solver++"),
+        _sampler(functions.sample_dpmpp_2m, DPMpp2M(), "DPM-Solver++"),
+        _sampler(functions.sample_dpmpp_2m_sde, DPMpp2M(eta=1.0), "DPM-Solver++"),
+        _sampler(functions_kd.sample_dpm_2_ancestral, DPM2Ancestral(), "DPM-Solver"),
+        _sampler(functions_kd.sample_lms, LMS(), "Adams-Bashforth"),
+        _sampler(functions_kd.sample_dpmpp_sde, DPMppSDE(), "DPM-Solver++"),
+        _sampler(functions_kd.sample_dpmpp_3m_sde, DPMpp3M(), "DPM-Solver++"),
+        _sampler(functions_kd.sample_ddim, EulerAncestral(eta=0.0), "DDIM"),
+        _sampler(functions_kd.sample_ddpm, EulerAncestral(), "DDPM"),
+        _sampler(functions_kd.sample_lcm, LCM(), "consistency"),
+        _sampler(functions_kd.sample_heunpp2, HeunPP2(), "Heun++, no paper"),
+        _sampler(functions_kd.sample_restart, Restart(), "Restart, Heun"),
+        _sampler(functions_exponential.sample_uni_pc, UniPC(), "UniPC"),
+        _sampler(functions_exponential.sample_uni_pc_bh2, UniPC("bh2"), "UniPC"),
+        _sampler(functions_exponential.sample_deis, DEIS(), "DEIS"),
+        _sampler(functions_exponential.sample_ipndm, IPNDM(), "iPNDM"),
+        _sampler(functions_exponential.sample_ipndm_v, DEIS(4, "sigma"), "Adams-Bashforth"),
+        _sampler(functions_exponential.sample_res_multistep, DPMpp2M(solver_type="heun"), "RES, DPM-Solver++"),
+        _sampler(functions_exponential.sample_res_multistep_ancestral, ResMultistepAncestral(), "RES"),
+        _sampler(functions_exponential.sample_gradient_estimation, GradientEstimation(), "gradient estimation"),
+        _sampler(functions_stochastic.sample_exp_heun_2_x0, SEEDS2(eta=0.0, r=1.0, solver_type="phi_2"), "SEEDS"),
+        _sampler(functions_stochastic.sample_exp_heun_2_x0_sde, SEEDS2(r=1.0, solver_type="phi_2"), "SEEDS"),
+        _sampler(functions_stochastic.sample_seeds_2, SEEDS2(), "SEEDS"),
+        _sampler(functions_stochastic.sample_seeds_3, SEEDS3(), "SEEDS"),
+        _sampler(functions_stochastic.sample_er_sde, ERSDE(), "ER-SDE"),
+        _sampler(functions_stochastic.sample_sa_solver, SASolver(), "SA-Solver"),
+        _sampler(functions_stochastic.sample_sa_solver_pece, SASolverPECE(), "SA-Solver"),
     )
 }
 
@@ -160,49 +141,66 @@ SAMPLERS.update({row.name: row for base in list(SAMPLERS.values()) for row in _c
 SCHEDULES: dict[str, Schedule] = {
     row.name: row
     for row in (
-        _ranged("karras", "even in sigma^(1/7), Karras et al. 2022"),
-        _ranged("exponential", "even in log sigma"),
-        _ranged("polyexponential", "log sigma falls as a power of even steps; with power 1, its default, exponential"),
-        Schedule(
-            "vp",
+        _ranged(schedules.get_sigmas_karras, "even in sigma^(1/7), Karras et al. 2022"),
+        _ranged(schedules.get_sigmas_exponential, "even in log sigma"),
+        _ranged(
+            schedules.get_sigmas_polyexponential,
+            "log sigma falls as a power of even steps; with power 1, its default, exponential",
+        ),
+        _schedule(
             schedules.get_sigmas_vp,
-            lambda n, model: schedules.get_sigmas_vp(n, *schedules.vp_betas(model.sigma_min, model.sigma_max)),
             "even in the time of a continuous VP process, fitted to the model's range",
+            lambda n, model: schedules.get_sigmas_vp(n, *schedules.vp_betas(model.sigma_min, model.sigma_max)),
         ),
-        _ranged("laplace", "even quantiles of a Laplace distribution of log sigma: dense about sigma 1"),
-        _ranged("kl_optimal", "even in arctan sigma"),
-        Schedule(
-            "linear_quadratic",
+        _ranged(
+            schedules.get_sigmas_laplace,
+            "even quantiles of a Laplace distribution of log sigma: dense about sigma 1",
+        ),
+        _ranged(schedules.get_sigmas_kl_optimal, "even in arctan sigma"),
+        _schedule(
             schedules.get_sigmas_linear_quadratic,
-            lambda n, model: schedules.get_sigmas_linear_quadratic(n, model.sigma_max),
             "half the steps linear in sigma near the top, then a parabola; made for flow models",
+            lambda n, model: schedules.get_sigmas_linear_quadratic(n, model.sigma_max),
         ),
-        _nodes("ays", "Align Your Steps, ten nodes optimised for SD1.5"),
-        _nodes("ays_sdxl", "Align Your Steps, ten nodes optimised for SDXL"),
-        _nodes("gits", "GITS, ten nodes found for SD1.5"),
-        _timesteps("normal", "even in the model's timestep"),
-        _timesteps("sgm_uniform", "even in the model's timestep, the step to 0 included"),
-        _timesteps("simple", "every (N / n)-th timestep from the last down"),
-        _timesteps("ddim_uniform", "every (N / n)-th timestep from 1 up, the spacing of DDIM"),
-        _timesteps("beta", "timesteps at quantiles of a Beta distribution: dense at both ends"),
-        _timesteps("leading", "diffusers' default spacing: starts below the largest sigma"),
-        _timesteps("trailing", "diffusers' spacing from the last timestep down"),
-        _timesteps("linspace", "diffusers' even spacing in the timestep, sigma linear between whole ones"),
+        _nodes(schedules.get_sigmas_ays, "Align Your Steps, ten nodes optimised for SD1.5"),
+        _nodes(schedules.get_sigmas_ays_sdxl, "Align Your Steps, ten nodes optimised for SDXL"),
+        _nodes(schedules.get_sigmas_gits, "GITS, ten nodes found for SD1.5"),
+        _schedule(timestep_schedules.get_sigmas_normal, "even in the model's timestep"),
+        _schedule(timestep_schedules.get_sigmas_sgm_uniform, "even in the model's timestep, the step to 0 included"),
+        _schedule(timestep_schedules.get_sigmas_simple, "every (N / n)-th timestep from the last down"),
+        _schedule(
+            timestep_schedules.get_sigmas_ddim_uniform,
+            "every (N / n)-th timestep from 1 up, the spacing of DDIM",
+        ),
+        _schedule(
+            timestep_schedules.get_sigmas_beta,
+            "timesteps at quantiles of a Beta distribution: dense at both ends",
+        ),
+        _schedule(timestep_schedules.get_sigmas_leading, "diffusers' default spacing: starts below the largest sigma"),
+        _schedule(timestep_schedules.get_sigmas_trailing, "diffusers' spacing from the last timestep down"),
+        _schedule(
+            timestep_schedules.get_sigmas_linspace,
+            "diffusers' even spacing in the timestep, sigma linear between whole ones",
+        ),
     )
 }
 
 COMPATIBLE_SCHEDULES: dict[str, Schedule] = {
     row.name: row
     for row in (
-        _compatible("beta_comfyui", "ComfyUI's beta: rounded timesteps, equal ones dropped"),
-        _compatible("beta_a1111", "A1111's Beta: quantiles of sigma itself", ranged=True),
-        _compatible("kl_optimal_a1111", "A1111's KL Optimal: ends at sigma_min, no 0", ranged=True),
-        _compatible("laplace_comfyui", "ComfyUI's Laplace: clamped to the range, no 0", ranged=True),
-        _compatible("ddim_uniform_comfyui", "ComfyUI's ddim_uniform: more steps than asked where n does not divide N"),
-        Schedule(
-            "ays_a1111",
+        _schedule(
+            compatible_schedules.get_sigmas_beta_comfyui,
+            "ComfyUI's beta: rounded timesteps, equal ones dropped",
+        ),
+        _ranged(compatible_schedules.get_sigmas_beta_a1111, "A1111's Beta: quantiles of sigma itself"),
+        _ranged(compatible_schedules.get_sigmas_kl_optimal_a1111, "A1111's KL Optimal: ends at sigma_min, no 0"),
+        _ranged(compatible_schedules.get_sigmas_laplace_comfyui, "ComfyUI's Laplace: clamped to the range, no 0"),
+        _schedule(
+            compatible_schedules.get_sigmas_ddim_uniform_comfyui,
+            "ComfyUI's ddim_uniform: more steps than asked where n does not divide N",
+        ),
+        _nodes(
             compatible_schedules.get_sigmas_ays_a1111,
-            lambda n, model: compatible_schedules.get_sigmas_ays_a1111(n),
             "A1111's Align Your Steps: eleven nodes interpolated to n, then 0",
         ),
     )
