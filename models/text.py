@@ -16,9 +16,10 @@ if TYPE_CHECKING:  # transformers takes seconds to import: it is loaded when a t
 
 @dataclass(frozen=True, eq=False)
 class TextFeatures:
-    """What a text encoder says about prompts: tokens [B, L, D]; mask [B, L] bool, True at positions that are seen.
+    """What a text encoder says about prompts: tokens [B, L, D] and which of them are seen, and how strongly.
 
-    mask None: every position is seen.
+    mask [B, L]: bool, True at positions that are seen; or floats >= 0, the factor by which the attention to a position
+    is multiplied (0 unseen, 1 plain; see `ella_kd.models.layers.attend`). None: every position is seen.
     """
 
     tokens: Tensor

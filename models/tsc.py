@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ella_kd.models.layers import Shapes, attend, count_of, shape_of, timestep_embedding
+from ella_kd.models.layers import Shapes, attend, check_mask, count_of, shape_of, timestep_embedding
 
 
 class AdaLayerNorm(nn.Module):
@@ -82,7 +82,7 @@ class Connector(nn.Module):
         latents = self.latents + self.time_aware_linear(temb)[:, None]
         x = self.proj_in(features)
         if mask is not None:  # over the text only: the latents among the keys are always seen
-            mask = F.pad(mask, (len(self.latents), 0), value=True)
+            mask = F.pad(mask, (len(self.latents), 0), value=1)
         for block in self.perceiver_blocks:
             latents = block(latents, x, temb, mask)
         return latents
@@ -104,9 +104,10 @@ class TSC(nn.Module):
     ELLA (Hu et al. 2024, arXiv 2403.05135), section 3.1; the defaults are `ella-sd1.5-tsc-t5xl.safetensors`.
 
     `tsc(features, t, mask=None)`: features [B, L, input_dim], cast to the weights' dtype; t [B], or [1] for all, fp32,
-    fractional welcome; mask [B, L] bool, True at real tokens, None if all are seen (padding included: ELLA's fixed
-    mode) -> [B, num_latents, width]. A mask gives exactly what slicing off the padding gives.
-    Raises ValueError for a wrong shape.
+    fractional welcome; mask [B, L] bool, True at real tokens, or floats >= 0, the factor by which a token's attention
+    is multiplied in every block (`attend`), None if all are seen (padding included: ELLA's fixed mode)
+    -> [B, num_latents, width]. A mask gives exactly what slicing off the padding gives.
+    Raises ValueError for a wrong shape, or on a CPU for weights below 0 or NaN.
     """
 
     def __init__(self, time_channel: int = 320, time_embed_dim: int = 768, width: int = 768, layers: int = 6,
@@ -136,8 +137,7 @@ class TSC(nn.Module):
             raise ValueError(f"the TSC takes features [B, L, {self.input_dim}], got {list(features.shape)}")
         if t.ndim != 1 or len(t) not in (1, len(features)):
             raise ValueError(f"the TSC takes t [{len(features)}], one timestep per sample, got {list(t.shape)}")
-        if mask is not None and (mask.shape != features.shape[:2] or mask.dtype != torch.bool):
-            raise ValueError(f"mask must be bool {list(features.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
+        check_mask(mask, features)
         sinusoid = timestep_embedding(t.expand(len(features)), self.time_channel)
         temb = F.silu(self.time_embedding(sinusoid.to(self.dtype)))  # every reader takes SiLU(temb)
         return self.connector(features.to(self.dtype), temb, mask)

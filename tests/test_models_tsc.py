@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
 from ella_kd.models import TSC, load_tsc
+from ella_kd.models.layers import attend
 
 DATA = Path(__file__).parent / "data"
 
@@ -81,6 +84,48 @@ def test_what_the_mask_hides_is_never_read() -> None:
     assert torch.equal(tsc(features, t, mask), tsc(other, t, mask))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_a_weighted_key_is_a_key_that_is_there_so_many_times(dtype: torch.dtype) -> None:
+    """softmax with bias log w = softmax over w copies: a closed form for whole weights, 0 and 1 among them."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 12, dtype=dtype) for n in (3, 5, 5))
+    times = torch.tensor([[3, 1, 0, 2, 1], [1, 1, 5, 0, 1]])
+    got = attend(q, k, v, 2, times.to(dtype))
+    for row in range(2):
+        copies = [x[row : row + 1].repeat_interleave(times[row], 1) for x in (k, v)]
+        tolerance = 3e-3 if dtype == torch.float16 else 10 * torch.finfo(dtype).eps
+        assert error(got[row : row + 1], attend(q[row : row + 1], *copies, 2)) < tolerance
+
+
+def test_weights_of_one_and_zero_are_a_bool_mask() -> None:
+    q, k, v = (torch.randn(2, n, 12) for n in (3, 5, 5))
+    seen = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1]]).bool()
+    assert error(attend(q, k, v, 2, seen.float()), attend(q, k, v, 2, seen)) < 1e-6
+    assert error(attend(q, k, v, 2, torch.ones(2, 5)), attend(q, k, v, 2)) < 1e-6
+
+
+@given(st.lists(st.floats(0, 50), min_size=4, max_size=4), st.integers(0, 2**32))
+def test_attention_shares_are_multiplied_by_the_weights(weights: list[float], seed: int) -> None:
+    torch.manual_seed(seed)
+    q, k, v = torch.randn(1, 1, 2).double(), torch.randn(1, 5, 2).double(), torch.eye(5).double()[None]
+    w = torch.tensor([[*weights, 1.0]], dtype=torch.float64)
+    share = torch.softmax(q[0] @ k[0].T / 2**0.5, 1) * w
+    assert error(attend(q, k, v, 1, w)[0], share / share.sum()) < 1e-12
+
+
+def test_a_weighted_token_is_a_repeated_token_to_the_connector() -> None:
+    tsc, t = small(dtype=torch.float64), torch.tensor([500.0])
+    features = torch.randn(1, 4, 20, dtype=torch.float64)
+    times = torch.tensor([[2, 1, 0, 3]])
+    got = tsc(features, t, times.double())
+    assert error(got, tsc(features.repeat_interleave(times[0], 1), t)) < 1e-13
+    assert error(got, tsc(features, t)) > 1e-2
+    half = tsc.half()(features.half(), t, times.half())
+    assert half.dtype == torch.float16
+    assert error(half.double(), got) < 2e-2
+    tsc.double()
+
+
 def test_a_batch_equals_singles_and_one_timestep_serves_all() -> None:
     tsc, features = small(dtype=torch.float64), torch.randn(3, 5, 20, dtype=torch.float64)
     t = torch.tensor([10.0, 500.5, 999.0])
@@ -123,8 +168,11 @@ GOOD = {"features": torch.zeros(2, 5, 20), "t": torch.zeros(2), "mask": torch.on
     ({"features": torch.zeros(2, 5, 21)}, r"features \[B, L, 20\], got \[2, 5, 21\]"),
     ({"t": torch.zeros(3)}, r"t \[2\].*got \[3\]"),
     ({"t": torch.tensor(1.0)}, r"t \[2\].*got \[\]"),
-    ({"mask": torch.ones(2, 4, dtype=torch.bool)}, r"bool \[2, 5\], got torch.bool \[2, 4\]"),
-    ({"mask": torch.ones(2, 5)}, r"bool \[2, 5\], got torch.float32"),
+    ({"mask": torch.ones(2, 4, dtype=torch.bool)}, r"mask must be \[2, 5\], bool .* got torch.bool \[2, 4\]"),
+    ({"mask": torch.ones(2, 5, dtype=torch.int64)}, r"bool .* or floats .* got torch.int64"),
+    ({"mask": torch.full((2, 5), -0.5)}, r"at least 0 .* got -0.5 to -0.5"),
+    ({"mask": torch.full((2, 5), torch.nan)}, "finite and at least 0"),
+    ({"mask": torch.full((2, 5), torch.inf)}, "finite and at least 0"),
 ])
 def test_wrong_input_is_refused(change: dict[str, Tensor], says: str) -> None:
     tsc = small()
