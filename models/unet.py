@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from ella_kd.models.layers import Shapes, attend, count_of, shape_of, timestep_embedding, zero_init
+from ella_kd.models.blocks import Downsample, Patches, ResBlock, SpatialTransformer, Stage, Upsample
+from ella_kd.models.layers import Shapes, count_of, shape_of, timestep_embedding, zero_init
 
 
 @dataclass(frozen=True)
@@ -72,139 +71,17 @@ class UNetConfig:
                    num_heads, head_dim, linear_proj)
 
 
-class ResBlock(nn.Module):
-    """Two normalised 3x3 convolutions around the added time embedding, and a skip connection."""
-
-    def __init__(self, in_channels: int, out_channels: int, emb_channels: int) -> None:
-        super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, in_channels), nn.SiLU(),
-                                       nn.Conv2d(in_channels, out_channels, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
-        self.out_layers = nn.Sequential(nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Identity(),  # 2 was a dropout
-                                        zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
-        self.skip_connection = (nn.Identity() if in_channels == out_channels
-                                else nn.Conv2d(in_channels, out_channels, 1))
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
-
-
-class Attention(nn.Module):
-    """Attention from x [B, L, channels] to context [B, M, context_dim]; self-attention if the two are the same."""
-
-    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_dim, channels, bias=False)
-        self.to_v = nn.Linear(context_dim, channels, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
-
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, mask))
-
-
-class GEGLU(nn.Module):
-    def __init__(self, channels: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(channels, inner * 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(channels, channels * 4), nn.Identity(),  # 1 was a dropout
-                                 nn.Linear(channels * 4, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text tokens, feed-forward; each on a LayerNorm, each added."""
-
-    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
-        super().__init__()
-        self.attn1 = Attention(channels, channels, heads)
-        self.ff = FeedForward(channels)
-        self.attn2 = Attention(channels, context_dim, heads)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
-
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        normed = self.norm1(x)
-        x = x + self.attn1(normed, normed)
-        x = x + self.attn2(self.norm2(x), context, mask)
-        return x + self.ff(self.norm3(x))
-
-
-class SpatialTransformer(nn.Module):
-    """One transformer block over the pixels of a feature map [B, C, h, w], which sees the text tokens."""
-
-    def __init__(self, channels: int, config: UNetConfig) -> None:
-        super().__init__()
-        self.linear_proj = config.linear_proj
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)  # not 1e-5, as in ResBlock
-        self.proj_in = nn.Linear(channels, channels) if config.linear_proj else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([
-            TransformerBlock(channels, config.context_dim, config.heads(channels))])
-        self.proj_out = zero_init(nn.Linear(channels, channels) if config.linear_proj
-                                  else nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        h = self.norm(x)
-        h = self.proj_in(_tokens(h)) if self.linear_proj else _tokens(self.proj_in(h))
-        h = self.transformer_blocks[0](h, context, mask)
-        h = _image(self.proj_out(h), x) if self.linear_proj else self.proj_out(_image(h, x))
-        return x + h
-
-
-class Downsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # the skip's size: an odd one was rounded up
-
-
-class Stage(nn.Sequential):
-    """Layers in a row, each given what it takes beside x; size: what an Upsample must reach."""
-
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None,  # type: ignore[override]
-                size: torch.Size | None = None) -> Tensor:
-        for layer in self:
-            if isinstance(layer, ResBlock):
-                x = layer(x, emb)
-            elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context, mask)
-            elif isinstance(layer, Upsample):
-                x = layer(x, size)
-            else:
-                x = layer(x)
-        return x
-
-
 class UNet(nn.Module):
     """The denoising network of latent diffusion (Rombach et al. 2022, arXiv 2112.10752, section 3.2).
 
-    `unet(x, t, context, mask=None)`: x [B, in_channels, h, w], any h and w; t [B], the timestep, fractional welcome;
-    context [B, L, context_dim], the text tokens; mask [B, L] bool, True at real tokens, None if all are real ->
-    [B, out_channels, h, w]. x and context have the network's dtype, t stays fp32.
-    Raises ValueError for a wrong shape.
+    `unet(x, t, context, mask=None, patches=())`: x [B, in_channels, h, w], any h and w; t [B], the timestep, fractional
+    welcome; context [B, L, context_dim], the text tokens; mask [B, L] bool, True at real tokens, or float, the factor
+    of a token's attention, None if all are real -> [B, out_channels, h, w]. x and context have the network's dtype, t
+    stays fp32.
+
+    patches: what rows of the batch do differently in this one call, `(rows, Patch or None)` in the order of the batch,
+    `models.patches`; a patch names its transformer blocks, those in `places`. Nothing of it stays behind.
+    Raises ValueError for a wrong shape, a place that does not exist, and rows that are not the batch.
     """
 
     def __init__(self, config: UNetConfig = UNetConfig()) -> None:
@@ -212,6 +89,10 @@ class UNet(nn.Module):
         self.config = config
         channels = config.model_channels
         emb = channels * 4
+
+        def transformer(ch: int) -> SpatialTransformer:
+            return SpatialTransformer(ch, config.context_dim, config.heads(ch), config.linear_proj)
+
         self.time_embed = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
 
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, channels, 3, padding=1))])
@@ -225,11 +106,11 @@ class UNet(nn.Module):
                 layers: list[nn.Module] = [ResBlock(ch, mult * channels, emb)]
                 ch = mult * channels
                 if config.attention[level]:
-                    layers.append(SpatialTransformer(ch, config))
+                    layers.append(transformer(ch))
                 self.input_blocks.append(Stage(*layers))
                 skips.append(ch)
 
-        self.middle_block = Stage(ResBlock(ch, ch, emb), SpatialTransformer(ch, config), ResBlock(ch, ch, emb))
+        self.middle_block = Stage(ResBlock(ch, ch, emb), transformer(ch), ResBlock(ch, ch, emb))
 
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(config.channel_mult))):
@@ -237,29 +118,40 @@ class UNet(nn.Module):
                 layers = [ResBlock(ch + skips.pop(), mult * channels, emb)]
                 ch = mult * channels
                 if config.attention[level]:
-                    layers.append(SpatialTransformer(ch, config))
+                    layers.append(transformer(ch))
                 if level and i == config.num_res_blocks:
                     layers.append(Upsample(ch))
                 self.output_blocks.append(Stage(*layers))
 
         self.out = nn.Sequential(nn.GroupNorm(32, ch), nn.SiLU(),
                                  zero_init(nn.Conv2d(ch, config.out_channels, 3, padding=1)))
+        for name, module in self.named_modules():
+            if isinstance(module, SpatialTransformer):
+                module.place = name
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The names of the transformer blocks that a patch can replace, from input to output: "middle_block.1", ..."""
+        return tuple(module.place for module in self.modules() if isinstance(module, SpatialTransformer))
 
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, mask: Tensor | None = None,
+                patches: Patches = ()) -> Tensor:
         self._check(x, t, context, mask)
+        if patches:
+            self._check_patches(patches, len(x))
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(self.dtype))
         skips = []
         for stage in self.input_blocks:
-            x = stage(x, emb, context, mask)
+            x = stage(x, emb, context, mask, patches)
             skips.append(x)
-        x = self.middle_block(x, emb, context, mask)
+        x = self.middle_block(x, emb, context, mask, patches)
         for stage in self.output_blocks:
             x = torch.cat([x, skips.pop()], dim=1)
-            x = stage(x, emb, context, mask, skips[-1].shape[2:] if skips else None)
+            x = stage(x, emb, context, mask, patches, skips[-1].shape[2:] if skips else None)
         return self.out(x)
 
     def _check(self, x: Tensor, t: Tensor, context: Tensor, mask: Tensor | None) -> None:
@@ -271,15 +163,18 @@ class UNet(nn.Module):
         if context.ndim != 3 or context.shape[0] != x.shape[0] or context.shape[2] != config.context_dim:
             raise ValueError(f"the UNet takes context [{x.shape[0]}, L, {config.context_dim}], "
                              f"got {list(context.shape)}")
-        if mask is not None and (mask.shape != context.shape[:2] or mask.dtype != torch.bool):
-            raise ValueError(f"mask must be bool {list(context.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
+        if mask is not None and (mask.shape != context.shape[:2]
+                                 or not (mask.dtype == torch.bool or mask.is_floating_point())):
+            raise ValueError(f"mask must be bool or float {list(context.shape[:2])}, got {mask.dtype} "
+                             f"{list(mask.shape)}")
 
-
-def _tokens(x: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, h * w, C]"""
-    return rearrange(x, "b c h w -> b (h w) c")
-
-
-def _image(tokens: Tensor, like: Tensor) -> Tensor:
-    """[B, h * w, C] -> [B, C, h, w]"""
-    return rearrange(tokens, "b (h w) c -> b c h w", h=like.shape[2])
+    def _check_patches(self, patches: Patches, batch: int) -> None:
+        rows = [n for n, _ in patches]
+        if sum(rows) != batch or min(rows) < 0:
+            raise ValueError(f"patches must say what each of the {batch} rows does, [(rows, Patch or None), ...]; got "
+                             f"rows {rows}")
+        places = self.places
+        unknown = [place for _, patch in patches if patch is not None for place in patch.places if place not in places]
+        if unknown:
+            raise ValueError(f"this UNet has no transformer block {', '.join(map(repr, unknown))}: choose from "
+                             f"{', '.join(places)}")

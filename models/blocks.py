@@ -1,0 +1,192 @@
+"""The blocks of the latent-diffusion UNet."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ella_kd.models.layers import attend, zero_init
+
+if TYPE_CHECKING:
+    from ella_kd.models.patches import Patch
+
+
+class ResBlock(nn.Module):
+    """Two normalised 3x3 convolutions around the added time embedding, and a skip connection."""
+
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, in_channels), nn.SiLU(),
+                                       nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        self.out_layers = nn.Sequential(nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Identity(),  # 2 was a dropout
+                                        zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
+        self.skip_connection = (nn.Identity() if in_channels == out_channels
+                                else nn.Conv2d(in_channels, out_channels, 1))
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Attention(nn.Module):
+    """Attention from x [B, L, channels] to context [B, M, context_dim]; self-attention if the two are the same."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim, channels, bias=False)
+        self.to_v = nn.Linear(context_dim, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, mask))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, channels: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, inner * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(channels, channels * 4), nn.Identity(),  # 1 was a dropout
+                                 nn.Linear(channels * 4, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text tokens, feed-forward; each on a LayerNorm, each added.
+
+    The three methods return what is added, [B, L, channels] as x is: a Patch puts a block together anew from them.
+    """
+
+    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.attn1 = Attention(channels, channels, heads)
+        self.ff = FeedForward(channels)
+        self.attn2 = Attention(channels, context_dim, heads)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.self_attention(x)
+        x = x + self.cross_attention(x, context, mask)
+        return x + self.feed_forward(x)
+
+    def self_attention(self, x: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        return self.attn1(normed, normed)
+
+    def cross_attention(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        return self.attn2(self.norm2(x), context, mask)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.ff(self.norm3(x))
+
+
+Patches = Sequence[tuple[int, "Patch | None"]]  # how many rows of the batch, and what they do differently
+
+
+class SpatialTransformer(nn.Module):
+    """One transformer block over the pixels of a feature map [B, C, h, w], which sees the text tokens.
+
+    place: the module's name in its UNet, by which patches call it.
+    """
+
+    place = ""
+
+    def __init__(self, channels: int, context_dim: int, heads: int, linear_proj: bool) -> None:
+        super().__init__()
+        self.linear_proj = linear_proj
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)  # not 1e-5, as in ResBlock
+        self.proj_in = nn.Linear(channels, channels) if linear_proj else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
+        self.proj_out = zero_init(nn.Linear(channels, channels) if linear_proj else nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, patches: Patches = ()) -> Tensor:
+        h = self.norm(x)
+        h = self.proj_in(_tokens(h)) if self.linear_proj else _tokens(self.proj_in(h))
+        if any(patch is not None and self.place in patch.places for _, patch in patches):
+            h = self._patched(h, context, mask, patches, (x.shape[2], x.shape[3]))
+        else:
+            h = self.transformer_blocks[0](h, context, mask)
+        h = _image(self.proj_out(h), x) if self.linear_proj else self.proj_out(_image(h, x))
+        return x + h
+
+    def _patched(self, x: Tensor, context: Tensor, mask: Tensor | None, patches: Patches,
+                 size: tuple[int, int]) -> Tensor:
+        """The block over x [B, h * w, C], where each row goes through its patch; neighbours that agree go together."""
+        block = cast(TransformerBlock, self.transformer_blocks[0])
+        here: list[tuple[Patch | None, int]] = []
+        for rows, patch in patches:
+            patch = patch if patch is not None and self.place in patch.places else None
+            if here and here[-1][0] is patch:
+                rows += here.pop()[1]
+            here.append((patch, rows))
+        done: list[Tensor] = []
+        start = 0
+        for patch, rows in here:
+            part = slice(start, start := start + rows)
+            args = x[part], context[part], None if mask is None else mask[part]
+            done.append(block(*args) if patch is None else patch(block, *args, size))
+            if done[-1].shape != x[part].shape:
+                raise ValueError(f"a patch must return the shape of its x {list(x[part].shape)}: {patch} returned "
+                                 f"{list(done[-1].shape)}")
+        return torch.cat(done)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # the skip's size: an odd one was rounded up
+
+
+class Stage(nn.Sequential):
+    """Layers in a row, each given what it takes beside x; size: what an Upsample must reach."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None,  # type: ignore[override]
+                patches: Patches = (), size: torch.Size | None = None) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context, mask, patches)
+            elif isinstance(layer, Upsample):
+                x = layer(x, size)
+            else:
+                x = layer(x)
+        return x
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, h * w, C]"""
+    return rearrange(x, "b c h w -> b (h w) c")
+
+
+def _image(tokens: Tensor, like: Tensor) -> Tensor:
+    """[B, h * w, C] -> [B, C, h, w]"""
+    return rearrange(tokens, "b (h w) c -> b c h w", h=like.shape[2])
