@@ -4,18 +4,21 @@ The contract is k-diffusion's, attributes included. x = x0 + sigma * noise (vari
 on x_in = c_in * x and on t, and returns eps or v.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ella_kd.conditioning import ELLA, Conditioning, Constant, plan
+from ella_kd.conditioning import ELLA, Composition, Conditioning, Constant, levels_of
 from ella_kd.models.noise_schedule import EDMSchedule, NoiseSchedule
 from ella_kd.models.text import TextFeatures
 from ella_kd.models.tsc import TSC
+from ella_kd.models.unet import Patches
 
-Condition = Conditioning | TextFeatures | Tensor
+Condition = Conditioning | Composition | TextFeatures | Tensor
+"""What a script may pass as `cond`; a composition needs a guided denoiser."""
+
 
 
 class LDMDenoiser(nn.Module):
@@ -86,20 +89,26 @@ class LDMDenoiser(nn.Module):
 
     def lift(self, cond: Condition) -> Conditioning:
         """What a script may pass as `cond`, as a conditioning: text features or bare tokens [B, L, D] are constant."""
+        if isinstance(cond, Composition):
+            raise TypeError(f"{type(cond).__name__} combines several answers of the network: give it to a "
+                            "GuidedDenoiser or CFGDenoiser around this one")
         return cond if isinstance(cond, Conditioning) else self._lift_features(_as_features(cond))
 
     def _lift_features(self, features: TextFeatures) -> Conditioning:
         return Constant(features)
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, cond: Condition, *, level: float | None = None,
+                patches: Patches = ()) -> Tensor:
         """x [B, C, h, w] and sigma [B], fp32 or fp64 -> denoised, x's shape and dtype.
 
         cond: a Conditioning, TextFeatures or tokens [b, L, D], b = 1 or B. A sigma beyond the schedule is clamped to it
-        for the network. Raises ValueError for a wrong shape or dtype, and for a sigma that is not finite and above 0;
+        for the network. level: the sigma of all rows as a number, where the caller knows it: a conditioning that
+        switches with sigma then need not read it from the device. patches: what rows change in the UNet, (rows, patch)
+        in order. Raises ValueError for a wrong shape or dtype, and for a sigma that is not finite and above 0;
         that last on the CPU only: reading it elsewhere would stall the device, so there the row becomes NaN.
         """
         c_skip, c_out, c_in = (c[:, None, None, None] for c in self.get_scalings(_checked(x, sigma)))
-        return c_skip * x + c_out * self._network(c_in * x, sigma, cond)
+        return c_skip * x + c_out * self._network(c_in * x, sigma, cond, level, patches)
 
     def loss(self, x: Tensor, noise: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """The network's mean squared error per sample [B], in its own units (eps, v, EDM's F), at x + sigma * noise.
@@ -114,25 +123,35 @@ class LDMDenoiser(nn.Module):
             target = c_in * (noise - s * x) if self.noise_schedule.prediction == "v" else noise
         return (self._network(c_in * (x + s * noise), sigma, cond) - target).square().flatten(1).mean(1)
 
-    def _network(self, x_in: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
+    def _network(self, x_in: Tensor, sigma: Tensor, cond: Condition, level: float | None = None,
+                 patches: Patches = ()) -> Tensor:
+        conditioning = self.lift(cond)
+        if conditioning.varies:
+            conditioning = conditioning.at(levels_of(sigma, level))
         t = self.sigma_to_t(sigma)
-        context = self.lift(cond)(t)
+        context = conditioning(t)
         dtype = next((p.dtype for p in self.inner_model.parameters() if p.is_floating_point()), x_in.dtype)
-        mask = () if context.mask is None else (context.mask,)
-        return self.inner_model(x_in.to(dtype), t, context.tokens.to(dtype), *mask).to(x_in.dtype)
+        seen = x_in if context.channels is None else torch.cat([x_in, context.channels.to(x_in)], 1)
+        args = () if context.mask is None else (context.mask,)
+        if not patches:
+            return self.inner_model(seen.to(dtype), t, context.tokens.to(dtype), *args).to(x_in.dtype)
+        if not hasattr(self.inner_model, "places"):
+            raise ValueError("this guidance changes what happens inside the UNet, and "
+                             f"{type(self.inner_model).__name__} has no patch point: use ella_kd's own UNet")
+        return self.inner_model(seen.to(dtype), t, context.tokens.to(dtype), *args, patches=patches).to(x_in.dtype)
 
-    def plan(self, sigmas: Tensor, conds: Sequence[Condition]) -> list[Conditioning]:
-        """The conditions, evaluated at all the sigmas [N] of a run in one batched call per connector.
-
-        Raises ValueError if a sigma is not finite and above 0.
-        """
-        return plan([self.lift(cond) for cond in conds], self.sigma_to_t(_positive(sigmas)))
+    def timesteps(self, sigmas: Tensor) -> Tensor:
+        """The timesteps of a run's sigmas [N], to plan for. Raises ValueError if one is not finite and above 0."""
+        return self.sigma_to_t(_positive(sigmas))
 
     def planned(self, sigmas: Tensor, extra_args: Mapping[str, Any]) -> dict[str, Any]:
-        """The sampler's extra_args with `cond` planned for every sigma [N] of the run; call it before the loop."""
+        """The sampler's extra_args with `cond` planned for every sigma [N] of the run; call it before the loop.
+
+        `level` is added for the sampler to fill with each evaluation's sigma.
+        """
         if "cond" not in extra_args:
             return dict(extra_args)
-        return {**extra_args, "cond": self.plan(sigmas, [extra_args["cond"]])[0]}
+        return {**extra_args, "cond": self.lift(extra_args["cond"]).planned(self.timesteps(sigmas)), "level": None}
 
 
 class ELLADenoiser(LDMDenoiser):

@@ -43,7 +43,8 @@ class Evaluations:
             self.lambdas = cfg_pp.lambdas(values, steps, scale)
 
     def plan(self, planned: Callable[..., dict[str, Any]], sigmas: Tensor) -> None:
-        """Lets the model prepare for all the sigmas of the run."""
+        """Lets the model prepare for all the sigmas of the run. A `level` among what it returns is asked for: each
+        evaluation fills in its sigma as a number, so that the model need not read it back from the device."""
         self.extra_args = planned(sigmas, self.extra_args)
 
     def begin(self, i: int) -> None:
@@ -55,12 +56,13 @@ class Evaluations:
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         assert sigma in self.steps[self.i].evals, f"evaluated at sigma {sigma}, which eval_sigmas does not list"
         sigma_in = x.new_full((len(x),), sigma)
+        extra_args = {**self.extra_args, "level": sigma} if "level" in self.extra_args else self.extra_args
         if self.cfg_pp is not None:
-            prediction = self.model.predict(x, sigma_in, need_uncond=True, **self.extra_args)  # type: ignore[attr-defined]
+            prediction = self.model.predict(x, sigma_in, need_uncond=True, **extra_args)  # type: ignore[attr-defined]
             denoised, used = prediction.denoised, prediction.uncond
             _check("uncond", used, x)
         else:
-            denoised = used = self.model(x, sigma_in, **self.extra_args)
+            denoised = used = self.model(x, sigma_in, **extra_args)
         _check("denoised", denoised, x)
         # NaN and Inf less themselves are NaN, which is not 0; isfinite takes five times as long on a CPU.
         self.counts.append((self.i, sigma, torch.count_nonzero(denoised - denoised)))

@@ -176,5 +176,5 @@ def test_a_step_to_a_sigma_that_was_not_planned_is_reported() -> None:
 
     script = Script(tiny_unet(), tiny_tsc())
     script.denoiser = Forgetful(script.denoiser.inner_model)
-    with pytest.raises(ValueError, match="NaN or Inf values at step 5 of 6"):
+    with pytest.raises(ValueError, match="planned for other timesteps: it lacks 2 of 2"):
         script(SAMPLERS["euler"].function, SCHEDULES["karras"]())
