@@ -1,7 +1,7 @@
 """The blocks of the latent-diffusion UNet."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +128,7 @@ class SpatialTransformer(nn.Module):
     def _patched(self, x: Tensor, context: Tensor, mask: Tensor | None, patches: Patches,
                  size: tuple[int, int]) -> Tensor:
         """The block over x [B, h * w, C], where each row goes through its patch; neighbours that agree go together."""
-        block = cast(TransformerBlock, self.transformer_blocks[0])
+        block: Any = self.transformer_blocks[0]
         here: list[tuple[Patch | None, int]] = []
         for rows, patch in patches:
             patch = patch if patch is not None and self.place in patch.places else None

@@ -1,0 +1,376 @@
+"""Patches against blocks that were really changed, written down again with einsum; and that nothing of them stays."""
+
+import json
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+from torch import Tensor, nn
+
+from ella_kd.models import UNet, UNetConfig, patches
+from ella_kd.models.blocks import TransformerBlock
+from ella_kd.models.patches import (
+    BlurredQueries,
+    IdentityAttention,
+    Patch,
+    Recorder,
+    SkipAttention,
+    SkipBlock,
+    gaussian_blur,
+)
+from tiny import WIDTH, noise, randomised, relative, tiny_unet
+
+DATA = Path(__file__).parent / "data"
+MIDDLE = ("middle_block.1",)
+SEVERAL = ("input_blocks.3.1", "middle_block.1", "output_blocks.3.1")
+SIZE = (6, 5)
+
+
+def inputs(batch: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mask = torch.ones(batch, 7, dtype=torch.bool)
+    mask[::2, 4:] = False
+    t = 999 * torch.rand(batch, generator=torch.Generator().manual_seed(0))
+    return noise(batch, 4, 12, 9, dtype=dtype), t, noise(batch, 7, WIDTH, seed=4, dtype=dtype), mask
+
+
+class Changed(nn.Module):
+    """A transformer block written down again, with a self-attention that is given q, k, v [b, h * w, heads, d]."""
+
+    def __init__(self, block: TransformerBlock, self_attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.block, self.self_attention = block, self_attention
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        block, heads = self.block, self.block.attn1.heads
+        normed = block.norm1(x)
+        q, k, v = (layer(normed).unflatten(2, (heads, -1))
+                   for layer in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v))
+        x = x + block.attn1.to_out(self.self_attention(q, k, v).flatten(2))
+        x = x + block.attn2(block.norm2(x), context, mask)
+        return x + block.ff(block.norm3(x))
+
+
+def softmax_map(q: Tensor, k: Tensor) -> Tensor:
+    return (torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5).softmax(-1)
+
+
+def mixed(weights: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+
+def scipy_blurred(q: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
+    grid = q.unflatten(1, size).numpy()
+    return torch.from_numpy(gaussian_filter(grid, sigma, axes=(1, 2), mode="reflect", truncate=6)).flatten(1, 2)
+
+
+class Nothing(nn.Module):
+    """A block that is gone."""
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        return x
+
+
+class NoSelfAttention(nn.Module):
+    def __init__(self, block: TransformerBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.block.attn2(self.block.norm2(x), context, mask)
+        return x + self.block.ff(self.block.norm3(x))
+
+
+def blurred(sigma: float, sizes: dict[int, tuple[int, int]]) -> Callable[[TransformerBlock], nn.Module]:
+    return lambda block: Changed(
+        block, lambda q, k, v: mixed(softmax_map(scipy_blurred(q, sizes[q.shape[1]], sigma), k), v))
+
+
+def mean_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return mixed(softmax_map(q.mean(1, keepdim=True).expand_as(q), k), v)
+
+
+SIZES = {12 * 9: (12, 9), 6 * 5: (6, 5)}
+PATCHES: dict[str, tuple[Callable[[tuple[str, ...]], Patch], Callable[[TransformerBlock], nn.Module]]] = {
+    "identity": (IdentityAttention, lambda block: Changed(block, lambda q, k, v: v)),
+    "skip attention": (SkipAttention, NoSelfAttention),
+    "skip block": (SkipBlock, lambda block: Nothing()),
+    "mean query": (BlurredQueries, lambda block: Changed(block, mean_query)),
+    "blur 1": (lambda places: BlurredQueries(places, 1.0), blurred(1.0, SIZES)),
+    "blur 2.5": (lambda places: BlurredQueries(places, 2.5), blurred(2.5, SIZES)),
+}
+
+
+def sharp_unet() -> UNet:
+    """A tiny UNet in fp64 whose attention is not nearly uniform, so that queries matter."""
+    unet = tiny_unet().double()
+    for place in unet.places:
+        attn = unet.get_submodule(place).transformer_blocks[0].attn1  # type: ignore[union-attr, index]
+        attn.to_q.weight *= 8
+        attn.to_k.weight *= 8
+    return unet
+
+
+def changed_unet(unet: UNet, places: tuple[str, ...], change: Callable[[TransformerBlock], nn.Module]) -> UNet:
+    changed = deepcopy(unet)
+    for place in places:
+        blocks = changed.get_submodule(place).transformer_blocks
+        blocks[0] = change(blocks[0])  # type: ignore[operator, index, arg-type, assignment]
+    return changed
+
+
+@pytest.mark.parametrize("places", [MIDDLE, SEVERAL], ids=["middle", "several"])
+@pytest.mark.parametrize("name", PATCHES)
+def test_patched_rows_equal_a_changed_network_and_the_others_the_plain_one(name: str, places: tuple[str, ...]) -> None:
+    make, change = PATCHES[name]
+    unet = sharp_unet()
+    x, t, context, mask = inputs(5)
+    plain = unet(x, t, context, mask)
+    got = unet(x, t, context, mask, [(2, None), (2, make(places)), (1, None)])
+    want = changed_unet(unet, places, change)(x, t, context, mask)
+    tolerance = 1e-7 if "blur" in name else 1e-13  # scipy cuts the Gaussian elsewhere
+    assert relative(got[2:4], want[2:4]) < tolerance
+    assert relative(got[2:4], plain[2:4]) > 1e-5
+    rest = [0, 1, 4]
+    assert relative(got[rest], plain[rest]) < 1e-14
+    alone = unet(x, t, context, None, [(5, make(places))])
+    assert relative(alone, changed_unet(unet, places, change)(x, t, context, None)) < tolerance
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_block_alone(name: str) -> None:
+    make, change = PATCHES[name]
+    block = randomised(TransformerBlock(32, WIDTH, 2), 1).double()
+    x, context = noise(2, 30, 32, dtype=torch.float64), noise(2, 7, WIDTH, seed=4, dtype=torch.float64)
+    patch = make(MIDDLE)
+    assert relative(patch(block, x, context, None, SIZE), change(block)(x, context, None)) < 1e-7
+    assert relative(patch(block, x, context, None, SIZE), block(x, context, None)) > 1e-3
+
+
+KINDS = (None, IdentityAttention(MIDDLE), BlurredQueries(SEVERAL[:2], 0.7), SkipBlock(("output_blocks.0.1",)),
+         SkipAttention(SEVERAL[:2]))
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(KINDS)), min_size=1, max_size=4))
+def test_any_mix_of_rows_equals_single_calls(mix: list[tuple[int, Patch | None]]) -> None:
+    batch = sum(rows for rows, _ in mix)
+    assume(batch)
+    unet = randomised(UNet(UNetConfig(4, 4, 32, (1, 1), 1, (False, True), WIDTH, 2)), 0, 0.1).double()
+    x, t, context, mask = inputs(batch)
+    got = unet(x, t, context, mask, mix)
+    each = [patch for rows, patch in mix for _ in range(rows)]
+    for i, patch in enumerate(each):
+        row = slice(i, i + 1)
+        assert relative(got[row], unet(x[row], t[row], context[row], mask[row], ((1, patch),))) < 1e-13
+
+
+def test_patches_that_change_nothing_here_are_bitwise_nothing() -> None:
+    unet = tiny_unet()
+    x, t, context, mask = inputs(3, torch.float32)
+    plain = unet(x, t, context, mask)
+    for mix in ([(3, None)], [(1, None), (2, None)], [(0, SkipBlock(MIDDLE)), (3, None)], [(3, SkipBlock(()))],
+                [(3, BlurredQueries(SEVERAL, 0.0))]):
+        assert torch.equal(unet(x, t, context, mask, mix), plain)
+
+
+def test_a_patch_sees_the_rows_and_the_size_of_its_place() -> None:
+    seen = []
+
+    @dataclass(frozen=True)
+    class Look(Patch):
+        places: tuple[str, ...]
+
+        def __call__(self, block: TransformerBlock, x: Tensor, context: Tensor, mask: Tensor | None,
+                     size: tuple[int, int]) -> Tensor:
+            seen.append((x.shape, context, mask, size))
+            return block(x, context, mask)
+
+    unet = tiny_unet()
+    x, t, context, mask = inputs(4, torch.float32)
+    got = unet(x, t, context, mask, [(1, None), (2, Look(("input_blocks.1.1", *MIDDLE))), (1, None)])
+    assert relative(got, unet(x, t, context, mask)) < 1e-6
+    assert [(shape, size) for shape, _, _, size in seen] == [((2, 108, 32), (12, 9)), ((2, 30, 64), (6, 5))]
+    for _, its_context, its_mask, _ in seen:
+        assert torch.equal(its_context, context[1:3])
+        assert its_mask is not None and torch.equal(its_mask, mask[1:3])
+
+
+@dataclass(frozen=True)
+class Broken(Patch):
+    places: tuple[str, ...] = MIDDLE
+
+    def __call__(self, block: TransformerBlock, x: Tensor, context: Tensor, mask: Tensor | None,
+                 size: tuple[int, int]) -> Tensor:
+        raise KeyError("broken")
+
+
+@dataclass(frozen=True)
+class Short(Broken):
+    def __call__(self, block: TransformerBlock, x: Tensor, context: Tensor, mask: Tensor | None,
+                 size: tuple[int, int]) -> Tensor:
+        return x[:, 1:]
+
+
+def test_nothing_remains_after_an_exception() -> None:
+    unet = tiny_unet()
+    x, t, context, mask = inputs(3, torch.float32)
+    before, text, state = unet(x, t, context, mask), repr(unet), deepcopy(unet.__dict__)
+    for patch, error in ((Broken(), KeyError), (Short(), ValueError)):
+        with pytest.raises(error, match=r"broken|shape of its x \[1, 30, 64\].* returned \[1, 29, 64\]"):
+            unet(x, t, context, mask, [(2, None), (1, patch)])
+    assert torch.equal(unet(x, t, context, mask), before)
+    assert (repr(unet), unet.__dict__.keys()) == (text, state.keys())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
+
+
+def test_a_recorder_keeps_the_map_of_its_rows_and_changes_nothing() -> None:
+    unet = sharp_unet()
+    x, t, context, mask = inputs(4)
+    recorders = Recorder("middle_block.1"), Recorder("input_blocks.1.1")
+    got = unet(x, t, context, mask, [(1, None), (2, recorders[0]), (1, recorders[1])])
+    assert relative(got, unet(x, t, context, mask)) < 1e-14
+    assert recorders[0].map.shape == (2, 2, 30, 30)
+    assert recorders[1].map.shape == (1, 2, 108, 108)
+
+    maps = []
+
+    def keep(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        maps.append(softmax_map(q, k))
+        return mixed(maps[-1], v)
+
+    changed_unet(unet, MIDDLE, lambda block: Changed(block, keep))(x, t, context, mask)
+    assert relative(recorders[0].map, maps[0][1:3]) < 1e-13
+    assert float(recorders[0].map.sum(-1).sub(1).abs().max()) < 1e-14
+    assert float(maps[0].std()) > 0.01  # not the uniform map
+
+
+def test_a_recorder_is_for_one_call_and_no_value() -> None:
+    unet, recorder = tiny_unet(), Recorder("middle_block.1")
+    with pytest.raises(ValueError, match="one call of the UNet, this one saw 0"):
+        _ = recorder.map
+    x, t, context, _ = inputs(2, torch.float32)
+    assert torch.equal(unet(x, t, context, None, [(2, recorder)]), unet(x, t, context))
+    assert recorder.map.dtype == torch.float32
+    unet(x, t, context, None, [(2, recorder)])
+    with pytest.raises(ValueError, match="this one saw 2"):
+        _ = recorder.map
+    assert Recorder("middle_block.1") != Recorder("middle_block.1")
+    half, recorder = tiny_unet().bfloat16(), Recorder("middle_block.1")
+    half(x.bfloat16(), t, context.bfloat16(), None, [(2, recorder)])
+    assert recorder.map.dtype == torch.float32
+
+
+def test_patches_are_values() -> None:
+    assert {IdentityAttention(MIDDLE), IdentityAttention(MIDDLE), SkipBlock(MIDDLE), BlurredQueries(MIDDLE, 1.0),
+            BlurredQueries(MIDDLE, 1.0), BlurredQueries(MIDDLE, 2.0)} == {
+        IdentityAttention(MIDDLE), SkipBlock(MIDDLE), BlurredQueries(MIDDLE, 1.0), BlurredQueries(MIDDLE, 2.0)}
+
+
+@pytest.mark.parametrize("patch", [patch for patch in KINDS if patch is not None], ids=lambda p: type(p).__name__)
+def test_a_half_network_stays_half(patch: Patch) -> None:
+    unet = tiny_unet().bfloat16()
+    x, t, context, mask = inputs(2, torch.bfloat16)
+    assert unet(x, t, context, mask, [(1, None), (1, patch)]).dtype == torch.bfloat16
+
+
+def test_the_places_of_sd15() -> None:
+    names = json.loads((DATA / "sd15_ldm_keys.json").read_text())
+    inside = {name.removeprefix("model.diffusion_model.").partition(".transformer_blocks.")[0] for name in names
+              if name.startswith("model.diffusion_model.") and ".transformer_blocks." in name}
+    with torch.device("meta"):
+        places = UNet().places
+    assert set(places) == inside
+    assert places[6] == "middle_block.1"
+    assert len(places) == len(inside) == 16
+
+
+@pytest.mark.parametrize(("mix", "says"), [
+    ([(3, SkipBlock(("mid",)))], r"no transformer block 'mid': choose from input_blocks\.1\.1, .*, middle_block\.1, "),
+    ([(2, None), (1, SkipBlock(("middle_block.1", "input_blocks.0.1")))], "no transformer block 'input_blocks.0.1'"),
+    ([(2, None)], r"each of the 3 rows .* got rows \[2\]"),
+    ([(2, None), (2, SkipBlock(MIDDLE))], r"got rows \[2, 2\]"),
+    ([(4, None), (-1, SkipBlock(MIDDLE))], r"got rows \[4, -1\]"),
+])
+def test_wrong_patches_are_refused(mix: list[tuple[int, Patch | None]], says: str) -> None:
+    x, t, context, mask = inputs(3, torch.float32)
+    with pytest.raises(ValueError, match=says):
+        tiny_unet()(x, t, context, mask, mix)
+
+
+@pytest.mark.parametrize("sigma", [-1.0, math.nan])
+def test_a_blur_needs_a_sigma(sigma: float) -> None:
+    with pytest.raises(ValueError, match="sigma >= 0"):
+        BlurredQueries(MIDDLE, sigma)
+    with pytest.raises(ValueError, match="sigma >= 0"):
+        gaussian_blur(torch.zeros(1, 1, 2, 2), sigma)
+
+
+@given(st.floats(0.05, 40), st.integers(1, 12), st.integers(1, 12))
+def test_a_blur_equals_scipys_and_keeps_the_mean(sigma: float, h: int, w: int) -> None:
+    x = noise(2, 3, h, w, dtype=torch.float64)
+    got = gaussian_blur(x, sigma)
+    want = torch.from_numpy(gaussian_filter(x.numpy(), sigma, axes=(2, 3), mode="reflect", truncate=6))
+    assert float((got - want).abs().max()) < 1e-7
+    assert float((got.mean((2, 3)) - x.mean((2, 3))).abs().max()) < 1e-14
+
+
+def test_the_limits_of_a_blur() -> None:
+    x = noise(2, 3, 5, 8, dtype=torch.float64)
+    mean = x.mean((2, 3), keepdim=True).expand_as(x)
+    assert torch.equal(gaussian_blur(x, 0.0), x)
+    assert float((gaussian_blur(x, math.inf) - mean).abs().max()) < 1e-15
+    assert float((gaussian_blur(x, 16.0) - mean).abs().max()) < 1e-8  # the last sigma that is summed, for 8 columns
+    assert gaussian_blur(x.half(), 1.0).dtype == torch.float16
+
+
+def test_the_patch_in_the_docstring_works() -> None:
+    lines = (patches.__doc__ or "").partition("frozen dataclass:\n")[2].splitlines()
+    code = "\n".join(line.removeprefix("    ") for line in lines)
+    names: dict[str, type] = {"dataclass": dataclass, "Patch": Patch}  # type: ignore[dict-item]
+    exec(code, names)
+    unet = sharp_unet()
+    x, t, context, mask = inputs(2)
+    got = unet(x, t, context, mask, [(1, None), (1, names["FadedText"](MIDDLE, 0.5))])
+    changed = deepcopy(unet)
+    changed.middle_block[1].transformer_blocks[0].attn2.to_out[0].weight *= 0.5  # type: ignore[union-attr, index]
+    changed.middle_block[1].transformer_blocks[0].attn2.to_out[0].bias *= 0.5  # type: ignore[union-attr, index]
+    assert relative(got[1:], changed(x, t, context, mask)[1:]) < 1e-13
+
+
+def test_a_block_compiles_into_one_graph_with_patches() -> None:
+    transformer = tiny_unet().middle_block[1]
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Tensor]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(transformer, fullgraph=True, backend=keep)
+    x, context = noise(3, 64, 4, 4), noise(3, 7, WIDTH, seed=4)
+    assert_compiled(transformer, compiled, (x, context, None))
+    assert len(graphs) == 2, "equal patches must not compile again"
+
+
+@pytest.mark.slow
+def test_the_unet_compiles_into_one_graph_with_patches() -> None:
+    unet = randomised(UNet(UNetConfig(4, 4, 32, (1,), 1, (True,), WIDTH, 2)), 0, 0.1)
+    assert_compiled(unet, torch.compile(unet, fullgraph=True), inputs(3, torch.float32))
+
+
+def assert_compiled(module: nn.Module, compiled: Callable[..., Tensor], args: tuple[Tensor | None, ...]) -> None:
+    """The same answers without patches, with patches, and with equal ones that are other objects."""
+    plain = module(*args)
+    assert relative(compiled(*args), plain) < 1e-5
+    for _ in range(2):
+        mix = [(1, None), (1, IdentityAttention(MIDDLE)), (1, recorder := Recorder("middle_block.1"))]
+        want = module(*args, [*mix[:2], (1, check := Recorder("middle_block.1"))])
+        assert relative(want, plain) > 1e-4
+        assert relative(compiled(*args, mix), want) < 1e-5
+        assert relative(recorder.map, check.map) < 1e-5
