@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ella_kd.conditioning import ELLA, Composition, Conditioning, Constant, levels_of
+from ella_kd.conditioning import ELLA, Composition, Conditioning, Constant, Context, levels_of
 from ella_kd.models.noise_schedule import EDMSchedule, NoiseSchedule
 from ella_kd.models.text import TextFeatures
 from ella_kd.models.tsc import TSC
@@ -130,6 +130,7 @@ class LDMDenoiser(nn.Module):
             conditioning = conditioning.at(levels_of(sigma, level))
         t = self.sigma_to_t(sigma)
         context = conditioning(t)
+        _check_seen(context)
         dtype = next((p.dtype for p in self.inner_model.parameters() if p.is_floating_point()), x_in.dtype)
         seen = x_in if context.channels is None else torch.cat([x_in, context.channels.to(x_in)], 1)
         args = () if context.mask is None else (context.mask,)
@@ -168,6 +169,14 @@ class ELLADenoiser(LDMDenoiser):
 
     def _lift_features(self, features: TextFeatures) -> Conditioning:
         return ELLA(self.tsc, features)
+
+
+def _check_seen(context: Context) -> None:
+    """A row without a token to see would be NaN; the mask is read on the CPU only, elsewhere that would wait."""
+    mask = context.mask if context.mask is not None and context.mask.device.type == "cpu" else None
+    if not context.tokens.shape[1] or (mask is not None and not bool(mask.any(1).all())):
+        raise ValueError("the conditioning has a row without a token to see: a closed window without `otherwise` "
+                         "belongs beside other tokens, Concat(ella, window(...)), and a mask needs one that is seen")
 
 
 def _as_features(cond: object) -> TextFeatures:

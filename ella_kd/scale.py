@@ -14,6 +14,8 @@ def check_scale(name: str, scale: Any, per_sample: bool = True) -> Scale:
     """The scale as a value: a float, a tuple, or the function. TypeError or ValueError if it is none of them."""
     if callable(scale) and not isinstance(scale, Tensor):
         return scale
+    if isinstance(scale, Tensor) and scale.ndim == 0:
+        scale = scale.item()
     several = isinstance(scale, (Tensor, list, tuple))
     values = scale.tolist() if isinstance(scale, Tensor) else list(scale) if several else [scale]
     if several and not (per_sample and values):
@@ -32,13 +34,9 @@ def resolve(scale: Scale, levels: tuple[float, ...]) -> float | tuple[float, ...
     Raises ValueError for a function of sigma whose value is not a finite number.
     """
     if not callable(scale):
-        return scale if isinstance(scale, float) else _one(tuple(scale))
+        return scale if isinstance(scale, float) else tuple(scale)
     values = tuple(float(scale(level)) for level in levels)
     for level, value in zip(levels, values):
         if not math.isfinite(value):
             raise ValueError(f"the scale's function gives {value} at sigma {level:g}: expected a finite number")
-    return _one(values)
-
-
-def _one(values: tuple[float, ...]) -> float | tuple[float, ...]:
     return values[0] if len(set(values)) == 1 else values

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -111,6 +112,10 @@ class ELLA(Conditioning):
 
     def __post_init__(self) -> None:
         _check_features(self.features)
+        if self.prompt is not None and (self.prompt.ndim != 1 or self.prompt.dtype != torch.int64
+                                        or not len(self.prompt)):
+            raise ValueError("prompt must be int64 [rows], which of the features' prompts each row shows, got "
+                             f"{self.prompt.dtype} {list(self.prompt.shape)}")
         expected, got = self.tsc.input_dim, self.features.tokens.shape[2]
         if got != expected:
             raise ValueError(f"the connector takes features of width {expected}, got {got}: encode prompts with the "
@@ -139,7 +144,7 @@ def levels_of(sigma: Tensor, level: float | None = None) -> Levels:
     sigma [B]; level: the sigma of all rows where the caller knows it, which spares reading it back from the device.
     """
     if level is not None:
-        return (torch.tensor(level, dtype=sigma.dtype).item(),)  # rounded as sigma was
+        return (level if sigma.dtype == torch.float64 else float(np.float32(level)),)  # rounded as sigma was
     levels = tuple(sigma.tolist())
     return levels[:1] if len(set(levels)) == 1 else levels
 

@@ -1,8 +1,10 @@
 """Conditionings made of others, token by token: side by side, one under the other, between two, with an image."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError
+from itertools import islice
 from typing import Self
 
 import torch
@@ -64,6 +66,11 @@ class Combination(Conditioning):
         return self.of(tuple(map(f, self.parts)))
 
 
+def of_rows(conditioning: Conditioning, rows: int) -> Conditioning:
+    """The same with this many rows: as it is, or its one row repeated."""
+    return conditioning if conditioning.rows == rows else conditioning.repeat(rows)
+
+
 class Concat(Combination):
     """The tokens of several conditionings in a row, masks kept: `Concat(ELLA(...), Constant(...))`, ELLA first."""
 
@@ -99,27 +106,26 @@ class Stack(Combination):
         return sum(part.rows for part in self.parts)
 
     def __call__(self, t: Tensor) -> Context:
+        if self.rows == 1:
+            return self.parts[0](t)
         if len(t) != self.rows:
             raise ValueError(f"the stack has {self.rows} rows and the batch {len(t)}: a stack does not broadcast")
         of_parts = t.split([part.rows for part in self.parts])
         contexts = [part(rows) for part, rows in zip(self.parts, of_parts, strict=True)]
-        channels = [context.channels for context in contexts]
-        if any(c is None for c in channels) and any(c is not None for c in channels):
-            raise ValueError("one UNet call has channels beside x for all of its conditionings or for none: wrap "
-                             "each in Channels (zeros where there is no image)")
-        return Context(*pile(contexts), None if channels[0] is None else torch.cat(channels))  # type: ignore[arg-type]
+        return Context(*pile(contexts), pile_channels(contexts))
 
     def at(self, levels: Levels) -> Conditioning:
         if not self.varies:
             return self
-        if len(levels) == 1:
-            return self._map(lambda part: part.at(levels))
-        of_parts = torch.arange(len(levels)).split([part.rows for part in self.parts])
-        return self.of(tuple(part.at(tuple(levels[i] for i in rows)) for part, rows in zip(self.parts, of_parts)))
+        if self.rows == 1:
+            return self.parts[0].at(levels)
+        rows = iter(levels * self.rows if len(levels) == 1 else levels)
+        each = [tuple(islice(rows, part.rows)) for part in self.parts]
+        return self.of(tuple(of_rows(part.at(own[:1] if len(set(own)) == 1 else own), part.rows)
+                             for part, own in zip(self.parts, each)))
 
     def repeat(self, n: int) -> Self:
         return self._map(lambda part: part.repeat(n))
-
 
 
 class Lerp(Combination):
@@ -129,11 +135,13 @@ class Lerp(Combination):
     `lerp_features` is the other meaning: the connector reads a mixture, instead of reading each prompt.
     """
 
-    def __init__(self, a: Conditioning, b: Conditioning, weight: float) -> None:
-        super().__init__(a, b)
-        self._set(weight=float(weight))
-
     weight: float
+
+    def __init__(self, a: Conditioning, b: Conditioning, weight: float) -> None:
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of Lerp must be finite, 0 for the first and 1 for the second, got {weight}")
+        self._set(weight=float(weight))
+        super().__init__(a, b)
 
     def of(self, parts: tuple[Conditioning, ...]) -> Self:
         a, b = parts
@@ -186,13 +194,23 @@ class Channels(Combination):
 
     def __call__(self, t: Tensor) -> Context:
         context = self.parts[0](t)
-        return Context(context.tokens, context.mask, to_batch(self.channels, len(t)))
+        own = Context(context.tokens, context.mask, to_batch(self.channels, len(t)))
+        return Context(own.tokens, own.mask, the_channels([context, own]))
 
     def repeat(self, n: int) -> Self:
         part = self.parts[0]
         repeated = part.repeat(n) if part.rows == self.rows else part
         channels = self.channels.repeat_interleave(n, 0) if len(self.channels) == self.rows else self.channels
         return type(self)(repeated, channels)
+
+
+def pile_channels(contexts: Sequence[Context]) -> Tensor | None:
+    """The channels of contexts one under the other. Raises ValueError if some have channels and some have none."""
+    found = [context.channels for context in contexts if context.channels is not None]
+    if found and len(found) < len(contexts):
+        raise ValueError("one UNet call has channels beside x for all of its conditionings or for none: wrap "
+                         "each in Channels (zeros where there is no image)")
+    return torch.cat(found) if found else None
 
 
 def the_channels(contexts: Sequence[Context]) -> Tensor | None:

@@ -6,19 +6,20 @@ so every guidance rule works on it as on a single prompt.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass
 from functools import lru_cache
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ella_kd.conditioning.base import Conditioning, Levels, Map
 from ella_kd.scale import Scale, check_scale, resolve
 
-Term = tuple[Conditioning | None, float | Tensor]
-"""A conditioning, None for the uncond, and its weight: a number, or [h, w]."""
+Weight = float | Tensor
+"""How much an answer counts: a number, or on the CPU float64 [h, w], [B, 1, 1, 1] or [B, 1, h, w]."""
+Term = tuple[Conditioning | None, Weight]
+"""A conditioning, None for the uncond, and its weight."""
 
 
 class Composition(ABC):
@@ -33,17 +34,23 @@ class Composition(ABC):
         for name, value in {"parts": tuple(parts), **fields}.items():
             object.__setattr__(self, name, value)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        raise FrozenInstanceError(f"compositions are values: {name} cannot be set; make a new one")
+
     @abstractmethod
     def of(self, parts: tuple[Any, ...]) -> Self:
         """The same composition of other parts."""
 
     @abstractmethod
-    def weights(self, h: int, w: int, levels: Levels) -> tuple[list[float | Tensor], float | Tensor]:
-        """The weight of each part, and what is left for the uncond: numbers or CPU tensors [h, w]."""
+    def weights(self, h: int, w: int, levels: Levels) -> list[Weight]:
+        """The weight of each part; what they lack of 1 is the uncond's."""
 
     @property
     def rows(self) -> int:
-        return max(part.rows for part in self.parts)
+        rows = [part.rows for part in self.parts]
+        if len(set(rows) - {1}) > 1:
+            raise ValueError(f"{type(self).__name__} takes conditions of one row or of equal rows, got rows {rows}")
+        return max(rows)
 
     @property
     def varies(self) -> bool:
@@ -70,15 +77,16 @@ class Composition(ABC):
         return self.of(tuple(map(f, self.parts)))
 
     def terms(self, h: int, w: int, levels: Levels) -> list[Term]:
-        """What to evaluate for latents of h x w, and each answer's weight; inner compositions are multiplied out."""
-        weights, left = self.weights(h, w, levels)
-        terms: list[Term] = []
-        for part, weight in zip(self.parts, weights, strict=True):
-            if isinstance(part, Composition):
-                terms += [(term, weight * inner) for term, inner in part.terms(h, w, levels)]
-            elif not _is_zero(weight):
-                terms.append((part, weight))
-        return terms if _is_zero(left) else [*terms, (None, left)]
+        """What to evaluate for latents of h x w, each conditioning once, and how much its answer counts; the weights
+        sum to 1 everywhere. Inner compositions are multiplied out; what weighs nothing is left out.
+        """
+        weights = self.weights(h, w, levels)
+        total: dict[Conditioning | None, Weight] = {}
+        for part, weight in [*zip(self.parts, weights, strict=True), (None, 1.0 - sum(weights))]:
+            inner = part.terms(h, w, levels) if isinstance(part, Composition) else [(part, 1.0)]
+            for term, share in inner if not _is(weight, 0.0) else ():
+                total[term] = total.get(term, 0.0) + weight * share
+        return [(term, 1.0 if _is(weight, 1.0) else weight) for term, weight in total.items() if not _is(weight, 0.0)]
 
 
 class And(Composition):
@@ -103,13 +111,10 @@ class And(Composition):
     def varies(self) -> bool:
         return super().varies or any(callable(amount) for amount in self.amounts)
 
-    def weights(self, h: int, w: int, levels: Levels) -> tuple[list[float | Tensor], float | Tensor]:
-        if len(levels) > 1 and any(callable(amount) for amount in self.amounts):
-            raise ValueError("weights of And that depend on sigma need one sigma for the whole batch, got rows at "
-                             f"{list(levels)[:4]}: draw them one by one")
-        weights = [resolve(amount, levels) for amount in self.amounts]
-        left = 1.0 - sum(weights)  # type: ignore[arg-type]
-        return list(weights), 0.0 if abs(left) < 1e-9 else left  # type: ignore[arg-type]
+    def weights(self, h: int, w: int, levels: Levels) -> list[Weight]:
+        amounts = [resolve(amount, levels) for amount in self.amounts]
+        return [amount if isinstance(amount, float) else torch.tensor(amount, dtype=torch.float64).view(-1, 1, 1, 1)
+                for amount in amounts]
 
 
 @dataclass(frozen=True)
@@ -147,12 +152,10 @@ class Mask:
         object.__setattr__(self, "values", values)
 
     def draw(self, h: int, w: int, feather: float) -> Tensor:
-        """[h, w] float64: its mean over each pixel; averaged over `feather` of the side."""
-        drawn = F.interpolate(self.values[None, None], (h, w), mode="area")
-        ry, rx = round(feather * h / 2), round(feather * w / 2)
-        if rx or ry:
-            drawn = F.avg_pool2d(F.pad(drawn, (rx, rx, ry, ry), mode="replicate"), (2 * ry + 1, 2 * rx + 1), 1)
-        return drawn[0, 0]
+        """[h, w] float64: its mean over each pixel; each of its own pixels is a Box, with a box's soft edges."""
+        rows, columns = (torch.stack([_ramp(i / size, (i + 1) / size, n, feather) for i in range(size)])
+                         for size, n in zip(self.values.shape, (h, w)))
+        return rows.mT @ self.values @ columns
 
 
 class Regions(Composition):
@@ -178,14 +181,9 @@ class Regions(Composition):
         background = parts[len(self.areas)] if len(parts) > len(self.areas) else None
         return type(self)(*zip(parts, self.areas), background=background, feather=self.feather)
 
-    def weights(self, h: int, w: int, levels: Levels) -> tuple[list[float | Tensor], float | Tensor]:
-        weights = _blend(self.areas, self.feather, h, w)
-        left: float | Tensor = 1.0 - sum(weights)
-        if bool((torch.as_tensor(left).abs() < 1e-9).all()):
-            left = 0.0
-        if len(self.parts) > len(self.areas):
-            return [*weights, left], 0.0
-        return list(weights), left
+    def weights(self, h: int, w: int, levels: Levels) -> list[Weight]:
+        weights: list[Weight] = [*_blend(self.areas, self.feather, h, w)]
+        return [*weights, 1.0 - sum(weights)] if len(self.parts) > len(self.areas) else weights
 
 
 @lru_cache(64)
@@ -211,5 +209,6 @@ def _ramp(start: float, stop: float, n: int, feather: float) -> Tensor:
     return (covered(start, start > 0) - covered(stop, stop < 1)).clamp(0, 1)
 
 
-def _is_zero(weight: float | Tensor) -> bool:
-    return weight == 0 if isinstance(weight, float) else not bool(weight.any())
+def _is(weight: Weight, value: float) -> bool:
+    """Whether a weight is this number everywhere, to rounding."""
+    return abs(weight - value) < 1e-9 if isinstance(weight, float) else bool(((weight - value).abs() < 1e-9).all())

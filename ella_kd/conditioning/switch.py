@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Self
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ella_kd.conditioning.base import Conditioning, Context, Levels, pile
-from ella_kd.conditioning.combine import Combination, the_channels
+from ella_kd.conditioning.combine import Combination, pile_channels
 
 
 class Switch(Combination):
@@ -23,7 +24,8 @@ class Switch(Combination):
 
     boundaries: tuple[float, ...]
 
-    def __init__(self, *parts: Conditioning, at: float | Sequence[float]) -> None:
+    def __init__(self, *parts: Conditioning, at: float | Sequence[float] | Tensor) -> None:
+        at = at.tolist() if isinstance(at, Tensor) else at
         boundaries = (float(at),) if isinstance(at, (int, float)) else tuple(map(float, at))
         falling = all(a > b for a, b in pairwise((math.inf, *boundaries, -math.inf)))
         if len(boundaries) != len(parts) - 1 or not falling:
@@ -66,25 +68,31 @@ class _Chosen(Combination):
     def rows(self) -> int:
         return len(self.which)
 
+    def repeat(self, n: int) -> Self:
+        of_samples = super().repeat(n)
+        return type(self)(of_samples.parts, tuple(part for part in self.which for _ in range(n)))
+
     def __call__(self, t: Tensor) -> Context:
-        contexts = [part(t) for part in self.parts]
-        rows = torch.tensor([part * len(t) + row for row, part in enumerate(self.which)], device=t.device)
-        tokens, mask = pile(contexts)
-        return Context(tokens[rows], None if mask is None else mask[rows], the_channels(contexts))
+        if len(t) != self.rows:
+            raise ValueError(f"a switch was decided for {self.rows} rows, and the batch has {len(t)}")
+        used = sorted(set(self.which))
+        contexts = [self.parts[part](t) for part in used]
+        rows = torch.tensor([used.index(part) * len(t) + row for row, part in enumerate(self.which)], device=t.device)
+        (tokens, mask), channels = pile(contexts), pile_channels(contexts)
+        return Context(tokens[rows], None if mask is None else mask[rows], None if channels is None else channels[rows])
 
 
+@dataclass(frozen=True, eq=False)
 class Nothing(Conditioning):
     """No tokens at all: what a window leaves of a `Concat` where it is closed."""
 
-    @property
-    def rows(self) -> int:
-        return 1
+    rows: int = 1
 
     def __call__(self, t: Tensor) -> Context:
         return Context(torch.zeros(len(t), 0, 0, device=t.device))
 
     def repeat(self, n: int) -> "Nothing":
-        return self
+        return Nothing(self.rows * n)
 
 
 def window(conditioning: Conditioning, sigma_hi: float = math.inf, sigma_lo: float = 0.0,

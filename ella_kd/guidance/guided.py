@@ -114,6 +114,7 @@ class GuidedDenoiser(nn.Module):
             if condition.rows not in (1, len(x)):
                 raise ValueError(f"{name} has {condition.rows} rows and the batch {len(x)}: give one row, or one per "
                                  "sample")
+        rule.check_rows(len(x))
         levels: Levels = ()
         if rule.varies or any(condition.varies for condition in lifted.values()):
             levels = levels_of(sigma, level)
@@ -206,6 +207,6 @@ def _call(model: LDMDenoiser, jobs: list[Job], x: Tensor, sigma: Tensor) -> tupl
 
 
 def _sum(terms: list[tuple[Tensor, float | Tensor]]) -> Tensor:
-    if len(terms) == 1 and terms[0][1] == 1.0:
+    if len(terms) == 1 and isinstance(terms[0][1], float) and terms[0][1] == 1.0:
         return terms[0][0]
     return torch.stack([answer * weight for answer, weight in terms]).sum(0)

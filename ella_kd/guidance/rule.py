@@ -54,12 +54,10 @@ class Answers:
         return self.maps[branch]
 
     def factor(self, scale: Scale) -> float | Tensor:
-        """A resolved scale, to multiply with: a number, or [B, 1, 1, 1]. ValueError if it is not one per sample."""
+        """A resolved scale, to multiply with: a number, or [B, 1, 1, 1]."""
         if isinstance(scale, float):
             return scale
         assert not callable(scale), "a rule is resolved by at() before it is called"
-        if len(scale) != len(self.x):
-            raise ValueError(f"{len(scale)} scales came for a batch of {len(self.x)}: give one, or one per sample")
         return self.x.new_tensor(scale).view(-1, 1, 1, 1)
 
 
@@ -108,6 +106,16 @@ class Guidance(ABC):
         changes |= {f.name: rule.at(levels) for f in fields(self)  # type: ignore[arg-type]
                     if isinstance(rule := getattr(self, f.name), Guidance)}
         return replace(self, **changes)  # type: ignore[type-var]
+
+    def check_rows(self, rows: int) -> None:
+        """Raises ValueError for scales of samples that are neither one nor one per row of the batch."""
+        for name in self.scales:
+            scale = getattr(self, name)
+            if isinstance(scale, tuple) and len(scale) not in (1, rows):
+                raise ValueError(f"{type(self).__name__} has {len(scale)} scales for a batch of {rows}: give one, or "
+                                 "one per sample")
+        for rule in self._inner():
+            rule.check_rows(rows)
 
     def _inner(self) -> list["Guidance"]:
         values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
@@ -192,5 +200,3 @@ class _Rows(Guidance):
 def is_all(scale: Scale, value: float) -> bool:
     """Whether a resolved scale is this number for every sample."""
     return scale == value if isinstance(scale, float) else not callable(scale) and all(s == value for s in scale)
-
-
