@@ -35,7 +35,6 @@ from ella_kd.samplers import (
     sample_restart,
 )
 from ella_kd.samplers import functions_kd as functions
-from ella_kd.samplers.lms import multistep_weights
 from ella_kd.samplers.upstream import k_diffusion
 from mixtures import Guided, Mixture, Pointwise, randn
 
@@ -151,7 +150,7 @@ def errors(solver: Solver, mixture: Mixture, counts: tuple[int, ...], exact_star
             before = flow(mixture, float(sigma))
             denoised = mixture(before, sigma.view(1))
             if isinstance(solver, LMS):
-                state[f"slope_{k:02d}"] = (before - denoised) / sigma
+                state[f"slope_{k + 1}"] = (before - denoised) / sigma
             else:
                 state["denoised" if k == 0 else "denoised_2"] = denoised
         x, _ = sample(solver, mixture, x, state=state, disable=True)
@@ -204,8 +203,8 @@ def test_corrected_is_no_better_at_few_steps(mixture: Mixture) -> None:
 
 
 def test_lms_weights_are_exact_integrals() -> None:
-    nodes, s, t = [2.2, 4.2, 9.1, 14.6], 2.2, 1.1
-    weights = multistep_weights(nodes, s, t)
+    sigmas, s, t = [14.6, 9.1, 4.2, 2.2, 1.1], 2.2, 1.1
+    nodes, weights = sigmas[3::-1], LMS().slope_weights(3, sigmas)
     for power in range(4):
         exact = (t ** (power + 1) - s ** (power + 1)) / (power + 1)
         assert sum(w * node**power for w, node in zip(weights, nodes)) == pytest.approx(exact, rel=1e-12)
