@@ -57,7 +57,7 @@ class SelfAttentionPatch(Patch):
 
 @dataclass(frozen=True)
 class IdentityAttention(SelfAttentionPatch):
-    """Every pixel attends to itself alone: perturbed-attention guidance (Ahn et al. 2024, arXiv 2403.17377, eq. 13)."""
+    """Every pixel attends to itself alone: perturbed-attention guidance (Ahn et al. 2024, arXiv 2403.17377)."""
 
     places: tuple[str, ...]
 
@@ -67,10 +67,11 @@ class IdentityAttention(SelfAttentionPatch):
 
 @dataclass(frozen=True)
 class BlurredQueries(SelfAttentionPatch):
-    """Queries blurred over the feature map: smoothed energy guidance (Hong 2024, arXiv 2408.00760, section 4).
+    """Queries blurred over the feature map: smoothed energy guidance (Hong 2024, arXiv 2408.00760).
 
     sigma: of the Gaussian, in pixels of the feature map; 0 changes nothing, inf gives every pixel the mean query.
-    Raises ValueError for a sigma below 0.
+    The author's code cuts the kernel to the map and pads without repeating the edge, so that a large sigma does not
+    tend to the mean; here it does (`gaussian_blur`), as the paper has it. Raises ValueError for a sigma below 0.
     """
 
     places: tuple[str, ...]
