@@ -5,7 +5,7 @@ conditionings combine into new ones: `Concat`, `Stack`, `Lerp`, `Switch`, `windo
 `Regions` combine what the network answers. They are values: nothing here changes an object after it was made.
 """
 
-from ella_kd.conditioning.base import ELLA, Conditioning, Constant, Context, Levels, levels_of
+from ella_kd.conditioning.base import ELLA, Conditioning, Constant, Context, Levels, above, levels_of
 from ella_kd.conditioning.combine import Channels, Combination, Concat, Lerp, Stack, lerp_features
 from ella_kd.conditioning.compose import And, Box, Composition, Mask, Regions
 from ella_kd.conditioning.plan import Planned, plan
@@ -29,6 +29,7 @@ __all__ = [
     "Regions",
     "Stack",
     "Switch",
+    "above",
     "lerp_features",
     "levels_of",
     "plan",

@@ -149,6 +149,11 @@ def levels_of(sigma: Tensor, level: float | None = None) -> Levels:
     return levels[:1] if len(set(levels)) == 1 else levels
 
 
+def above(level: float, boundary: float) -> bool:
+    """level > boundary, both in fp32: a boundary written 0.1 is hit by the 0.1 of an fp32 run and of an fp64 one."""
+    return bool(np.float32(level) > np.float32(boundary))
+
+
 def to_batch(x: Tensor, batch: int) -> Tensor:
     """One row expanded to a batch; as many rows as the batch has, as they are. ValueError for any other number."""
     if len(x) not in (1, batch):

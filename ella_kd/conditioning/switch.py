@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ella_kd.conditioning.base import Conditioning, Context, Levels, pile
+from ella_kd.conditioning.base import Conditioning, Context, Levels, above, pile
 from ella_kd.conditioning.combine import Combination, pile_channels
 
 
@@ -42,7 +42,7 @@ class Switch(Combination):
         return True
 
     def at(self, levels: Levels) -> Conditioning:
-        which = [sum(level <= boundary for boundary in self.boundaries) for level in levels]
+        which = [sum(not above(level, boundary) for boundary in self.boundaries) for level in levels]
         if len(set(which)) == 1:
             return self.parts[which[0]].at(levels)
         return _Chosen(tuple(part.at(levels) for part in self.parts), tuple(which))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ella_kd.conditioning import Levels
+from ella_kd.conditioning import Levels, above
 from ella_kd.models.patches import Patch
 from ella_kd.scale import Scale, check_scale, resolve
 
@@ -171,7 +171,7 @@ class Interval(Guidance):
         return True
 
     def at(self, levels: Levels) -> Guidance:
-        inside = tuple(self.sigma_lo < level <= self.sigma_hi for level in levels)
+        inside = tuple(above(level, self.sigma_lo) and not above(level, self.sigma_hi) for level in levels)
         if not any(inside):
             return CFG(1.0)
         base = self.base.at(levels)
