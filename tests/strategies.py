@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ella_kd.conditioning import ELLA, Channels, Concat, Conditioning, Constant, Lerp, Stack, Switch, window
+from ella_kd.conditioning import ELLA, Box, Channels, Concat, Conditioning, Constant, Lerp, Mask, Stack, Switch, window
 from ella_kd.models.noise_schedule import NoiseSchedule
 from ella_kd.models.text import TextFeatures
 from ella_kd.models.tsc import TSC
@@ -125,9 +125,9 @@ def build(spec: Spec, tsc: TSC) -> Conditioning:
     """The conditioning that a tree says."""
     kind, *rest = spec
     if kind == "ella":
-        return ELLA(tsc, texts(*rest, width=FEATURES))
+        return ELLA(tsc, texts(rest[0], rest[1], rest[2], FEATURES))
     if kind == "clip":
-        return Constant(texts(*rest, width=WIDTH))
+        return Constant(texts(rest[0], rest[1], rest[2], WIDTH))
     if kind == "channels":
         return Channels(build(rest[0], tsc), images(rest[1]))
     if kind == "repeat":
@@ -183,3 +183,18 @@ def naive(spec: Spec, row: int, sigma: float, t: Tensor, tsc: TSC) -> tuple[Tens
         return a + rest[2] * (b - a), weights
     parts = [naive(part, row, sigma, t, tsc) for part in rest[0]]
     return torch.cat([tokens for tokens, _ in parts]), torch.cat([weights for _, weights in parts])
+
+
+GRID = 8
+
+
+@st.composite
+def boxes(draw: Any) -> Box:
+    left, right = sorted(draw(st.lists(st.integers(0, GRID), min_size=2, max_size=2, unique=True)))
+    top, bottom = sorted(draw(st.lists(st.integers(0, GRID), min_size=2, max_size=2, unique=True)))
+    return Box(left / GRID, top / GRID, right / GRID, bottom / GRID)
+
+
+DRAWN = st.builds(lambda h, w, seed: Mask(noise(h, w, seed=seed).sigmoid()), st.integers(1, 9), st.integers(1, 9),
+                  st.integers(0, 9))
+FEATHERS = st.sampled_from((0.0, 0.05, 0.3, 1.0))

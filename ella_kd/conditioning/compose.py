@@ -145,7 +145,7 @@ class Mask:
         values = self.values
         if values.ndim != 2 or 0 in values.shape:
             raise ValueError(f"a mask must be [H, W], got {list(values.shape)}")
-        values = values.detach().to("cpu", torch.float64)
+        values = values.detach().to("cpu", torch.float64, copy=True)
         if not bool(((values >= 0) & (values <= 1)).all()):
             raise ValueError("a mask holds numbers from 0 to 1, got "
                              f"{values.min().item():g} to {values.max().item():g}: divide grey levels by 255")
