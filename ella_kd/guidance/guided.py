@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ella_kd.conditioning import Composition, Conditioning, Levels, Stack, levels_of, plan
 from ella_kd.denoiser import Condition, LDMDenoiser
-from ella_kd.guidance.rule import CFG, COND, UNCOND, Answers, Branch, Guidance
+from ella_kd.guidance.rule import CFG, COND, UNCOND, Answers, Branch, Guidance, where_rows
 from ella_kd.models.patches import Patch, Recorder
 from ella_kd.scale import Scale
 
@@ -18,7 +18,11 @@ Conditions = Mapping[str, Conditioning | Composition]
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What guidance saw and decided, each [B, C, h, w]; uncond is None where it was not evaluated."""
+    """What guidance saw and decided, each [B, C, h, w]; uncond is None where it was not evaluated.
+
+    Where it is needed for CFG++ and a rule does not guide (rows outside an `Interval`), uncond is cond: with D - U = 0
+    the method walks on cond, which is sampling without guidance. D = C with the real U would be CFG++'s strongest.
+    """
 
     denoised: Tensor
     cond: Tensor
@@ -121,8 +125,8 @@ class GuidedDenoiser(nn.Module):
             lifted = {name: condition.at(levels) for name, condition in lifted.items()}
         rule = rule.at(levels)
 
-        watched = rule.watched
-        wanted = dict.fromkeys((COND, *rule.branches, *watched, *((UNCOND,) if need_uncond else ())))
+        watched, guided = rule.watched, rule.guided
+        wanted = dict.fromkeys((COND, *rule.branches, *watched, *((UNCOND,) if need_uncond and any(guided) else ())))
         for branch in wanted:
             if branch.cond not in lifted:
                 advice = 'pass uncond=t5(""), or a negative prompt' if branch.cond == "uncond" else \
@@ -136,7 +140,10 @@ class GuidedDenoiser(nn.Module):
 
         maps = {branch: recorder.map for branch, recorder in recorders.items()}
         answers = Answers(x, sigma[:, None, None, None].to(x.dtype), denoised, evaluate, maps)
-        return Prediction(rule(answers), denoised[COND], denoised.get(UNCOND))
+        uncond = denoised.get(UNCOND)
+        if need_uncond and not all(guided):
+            uncond = denoised[COND] if uncond is None else where_rows(guided, uncond, denoised[COND])
+        return Prediction(rule(answers), denoised[COND], uncond)
 
     def _evaluate(self, branches: Iterable[Branch], x: Tensor, sigma: Tensor, levels: Levels, conditions: Conditions,
                   recorders: Mapping[Branch, Recorder]) -> dict[Branch, Tensor]:

@@ -95,6 +95,11 @@ class Guidance(ABC):
         return {name: place for rule in self._inner() for name, place in rule.watched.items()}
 
     @property
+    def guided(self) -> tuple[bool, ...]:
+        """Of a resolved rule: whether it guides at all, for all rows or for each; CFG++ walks on cond where not."""
+        return next((rule.guided for rule in self._inner()), (True,))
+
+    @property
     def varies(self) -> bool:
         """Whether it depends on sigma, so that `at` has something to decide."""
         own = any(callable(getattr(self, name)) for name in self.scales)
@@ -173,7 +178,7 @@ class Interval(Guidance):
     def at(self, levels: Levels) -> Guidance:
         inside = tuple(above(level, self.sigma_lo) and not above(level, self.sigma_hi) for level in levels)
         if not any(inside):
-            return CFG(1.0)
+            return _Rows(CFG(1.0), (False,))
         base = self.base.at(levels)
         return base if all(inside) else _Rows(base, inside)
 
@@ -186,15 +191,29 @@ class _Rows(Guidance):
     """base for some rows, the plain conditional answer for the others."""
 
     base: Guidance
-    guided: tuple[bool, ...]
+    inside: tuple[bool, ...]
 
     @property
     def branches(self) -> tuple[Branch, ...]:
         return (*self.base.branches, COND)
 
+    @property
+    def guided(self) -> tuple[bool, ...]:
+        return tuple(inside and base for inside, base in zip_rows(self.inside, self.base.guided))
+
     def __call__(self, answers: Answers) -> Tensor:
-        rows = torch.tensor(self.guided, device=answers.x.device).view(-1, 1, 1, 1)
-        return torch.where(rows, self.base(answers), answers[COND])
+        return where_rows(self.inside, self.base(answers), answers[COND]) if any(self.inside) else answers[COND]
+
+
+def zip_rows(a: tuple[bool, ...], b: tuple[bool, ...]) -> list[tuple[bool, bool]]:
+    """Two tuples side by side, each of one value for all rows or of one per row."""
+    n = max(len(a), len(b))
+    return list(zip(a * (n // len(a)), b * (n // len(b)), strict=True))
+
+
+def where_rows(rows: tuple[bool, ...], a: Tensor, b: Tensor) -> Tensor:
+    """The rows of a where True, those of b elsewhere: [B, C, h, w]."""
+    return torch.where(torch.tensor(rows, device=a.device).view(-1, 1, 1, 1), a, b)
 
 
 def is_all(scale: Scale, value: float) -> bool:
