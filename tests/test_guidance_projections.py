@@ -8,6 +8,7 @@ from ella_kd.guidance import CFG, COND, UNCOND, Answers, Guidance
 from ella_kd.guidance.projections import APG, TCFG, CFGZeroStar
 from ella_kd.guidance.thresholds import Rescale
 from rules import ANSWERS, SCALES, SEVERAL, check_scales, check_value, close, make_answers, row_of, rows, with_answer
+from tiny import relative
 
 RULES = [APG(7.0), APG(7.0, 0.5, 2.0), CFGZeroStar(7.0), CFGZeroStar(7.0, 10.0), TCFG(7.0)]
 NAMES = {"APG": APG, "CFGZeroStar": CFGZeroStar, "TCFG": TCFG, "Rescale": Rescale, "CFG": CFG}
@@ -77,6 +78,17 @@ def test_tcfg_is_its_formula_by_svd(answers: Answers, scale: float) -> None:
         kept = x - s * ((scores[1] @ first) * first).reshape(x.shape)
         wanted.append(kept + scale * (c - kept))
     assert close(TCFG(scale)(answers), wanted)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("apart", [1.0, 0.01])
+def test_fp32_keeps_its_digits_where_both_answers_are_nearly_x(rule: Guidance, apart: float) -> None:
+    """At sigma 14 eps is x and little else: what cond and uncond differ in must not be taken from there."""
+    exact = make_answers((14.0, 9.0, 1.0), height=32, width=32)
+    exact = with_answer(exact, UNCOND, exact[COND] + apart * (exact[UNCOND] - exact[COND]))
+    rough = Answers(exact.x.float(), exact.sigma.float(), {b: d.float() for b, d in exact.denoised.items()},
+                    exact.evaluate, {})
+    assert relative(rule(rough), rule(exact)) < 1e-6
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -91,8 +91,8 @@ class CFGZeroStar(_Guided):
         return torch.where(answers.sigma >= self.zero_init, answers.x, guided)
 
     def _change(self, answers: Answers) -> Tensor:
-        c, u = answers.x - answers[COND], answers.x - answers[UNCOND]  # sigma * eps
-        return _onto(c, u) - u
+        # s U - U is the part of C - U along U; from the difference, since at sigma 14 both are nearly x.
+        return _onto(answers[UNCOND] - answers[COND], answers.x - answers[UNCOND])
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,14 @@ class TCFG(_Guided):
     """
 
     def _change(self, answers: Answers) -> Tensor:
-        c, u = answers.x - answers[COND], answers.x - answers[UNCOND]  # sigma * eps has the same singular vectors
-        angle = torch.atan2(2 * _dot(c, u), _dot(c, c) - _dot(u, u)) / 2  # of the Gram matrix' first eigenvector
-        return _onto(u, angle.cos() * c + angle.sin() * u) - u
+        u = answers.x - answers[UNCOND]  # sigma * eps has the same singular vectors
+        d = answers[UNCOND] - answers[COND]  # c - u: at sigma 14 both are nearly x, and the difference keeps its digits
+        across = d - _onto(d, u)
+        # In the plane of u and across, u is (norm, 0) and c is (a, b); the first singular vector is at this angle.
+        norm, b = _dot(u, u).sqrt(), _dot(across, across).sqrt()
+        a = norm + _ratio(_dot(d, u), norm)
+        angle = torch.atan2(2 * a * b, norm**2 + a**2 - b**2) / 2
+        return _ratio(norm * angle.sin() * angle.cos(), b) * across - angle.sin() ** 2 * u
 
 
 def plus(scale: Scale, number: float) -> Scale:
@@ -123,5 +128,8 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _onto(a: Tensor, b: Tensor) -> Tensor:
     """The part of a along b; none if b is 0."""
-    bb = _dot(b, b)
-    return torch.where(bb > 0, _dot(a, b) / bb, 0) * b
+    return _ratio(_dot(a, b), _dot(b, b)) * b
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(b > 0, a / b, 0)
