@@ -20,11 +20,13 @@ from ella_kd.conditioning import (
     window,
 )
 from ella_kd.denoiser import ELLADenoiser, LDMDenoiser
+from ella_kd.draw import draw
 from ella_kd.generate import generate
 from ella_kd.guidance import CFG, CFGDenoiser, Guidance, GuidedDenoiser, Interval, Prediction
 from ella_kd.images import Picture
 from ella_kd.models.noise_schedule import NoiseSchedule
 from ella_kd.pipeline import Pipeline
+from ella_kd.upsample import CaptionUpsampler
 
 __all__ = [
     "CFG",
@@ -32,6 +34,7 @@ __all__ = [
     "And",
     "Box",
     "CFGDenoiser",
+    "CaptionUpsampler",
     "Channels",
     "Composition",
     "Concat",
@@ -53,6 +56,7 @@ __all__ = [
     "Regions",
     "Stack",
     "Switch",
+    "draw",
     "generate",
     "lerp_features",
     "window",

@@ -1,5 +1,6 @@
 """The command `ella-kd`."""
 
+import inspect
 import re
 import tempfile
 import warnings
@@ -11,10 +12,10 @@ import click
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from ella_kd.generate import Mode
 from ella_kd.generate import generate as draw
+from ella_kd.guidance.text import known, parse
 from ella_kd.images import contact_sheet, save_image, save_png
-from ella_kd.pipeline import Pipeline
+from ella_kd.pipeline import Mode, Pipeline
 from ella_kd.samplers import SAMPLERS, SCHEDULES, get_sampler, get_schedule
 
 Command = Callable[..., Any]
@@ -70,6 +71,14 @@ def drawing_options(command: Command) -> Command:
         click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True),
         click.option("--scale", type=float, default=7.0, show_default=True,
                      help="Guidance: how much the prompt counts; with a _cfg_pp sampler lambda, 0 to 1."),
+        click.option("--guidance", metavar="RULE", callback=lambda ctx, option, text: text and parse(text),
+                     help='A guidance rule in place of --scale: "Rescale(CFG(7), 0.7)". See ella-kd rules.'),
+        click.option("--syntax", is_flag=True,
+                     help="Read (phrase:1.3), [phrase] and AND in prompts, as the AUTOMATIC1111 web UI does."),
+        click.option("--wildcards", metavar="DIR",
+                     help="A folder of text files: __name__ in a prompt becomes a line of name.txt, by the seed."),
+        click.option("--clip-skip", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+                     help="CLIP's layer, counted from the last."),
         click.option("--width", type=int, metavar="PX", help="[default: the model's own: 512 for SD1.5]"),
         click.option("--height", type=int, metavar="PX", help="[default: the model's own]"),
         click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True,
@@ -118,6 +127,9 @@ def main(ctx: click.Context) -> None:
               help="Where the pictures go; made if need be, nothing in it is overwritten.")
 @click.option("--enlarge", type=click.IntRange(1, 64), default=1, show_default=True, metavar="N",
               help="Save every pixel as N x N equal ones; the miniature's pictures are 32 px: try 8.")
+@click.option("--negative-mode", type=click.Choice(get_args(Mode)),
+              help="How the negative prompt is read, if not as the prompt: plain leaves ELLA to the prompt alone.")
+@click.option("--tags", metavar="TEXT", help="A text for CLIP, whose tokens follow ELLA's: trigger words, styles.")
 @drawing_options
 @model_options
 def generate(prompts: tuple[str, ...], file: str | None, mode: Mode, count: int, out: Path, enlarge: int, batch: int,
@@ -181,6 +193,27 @@ def samplers() -> None:
     click.echo(f"\n{'SCHEDULE':<32}STEPS ARE")
     for schedule in SCHEDULES.values():
         click.echo(f"{schedule.name:<32}{schedule.description}")
+
+
+@main.command()
+def rules() -> None:
+    """List the guidance rules: what --guidance takes.
+
+    \b
+    Rules wrap others and are read from the inside out:
+      ella-kd generate "..." --guidance "Interval(Rescale(CFG(9), 0.7), sigma_lo=0.5)"
+    """
+    for name, rule in known().items():
+        text = inspect.getdoc(rule) or ""
+        click.echo(f"{name}{_signature(rule)}")
+        click.echo(click.wrap_text(text.partition("\n\n")[0], 100, "    ", "    "))
+
+
+def _signature(rule: type) -> str:
+    """Its arguments as a user writes them."""
+    parameters = inspect.signature(rule).parameters.values()
+    shown = (p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
+    return f"({', '.join(shown)})"
 
 
 def _load(options: dict[str, Any]) -> Pipeline:

@@ -19,11 +19,23 @@ A1111_SAMPLERS = {
     "dpmpp_2s_ancestral": "DPM++ 2S a",
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpm_2_ancestral": "DPM2 a",
+    "lms": "LMS",
+    "dpmpp_sde": "DPM++ SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "restart": "Restart",
+    "lcm": "LCM",
+    "ddim": "DDIM",
+    "uni_pc": "UniPC",
 }
 A1111_SCHEDULES = {
     "karras": "Karras",
     "exponential": "Exponential",
+    "polyexponential": "Polyexponential",
+    "sgm_uniform": "SGM Uniform",
+    "simple": "Simple",
     "normal": "Normal",
+    "beta": "Beta",
     "ays": "Align Your Steps",
 }
 
@@ -40,12 +52,17 @@ class Settings:
     sampler: str
     schedule: str
     steps: int
-    scale: float
+    scale: float | None
     seed: int
     width: int
     height: int
     model: str
     version: str
+    guidance: str = ""
+    negative_mode: str = ""
+    tags: str | None = None
+    syntax: bool = False
+    clip_skip: int = 1
 
     def parameters(self) -> str:
         """The text other tools read: the prompt, a `Negative prompt:` line if there is one, a line of `Key: value`."""
@@ -53,17 +70,21 @@ class Settings:
             "Steps": self.steps,
             "Sampler": A1111_SAMPLERS.get(self.sampler, self.sampler),
             "Schedule type": A1111_SCHEDULES.get(self.schedule, self.schedule),
-            "CFG scale": f"{self.scale:g}",
+            "CFG scale": None if self.scale is None else f"{self.scale:g}",
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}",
             "Model": self.model,
+            "Clip skip": self.clip_skip if self.clip_skip != 1 else None,
             "ELLA": self.mode,
+            "ELLA negative": self.negative_mode if self.negative_mode not in ("", self.mode) else None,
+            "CLIP prompt": self.tags,
+            "Guidance": self.guidance or None,
             "Version": f"ella_kd {self.version}",
         }
         lines = [self.prompt.strip()]
         if self.negative.strip():
             lines.append(f"Negative prompt: {self.negative.strip()}")
-        lines.append(", ".join(f"{key}: {_quote(str(value))}" for key, value in fields.items()))
+        lines.append(", ".join(f"{key}: {_quote(str(value))}" for key, value in fields.items() if value is not None))
         return "\n".join(lines)
 
 

@@ -1,17 +1,22 @@
 """All the networks of one text-to-image system, loaded together."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from safetensors import safe_open
 
+from ella_kd.conditioning import ELLA, Conditioning, Constant
 from ella_kd.models import TSC, AutoencoderKL, NoiseSchedule, UNet
 from ella_kd.models.checkpoint import load_checkpoint, load_tsc
-from ella_kd.models.text import CLIPTextEncoder, T5TextEncoder
+from ella_kd.models.text import CLIPTextEncoder, T5TextEncoder, TextFeatures
 
 File = str | Path
+Mode = Literal["flexible", "fixed", "plain"]
+FIXED_LENGTH = 128  # the T5 tokens that ELLA was trained on, padding included
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +77,30 @@ class Pipeline:
         pipeline = cls.load(folder / "sd.safetensors", tsc=folder / "tsc.safetensors", t5=folder / "t5",
                             clip_tokenizer=folder / "clip", device=device, dtype=dtype)
         return replace(pipeline, name="miniature")
+
+    def encode(self, prompts: str | Sequence[str], mode: Mode = "flexible", *, weighted: bool = False,
+               clip_skip: int = 1) -> Conditioning:
+        """Prompts as a conditioning of one row each; a prompt that comes more than once is encoded once.
+
+        mode: "flexible", ELLA on the prompt's own T5 tokens; "fixed", ELLA on 128 of them, padded or cut, as it was
+        trained; "plain", CLIP and no ELLA. weighted: read `(phrase:1.3)` and `[phrase]` as weights; in mode "plain"
+        also in prompts of more than 77 tokens. clip_skip: CLIP's layer, 1 the last; mode "plain" only.
+        Raises ValueError if the pipeline lacks the part the mode needs.
+        """
+        if mode not in get_args(Mode):
+            raise ValueError(f"unknown mode {mode!r}: choose {', '.join(get_args(Mode))}")
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = list(dict.fromkeys(prompts))
+        row = torch.tensor([texts.index(prompt) for prompt in prompts], device=self.device)
+        if mode == "plain":
+            if self.clip is None:
+                raise ValueError('mode "plain" needs CLIP\'s tokenizer: load the pipeline with clip_tokenizer=<folder>')
+            return Constant(TextFeatures((self.clip.weighted if weighted else self.clip)(texts, clip_skip).tokens[row]))
+        if self.tsc is None or self.t5 is None:
+            raise ValueError(f'mode "{mode}" needs ELLA: load the pipeline with tsc=<file> and t5=<folder>, or use '
+                             'mode "plain"')
+        length = FIXED_LENGTH if mode == "fixed" else None
+        return ELLA(self.tsc, (self.t5.weighted if weighted else self.t5)(texts, length), row)
 
     @property
     def device(self) -> torch.device:

@@ -11,7 +11,8 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from ella_kd import Pipeline, cli, generate
+from ella_kd import CFG, Interval, Pipeline, cli, generate
+from ella_kd.guidance.text import known
 from ella_kd.samplers import SAMPLERS, SCHEDULES
 
 Run = Callable[..., Result]
@@ -134,7 +135,28 @@ def test_samplers_lists_everything_that_can_be_named(run: Run) -> None:
     assert listed == ["SAMPLER", *SAMPLERS, "SCHEDULE", *SCHEDULES]
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["compare"], ["samplers"]])
+def test_rules_lists_everything_that_guidance_takes(run: Run) -> None:
+    done = run("rules", with_model=False)
+    assert done.exit_code == 0, done.output
+    assert "CFG(scale)\n    Classifier-free guidance" in done.output
+    assert "Interval(base, sigma_lo=0.0, sigma_hi=inf)" in done.output
+    assert all(f"{name}(" in done.output for name in known())
+
+
+def test_syntax_tags_and_rules_reach_the_picture(run: Run, tmp_path: Path, pipeline: Pipeline) -> None:
+    words = ["a (red:1.4) __shape__ AND a circle :0.5", "--syntax", "--wildcards", str(tmp_path), "--seed", "2",
+             "--guidance", "Interval(CFG(4), 0.5)", "--tags", "blue", "--negative-mode", "plain"]
+    (tmp_path / "shape.txt").write_text("square\n")
+    done = run("generate", *words)
+    assert done.exit_code == 0, done.output
+    [expected] = generate(pipeline, "a (red:1.4) square AND a circle :0.5", syntax=True, seeds=2, steps=2, tags="blue",
+                          guidance=Interval(CFG(4), 0.5), negative_mode="plain")
+    [path] = (tmp_path / "out").iterdir()
+    with Image.open(path) as image:
+        assert np.abs(np.asarray(image, int) - np.asarray(expected.image, int)).max() <= 1
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["compare"], ["samplers"], ["rules"]])
 def test_help_explains_with_an_example(run: Run, command: list[str]) -> None:
     done = run(*command, "--help", with_model=False)
     assert done.exit_code == 0

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ella_kd import CFGDenoiser, ELLADenoiser, LDMDenoiser, Pipeline, generate
-from ella_kd.generate import Mode, to_images
+from ella_kd import (
+    CFG,
+    And,
+    CFGDenoiser,
+    Concat,
+    ELLADenoiser,
+    Interval,
+    LDMDenoiser,
+    Pipeline,
+    draw,
+    generate,
+)
+from ella_kd.draw import to_images
+from ella_kd.guidance.text import parse
 from ella_kd.images import Picture, Settings
 from ella_kd.models import TextFeatures, load_checkpoint, save_checkpoint
+from ella_kd.pipeline import Mode
 from ella_kd.samplers import SAMPLERS, SCHEDULES, get_sigmas_karras, randn, sample_dpmpp_2m
 
 PROMPTS = ["a red circle", "a blue square on the left of a red circle"]
@@ -63,7 +77,8 @@ def test_pictures_come_prompt_by_prompt_with_their_settings(pipeline: Pipeline) 
         (PROMPTS[0], 5), (PROMPTS[0], 6), (PROMPTS[1], 5), (PROMPTS[1], 6)]
     assert {p.image.size for p in pictures} == {(16, 16)}
     first = pictures[0].settings
-    assert first == Settings(PROMPTS[0], "a", "flexible", "dpmpp_2m", "karras", 2, 3.0, 5, 16, 16, "sd", first.version)
+    assert first == Settings(PROMPTS[0], "a", "flexible", "dpmpp_2m", "karras", 2, 3.0, 5, 16, 16, "sd", first.version,
+                             negative_mode="flexible")
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde", "euler_ancestral"])
@@ -74,6 +89,66 @@ def test_a_picture_does_not_depend_on_those_it_is_drawn_with(pipeline: Pipeline,
     assert equal(together, alone, levels=1)
     assert equal(together, generate(pipeline, PROMPTS, count=2, seeds=[1, 2, 3, 4], batch_size=3, **options), levels=1)
     assert not equal(together[:1], together[1:2], levels=1)
+
+
+def test_a_guidance_rule_takes_the_place_of_the_scale(pipeline: Pipeline) -> None:
+    base: dict[str, Any] = {"prompts": PROMPTS[0], "steps": 3, "seeds": 1}
+    [plain] = generate(pipeline, **base, scale=7)
+    [ruled] = generate(pipeline, **base, guidance=CFG(7))
+    [other] = generate(pipeline, **base, guidance=Interval(CFG(7), 0.5, 5))
+    assert equal([plain], [ruled])
+    assert not equal([plain], [other])
+    assert (ruled.settings.scale, ruled.settings.guidance) == (7.0, "CFG(scale=7.0)")
+    assert parse(other.settings.guidance) == Interval(CFG(7), 0.5, 5)
+    assert "CFG scale: 7, " in other.settings.parameters() and 'Guidance: "Interval(' in other.settings.parameters()
+    assert generate(pipeline, **base, guidance=CFG(lambda sigma: 2.0))[0].settings.scale is None
+
+
+@torch.no_grad()
+def test_tags_follow_ellas_tokens_on_both_sides(pipeline: Pipeline) -> None:
+    [got] = generate(pipeline, PROMPTS[0], tags="blue circle", steps=3, scale=3, seeds=1)
+    cond = Concat(pipeline.encode(PROMPTS[0]), pipeline.encode("blue circle", "plain"))
+    uncond = Concat(pipeline.encode(""), pipeline.encode("", "plain"))
+    [expected] = draw(pipeline, cond, uncond=uncond, guidance=3.0, steps=3, seeds=1)
+    assert (pixels(got) == np.asarray(expected)).all()
+    assert "CLIP prompt: blue circle" in got.settings.parameters()
+    assert not equal([got], generate(pipeline, PROMPTS[0], steps=3, scale=3, seeds=1))
+
+
+@torch.no_grad()
+def test_ella_for_the_prompt_alone(pipeline: Pipeline) -> None:
+    options: dict[str, Any] = {"negative": "blue", "steps": 3, "scale": 3.0, "seeds": 1}
+    [got] = generate(pipeline, PROMPTS[0], negative_mode="plain", **options)
+    [expected] = draw(pipeline, pipeline.encode(PROMPTS[0]), uncond=pipeline.encode("blue", "plain"), guidance=3.0,
+                      steps=3, seeds=1)
+    assert (pixels(got) == np.asarray(expected)).all()
+    assert "ELLA: flexible, ELLA negative: plain" in got.settings.parameters()
+    assert not equal([got], generate(pipeline, PROMPTS[0], **options))
+
+
+@torch.no_grad()
+def test_prompt_syntax_when_asked_for(pipeline: Pipeline) -> None:
+    text, options = "a (red:1.5) circle AND a blue square :0.5", {"steps": 3, "scale": 3.0, "seeds": 1}
+    [got] = generate(pipeline, text, syntax=True, **options)  # type: ignore[arg-type]
+    cond = And((pipeline.encode("a (red:1.5) circle", weighted=True), 1.0), (pipeline.encode("a blue square"), 0.5))
+    [expected] = draw(pipeline, cond, uncond=pipeline.encode(""), guidance=3.0, steps=3, seeds=1)
+    assert np.abs(pixels(got) - np.asarray(expected, int)).max() <= 1
+    assert not equal([got], generate(pipeline, text, **options))  # type: ignore[arg-type]
+    mixed = [text, PROMPTS[0], "a circle AND a square :0.5"]  # of two shapes of AND, in one call
+    pictures = generate(pipeline, mixed, syntax=True, **options)  # type: ignore[arg-type]
+    assert [p.settings.prompt for p in pictures] == mixed
+    assert equal(pictures[:1], [got], levels=1)
+    assert equal(pictures[1:2], generate(pipeline, PROMPTS[0], **options), levels=1)  # type: ignore[arg-type]
+
+
+def test_wildcards_are_chosen_by_the_seed(pipeline: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "colour.txt").write_text("red\nblue\n")
+    pictures = generate(pipeline, "a __colour__ circle", wildcards=tmp_path, count=8, seeds=1, steps=1)
+    prompts = [picture.settings.prompt for picture in pictures]
+    assert set(prompts) == {"a red circle", "a blue circle"}
+    [alone] = generate(pipeline, "a __colour__ circle", wildcards=tmp_path, seeds=3, steps=1)
+    assert alone.settings.prompt == prompts[2]
+    assert equal([alone], pictures[2:3], levels=1)
 
 
 def test_unnamed_seeds_come_from_torch_and_reproduce(pipeline: Pipeline) -> None:

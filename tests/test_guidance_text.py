@@ -1,0 +1,52 @@
+"""Rules as text: what repr writes is read back, and nothing else is."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ella_kd import CFG, Guidance, Interval
+from ella_kd.guidance.text import known, parse
+
+SCALES = st.floats(-20, 20) | st.lists(st.floats(-20, 20), min_size=1, max_size=3)
+RULES: st.SearchStrategy[Guidance] = st.recursive(
+    st.builds(CFG, SCALES),
+    lambda inner: st.builds(Interval, inner, st.floats(0, 1), st.floats(1.5, 20) | st.just(math.inf)),
+    max_leaves=4,
+)
+
+
+@given(RULES)
+def test_what_repr_writes_is_read_back(rule: Guidance) -> None:
+    assert parse(repr(rule)) == rule
+
+
+def test_a_rule_as_a_user_types_it() -> None:
+    assert parse(" Interval(CFG(7), sigma_lo=1.5) ") == Interval(CFG(7.0), 1.5, math.inf)
+    assert parse("CFG((1, 7))") == CFG([1, 7])
+    assert parse("CFG(-2)") == CFG(-2)
+
+
+def test_every_rule_is_known() -> None:
+    assert {"CFG", "Interval"} <= set(known())
+    assert "Guidance" not in known()
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("CGF(7)", "unknown guidance rule 'CGF': did you mean CFG"),
+    ("Nonsense(7)", "unknown guidance rule 'Nonsense': choose .*CFG, "),
+    ("7", "not a guidance rule: '7': expected something like"),
+    ("CFG(7", "not a guidance rule"),
+    ("", "not a guidance rule"),
+    ("CFG()", "CFG: missing 1 required positional argument: 'scale'"),
+    ("CFG(7, colour=2)", "CFG: got an unexpected keyword argument 'colour'"),
+    ("CFG(seven)", "cannot read 'seven'"),
+    ("CFG(__import__('os').getpid())", "cannot read"),
+    ("CFG('7')", "CFG: .*must be a number.*'7'"),
+    ("Interval(7)", "Interval: .*wraps a guidance rule.*got 7"),
+    ("Interval(CFG(7), 3, 2)", "sigma_lo < sigma_hi, got 3 and 2"),
+])
+def test_bad_text_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(text)
