@@ -10,8 +10,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ella_kd.models.emphasis import Piece, chunks, parse
+
 if TYPE_CHECKING:  # transformers takes seconds to import: it is loaded when a text encoder is
-    from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+    from transformers import BatchEncoding, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+
+
+COMMA_BACKTRACK = 20  # A1111's default
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +71,6 @@ class T5TextEncoder:
                              f"or unexpected are {', '.join(wrong[:5])}" + ", ..." * (len(wrong) > 5))
         return cls(model.to(device, dtype or default_dtype(device)).eval().requires_grad_(False), tokenizer)
 
-    @torch.no_grad()
     def __call__(self, prompts: str | Sequence[str], max_length: int | None = None) -> TextFeatures:
         """Prompts -> features [B, L, D].
 
@@ -75,10 +79,38 @@ class T5TextEncoder:
         mode: padded or, with a warning, truncated to that length; T5 is told what is padding but the mask is None,
         because the connector was trained to read all 128 positions. Raises TypeError or ValueError for bad prompts.
         """
-        texts = _as_list(prompts)
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length must be at least 1, or None for the real tokens only, got {max_length}")
-        ids, mask = _tokenize(self.tokenizer, texts, max_length, self.model.device)
+        return self._encode(_tokenize(self.tokenizer, _as_list(prompts), max_length), max_length)
+
+    def weighted(self, prompts: str | Sequence[str], max_length: int | None = None) -> TextFeatures:
+        """Prompts with weights, "a (red:1.3) car" (`ella_kd.models.emphasis`) -> features with attention weights.
+
+        The features are those that `__call__` gives for the text without the marks; the mask is float32, the weight of
+        each token: the mean over the characters that it stands for, 1 for `</s>`, and for padding 0, in fixed mode 1.
+        (The connector's LayerNorm undoes a scaling of the features; only attention can be weighted.) If every weight
+        is 1 the result is `__call__`'s own. Raises as `__call__` does, and ValueError for prompt editing, for weights
+        below 0, and for a tokenizer that cannot say which characters a token stands for.
+        """
+        pieces = [parse(prompt) for prompt in _as_list(prompts)]
+        for text, weight in (piece for row in pieces for piece in row):
+            if weight < 0:
+                raise ValueError(f"attention weights must be at least 0, {text[:60]!r} has {weight:g}: to draw the "
+                                 "opposite of a prompt, give it a negative weight in a composition")
+        batch = _tokenize(self.tokenizer, ["".join(text for text, _ in row) for row in pieces], max_length)
+        features = self._encode(batch, max_length)
+        if all(weight == 1 for row in pieces for _, weight in row):
+            return features
+        if not batch.is_fast:
+            raise ValueError("this tokenizer does not tell which characters a token stands for, so words cannot be "
+                             "weighted: use a T5 folder with a tokenizer.json")
+        hidden = 0.0 if max_length is None else 1.0
+        rows = [[_token_weight(start, end, row) if seen else hidden for (start, end), seen in zip(offsets, mask)]
+                for offsets, mask, row in zip(batch["offset_mapping"].tolist(), batch["attention_mask"].tolist(),
+                                              map(_character_weights, pieces))]
+        return TextFeatures(features.tokens, torch.tensor(rows, dtype=torch.float32, device=features.tokens.device))
+
+    @torch.no_grad()
+    def _encode(self, batch: "BatchEncoding", max_length: int | None) -> TextFeatures:
+        ids, mask = (batch[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
         tokens = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         return TextFeatures(tokens, mask.bool() if max_length is None else None)
 
@@ -90,16 +122,78 @@ class CLIPTextEncoder:
         self.model = model
         self.tokenizer = tokenizer
 
-    @torch.no_grad()
-    def __call__(self, prompts: str | Sequence[str]) -> TextFeatures:
-        """Prompts -> the last hidden state, after the final layer norm; every position is seen, padding included.
+    def __call__(self, prompts: str | Sequence[str], clip_skip: int = 1) -> TextFeatures:
+        """Prompts -> the hidden states [B, 77, 768] of a layer, after the final layer norm; every position is seen.
 
-        Padded to the model's positions (77); longer prompts are truncated with a warning. Raises TypeError or
-        ValueError for bad prompts.
+        clip_skip counts layers from the last, 1, as A1111 does (diffusers calls the same layer clip_skip=0 or None, and
+        our 2 its 1). Padded to the model's positions (77); longer prompts are truncated with a warning: `weighted` has
+        no limit. Raises TypeError or ValueError for bad prompts, ValueError for a layer that does not exist.
         """
         length = self.model.config.max_position_embeddings
-        ids, _ = _tokenize(self.tokenizer, _as_list(prompts), length, self.model.device)
-        return TextFeatures(self.model(input_ids=ids).last_hidden_state)
+        return TextFeatures(self._hidden(_tokenize(self.tokenizer, _as_list(prompts), length)["input_ids"], clip_skip))
+
+    def weighted(self, prompts: str | Sequence[str], clip_skip: int = 1) -> TextFeatures:
+        """Prompts of any length, with weights (`ella_kd.models.emphasis`), as A1111 reads them -> [B, 77 n, 768].
+
+        The text between BREAKs is cut into chunks of 75 tokens, each with its own begin and end token and padded; a
+        chunk that would end less than 20 tokens after a comma ends at that comma. Every chunk is encoded on its own:
+        z = w h for the hidden states h and the tokens' weights w, and z times mean(h) / mean(z) over the chunk (times 1
+        where a mean is nothing but rounding: below 1e-4 of the root mean square).
+        n is the most chunks of a row. Rows with fewer have empty chunks in their place, which the mask hides, so that
+        a batch equals a loop of singles; no mask if all rows have n. Raises as `__call__` does, and ValueError for
+        prompt editing.
+        """
+        rows = [self._chunks(prompt) for prompt in _as_list(prompts)]
+        n = max(map(len, rows))
+        counts = torch.tensor([len(row) for row in rows], device=self.model.device)
+        padded = [row + [self._chunk([])] * (n - len(row)) for row in rows]
+        ids = torch.tensor([[token for chunk in row for token, _ in chunk] for row in padded])
+        weights = torch.tensor([[weight for chunk in row for _, weight in chunk] for row in padded])
+        length = self.model.config.max_position_embeddings
+        hidden = self._hidden(ids.view(-1, length), clip_skip)
+        weights = weights.view(-1, length, 1).to(hidden.device)
+        scaled = _restore_mean(hidden.float() * weights, hidden.float()).to(hidden.dtype)
+        tokens = torch.where(weights.eq(1).all(1, keepdim=True), hidden, scaled).view(len(rows), n * length, -1)
+        if len({*map(len, rows)}) == 1:
+            return TextFeatures(tokens)
+        return TextFeatures(tokens, torch.arange(n * length, device=tokens.device) < length * counts[:, None])
+
+    @torch.no_grad()
+    def _hidden(self, ids: Tensor, clip_skip: int) -> Tensor:
+        """Token ids [N, L] -> hidden states [N, L, D], normed."""
+        layers = self.model.config.num_hidden_layers
+        if not 1 <= clip_skip <= layers:
+            raise ValueError(f"clip_skip must be from 1 (the last layer) to {layers}, got {clip_skip}")
+        ids = ids.to(self.model.device)
+        if clip_skip == 1:
+            return self.model(input_ids=ids).last_hidden_state
+        states = self.model(input_ids=ids, output_hidden_states=True).hidden_states
+        norm = getattr(self.model, "text_model", self.model).final_layer_norm  # transformers 5 has no text_model
+        return norm(states[-clip_skip])
+
+    def _chunks(self, prompt: str) -> list[list[tuple[int, float]]]:
+        """The chunks of a prompt, each the model's number of (token, weight)."""
+        return [self._chunk(part) for pieces in chunks(prompt) for part in self._split(pieces)]
+
+    def _split(self, pieces: list[Piece]) -> list[list[tuple[int, float]]]:
+        """Pieces -> the tokens of each chunk, none empty unless it is the only one."""
+        room = self.model.config.max_position_embeddings - len(self.tokenizer("")["input_ids"])
+        comma = self.tokenizer(",", add_special_tokens=False)["input_ids"]
+        tokens = [(token, weight) for text, weight in pieces
+                  for token in self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        parts: list[list[tuple[int, float]]] = []
+        while len(tokens) > room:
+            commas = [i for i in range(max(room - COMMA_BACKTRACK, 0), room) if [tokens[i][0]] == comma]
+            end = commas[-1] + 1 if commas and [tokens[room][0]] != comma else room
+            parts.append(tokens[:end])
+            tokens = tokens[end:]
+        return [*parts, tokens] if tokens or not parts else parts
+
+    def _chunk(self, part: list[tuple[int, float]]) -> list[tuple[int, float]]:
+        """With begin token, end token and padding, all of weight 1."""
+        *begin, end = self.tokenizer("")["input_ids"]
+        ids = [*((token, 1.0) for token in begin), *part, (end, 1.0)]
+        return ids + [(self.tokenizer.pad_token_id, 1.0)] * (self.model.config.max_position_embeddings - len(ids))
 
 
 def load_tokenizer(folder: str | Path, kind: str) -> "PreTrainedTokenizerBase":
@@ -131,16 +225,36 @@ def _as_list(prompts: str | Sequence[str]) -> list[str]:
     return texts
 
 
-def _tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str], length: int | None,
-              device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, padded to the longest text, or padded and truncated to a length."""
+def _tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str], length: int | None) -> "BatchEncoding":
+    """Token ids and attention mask, and offsets if there are; padded to the longest, or truncated too to a length."""
+    if length is not None and length < 1:
+        raise ValueError(f"max_length must be at least 1, or None for the real tokens only, got {length}")
+    offsets = tokenizer.is_fast
     if length is None:
-        batch = tokenizer(texts, padding="longest", truncation=False, return_tensors="pt", verbose=False)
-    else:
-        for text in texts:
-            count = len(tokenizer(text, verbose=False).input_ids)
-            if count > length:
-                warnings.warn(f"the prompt has {count} tokens and {length} are read: what follows is lost, from "
-                              f"{text[:60]!r}...", stacklevel=3)
-        batch = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return batch.input_ids.to(device), batch.attention_mask.to(device)
+        return tokenizer(texts, padding="longest", truncation=False, return_tensors="pt", verbose=False,
+                         return_offsets_mapping=offsets)
+    for text in texts:
+        count = len(tokenizer(text, verbose=False).input_ids)
+        if count > length:
+            warnings.warn(f"the prompt has {count} tokens and {length} are read: what follows is lost, from "
+                          f"{text[:60]!r}...", stacklevel=3)
+    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt",
+                     return_offsets_mapping=offsets)
+
+
+def _restore_mean(z: Tensor, h: Tensor) -> Tensor:
+    """z [N, L, D] with each mean over (L, D) brought back to that of h, unless one of them is zero but for rounding."""
+    mean, target = (x.mean((1, 2), keepdim=True) for x in (z, h))
+    known = torch.minimum(mean.abs(), target.abs()) > 1e-4 * h.square().mean((1, 2), keepdim=True).sqrt()
+    return z * torch.where(known, target / mean, 1.0)
+
+
+def _character_weights(pieces: list[Piece]) -> list[tuple[str, float]]:
+    return [(character, weight) for text, weight in pieces for character in text]
+
+
+def _token_weight(start: int, end: int, characters: list[tuple[str, float]]) -> float:
+    """The mean weight of a token's characters, without the white space that some tokenizers count in; 1 for none."""
+    covered = characters[start:end]
+    weights = [weight for character, weight in covered if not character.isspace()] or [weight for _, weight in covered]
+    return sum(weights) / len(weights) if weights else 1.0

@@ -1,20 +1,32 @@
 """T5 and CLIP with tiny models in real folders: modes, lengths, padding, truncation, dtypes and errors."""
 
 import warnings
+from copy import deepcopy
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    BatchEncoding,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 from transformers import T5ForConditionalGeneration as T5
 
 from ella_kd.models import CLIPTextEncoder, T5TextEncoder
-from ella_kd.models.text import load_tokenizer
+from ella_kd.models.emphasis import escape, parse
+from ella_kd.models.text import _token_weight, load_tokenizer
 
-WORDS = ["a", "red", "blue", "square", "circle", "left", "of", "the"]
+WORDS = ["a", "red", "blue", "square", "circle", "left", "of", "the", ",", "("]
 
 
 def word_tokenizer(specials: list[str], template: str) -> PreTrainedTokenizerFast:
@@ -29,7 +41,7 @@ def word_tokenizer(specials: list[str], template: str) -> PreTrainedTokenizerFas
 
 @pytest.fixture(scope="module")
 def t5_config() -> T5Config:
-    return T5Config(vocab_size=11, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4,
+    return T5Config(vocab_size=13, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4,
                     feed_forward_proj="gated-gelu")
 
 
@@ -50,10 +62,11 @@ def t5(t5_folder: Path) -> T5TextEncoder:
 @pytest.fixture(scope="module")
 def clip() -> CLIPTextEncoder:
     torch.manual_seed(0)
-    config = CLIPTextConfig(vocab_size=12, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    config = CLIPTextConfig(vocab_size=14, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                             num_attention_heads=2, max_position_embeddings=6, bos_token_id=2, eos_token_id=1)
-    return CLIPTextEncoder(CLIPTextModel(config).eval(),
-                           word_tokenizer(["<pad>", "<end>", "<start>", "<unk>"], "<start> $A <end>"))
+    model = CLIPTextModel(config).eval()
+    torch.nn.init.normal_(getattr(model, "text_model", model).final_layer_norm.bias, 0.1)  # real ones have a mean
+    return CLIPTextEncoder(model, word_tokenizer(["<pad>", "<end>", "<start>", "<unk>"], "<start> $A <end>"))
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -123,7 +136,7 @@ def test_a_whole_t5_folder_gives_its_encoder(t5_folder: Path, t5: T5TextEncoder,
     whole.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     assert "decoder.final_layer_norm.weight" in tensors
-    save_file({**tensors, "lm_head.weight": torch.zeros(11, 16)}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file({**tensors, "lm_head.weight": torch.zeros(13, 16)}, tmp_path / "model.safetensors", {"format": "pt"})
     t5.tokenizer.save_pretrained(tmp_path)
     assert torch.equal(T5TextEncoder.from_folder(tmp_path)("a circle").tokens, t5("a circle").tokens)
 
@@ -163,7 +176,8 @@ def test_clip_pads_to_its_positions_and_sees_them_all(clip: CLIPTextEncoder) -> 
     with torch.no_grad():
         want = clip.model(ids).last_hidden_state  # no attention mask, after the final layer norm
     assert torch.equal(features.tokens, want)
-    assert torch.allclose(features.tokens.var(-1, correction=0), torch.ones(2, 6), atol=1e-3)
+    norm = getattr(clip.model, "text_model", clip.model).final_layer_norm
+    assert torch.allclose((features.tokens - norm.bias).var(-1, correction=0), torch.ones(2, 6), atol=1e-3)
 
 
 def test_clip_truncates_with_a_warning(clip: CLIPTextEncoder) -> None:
@@ -191,3 +205,164 @@ def test_a_wrong_length_is_refused(t5: T5TextEncoder) -> None:
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no CLIP tokenizer in .*expected a folder with tokenizer.json"):
         load_tokenizer(tmp_path, "CLIP")
+
+
+def test_weights_reach_the_tokens_of_their_words(t5: T5TextEncoder) -> None:
+    plain, got = t5(["a red square left", "a circle"]), t5.weighted(["a (red:1.3) [square] left", "(a:0) circle"])
+    assert torch.equal(got.tokens, plain.tokens)
+    assert got.mask is not None
+    assert got.mask.dtype == torch.float32
+    assert torch.equal(got.mask, torch.tensor([[1, 1.3, 1 / 1.1, 1, 1], [0, 1, 1, 0, 0]]))
+    fixed = t5.weighted(["a (red:1.3)", "a"], max_length=5)
+    assert torch.equal(fixed.tokens, t5(["a red", "a"], max_length=5).tokens)
+    assert fixed.mask is not None
+    assert torch.equal(fixed.mask, torch.tensor([[1, 1.3, 1, 1, 1], [1, 1, 1, 1, 1]]))
+    with pytest.warns(UserWarning, match="4 tokens and 3 are read"):
+        cut = t5.weighted("a (red circle:2)", max_length=3).mask
+    assert cut is not None
+    assert cut.tolist() == [[1, 2, 1]]
+
+
+@pytest.mark.parametrize("max_length", [None, 9])
+def test_weights_of_one_change_nothing(t5: T5TextEncoder, max_length: int | None) -> None:
+    got, want = t5.weighted(["a (red:1.0) circle", r"a BREAK ([square])"], max_length), t5(["a red circle", "a square"],
+                                                                                          max_length)
+    assert torch.equal(got.tokens, want.tokens)
+    if max_length is None:
+        assert got.mask is not None and want.mask is not None
+        assert torch.equal(got.mask, want.mask)
+        assert got.mask.dtype == torch.bool
+    else:
+        assert got.mask is None
+    assert torch.equal(t5.weighted(escape("( red")).tokens, t5("( red").tokens)
+
+
+@given(st.lists(st.tuples(st.sampled_from(WORDS[:8]), st.sampled_from([0.0, 0.5, 1.0, 2.5])), min_size=1, max_size=6))
+def test_each_word_has_its_weight(t5: T5TextEncoder, words: list[tuple[str, float]]) -> None:
+    got = t5.weighted(" ".join(f"({word}:{weight})" for word, weight in words))
+    assert torch.equal(got.tokens, t5(" ".join(word for word, _ in words)).tokens)
+    assert got.mask is not None
+    assert got.mask[0].tolist() == [*(weight for _, weight in words), 1]
+
+
+def test_a_token_of_two_weights_has_the_mean_of_its_characters(t5: T5TextEncoder) -> None:
+    mask = t5.weighted("(squ:3)are (a red:2)").mask
+    assert mask is not None
+    assert mask.tolist() == [[2, 2, 2, 1]]
+    assert _token_weight(0, 3, [(" ", 9.0), ("a", 2.0), ("b", 4.0)]) == 3  # "_ab" with the space before it
+    assert _token_weight(0, 1, [(" ", 9.0), ("a", 2.0)]) == 9
+    assert _token_weight(2, 2, [(" ", 9.0), ("a", 2.0)]) == 1
+
+
+def test_weights_that_t5_cannot_have_are_refused(t5: T5TextEncoder) -> None:
+    with pytest.raises(ValueError, match="at least 0, 'red' has -1"):
+        t5.weighted("a (red:-1) circle")
+    with pytest.raises(ValueError, match="edits the prompt"):
+        t5.weighted("a [red:blue:0.5] circle")
+
+    class Slow:
+        is_fast = False
+
+        def __call__(self, *args: Any, return_offsets_mapping: bool = False, **kwargs: Any) -> Any:
+            assert not return_offsets_mapping
+            batch = t5.tokenizer(*args, **kwargs)
+            return BatchEncoding(dict(batch))
+
+    slow = T5TextEncoder(t5.model, cast(PreTrainedTokenizerFast, Slow()))
+    assert torch.equal(slow("a red").tokens, t5("a red").tokens)
+    assert torch.equal(slow.weighted("a (red:1)").tokens, t5("a red").tokens)
+    with pytest.raises(ValueError, match="use a T5 folder with a tokenizer"):
+        slow.weighted("a (red:2)")
+
+
+def hidden(clip: CLIPTextEncoder, *ids: int) -> Tensor:
+    """The hidden states of one chunk, given its tokens; <start> 2, <end> 1, <pad> 0, room for 4."""
+    with torch.no_grad():
+        return clip.model(torch.tensor([[2, *ids, 1, *[0] * (4 - len(ids))]])).last_hidden_state
+
+
+A, RED, BLUE, SQUARE, CIRCLE, COMMA = 4, 5, 6, 7, 8, 12
+
+
+def test_clip_skip_counts_from_the_last_layer(clip: CLIPTextEncoder) -> None:
+    ids = torch.tensor([[2, A, CIRCLE, 1, 0, 0]])
+    with torch.no_grad():
+        states = clip.model(ids, output_hidden_states=True).hidden_states
+        norm = getattr(clip.model, "text_model", clip.model).final_layer_norm
+        for skip in (1, 2):
+            want = norm(states[-skip])  # diffusers: hidden_states[-(clip_skip + 1)], so its clip_skip is one less
+            assert error(clip("a circle", clip_skip=skip).tokens, want) < 1e-6
+            assert error(clip.weighted("a circle", clip_skip=skip).tokens, want) < 1e-6
+    assert error(clip("a circle", clip_skip=2).tokens, clip("a circle").tokens) > 1e-2
+    for skip in (0, 3, -1):
+        with pytest.raises(ValueError, match=r"clip_skip must be from 1 \(the last layer\) to 2"):
+            clip("a", clip_skip=skip)
+
+
+def test_clip_scales_the_hidden_states_and_restores_the_mean(clip: CLIPTextEncoder) -> None:
+    h = hidden(clip, A, RED, CIRCLE)
+    z = h * torch.tensor([1, 1, 1.5, 1 / 1.1, 1, 1])[:, None]
+    got = clip.weighted("a (red:1.5) [circle]")
+    assert got.mask is None
+    assert error(got.tokens, z * (h.mean() / z.mean())) < 1e-5
+    assert torch.equal(clip.weighted("a (red:1) circle").tokens, clip("a red circle").tokens)
+
+
+def test_clip_features_without_a_mean_are_scaled_only(clip: CLIPTextEncoder) -> None:
+    """0 / 0 otherwise: a LayerNorm without affine, as in a fresh CLIP, has the mean 0."""
+    flat = CLIPTextEncoder(deepcopy(clip.model), clip.tokenizer)
+    torch.nn.init.zeros_(getattr(flat.model, "text_model", flat.model).final_layer_norm.bias)
+    want = flat("a red circle").tokens * torch.tensor([1, 1, 1.5, 1, 1, 1])[:, None]
+    assert error(flat.weighted("a (red:1.5) circle").tokens, want) < 1e-6
+
+
+def test_a_batch_of_weighted_clip_prompts_equals_singles(clip: CLIPTextEncoder) -> None:
+    prompts = ["a (red:1.5) circle", "a red circle", "a blue BREAK a (square:3)", "[a]"]
+    batch = clip.weighted(prompts)
+    assert batch.tokens.shape == (4, 12, 32)
+    assert batch.mask is not None
+    assert batch.mask.sum(1).tolist() == [6, 6, 12, 6]
+    for row, prompt in enumerate(prompts):
+        alone = clip.weighted(prompt)
+        assert alone.mask is None
+        length = alone.tokens.shape[1]
+        assert batch.mask[row, :length].all()
+        assert error(batch.tokens[row, :length], alone.tokens[0]) < 1e-6
+
+
+@pytest.mark.parametrize(("prompt", "want"), [
+    ("a red blue square", [[A, RED, BLUE, SQUARE]]),
+    ("a red blue square circle", [[A, RED, BLUE, SQUARE], [CIRCLE]]),
+    ("a red blue square , circle", [[A, RED, BLUE, SQUARE], [COMMA, CIRCLE]]),
+    ("a red , square circle", [[A, RED, COMMA], [SQUARE, CIRCLE]]),
+    ("a , red , square circle", [[A, COMMA, RED, COMMA], [SQUARE, CIRCLE]]),
+    ("a , red , square , a , red circle", [[A, COMMA, RED, COMMA], [SQUARE, COMMA, A, COMMA], [RED, CIRCLE]]),
+    ("a BREAK red circle", [[A], [RED, CIRCLE]]),
+    ("BREAK a red blue square circle BREAK", [[], [A, RED, BLUE, SQUARE], [CIRCLE]]),
+    ("", [[]]),
+])
+def test_long_clip_prompts_are_cut_into_chunks(clip: CLIPTextEncoder, prompt: str, want: list[list[int]]) -> None:
+    got = clip.weighted(prompt).tokens
+    assert error(got, torch.cat([hidden(clip, *ids) for ids in want], 1)) < 1e-6
+    assert got.shape[1] == 6 * len(want)
+
+
+def test_the_comma_must_be_near_the_end(clip: CLIPTextEncoder) -> None:
+    """A1111: the last comma counts among the last 20 of 75 tokens."""
+    torch.manual_seed(0)
+    big = CLIPTextEncoder(CLIPTextModel(CLIPTextConfig(
+        vocab_size=14, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=77, bos_token_id=2, eos_token_id=1)).eval(), clip.tokenizer)
+    for before, first in ((54, 75), (55, 56), (74, 75)):
+        parts = big._split([("red " * before + ", " + "blue " * (100 - before), 1.0)])
+        assert [len(part) for part in parts] == [first, 101 - first]
+    assert big.weighted("red " * 200).tokens.shape == (1, 231, 32)
+
+
+@given(st.lists(st.sampled_from([*WORDS[:9], "BREAK", "(red:2)", "((a)"]), max_size=15).map(" ".join))
+def test_no_token_of_a_clip_prompt_is_lost(clip: CLIPTextEncoder, prompt: str) -> None:
+    parts = clip._chunks(prompt)
+    assert all(len(part) == 6 for part in parts)
+    want = [token for text, _ in parse(prompt) for token in clip.tokenizer(text, add_special_tokens=False).input_ids]
+    assert [token for part in parts for token, _ in part if token > 2] == want
+    assert clip.weighted(prompt).tokens.isfinite().all()
