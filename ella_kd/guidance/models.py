@@ -20,7 +20,8 @@ class AutoGuidance(Guidance):
     base + (scale - 1) * (D1 - D0): D1 is the model's conditional answer and D0 that of `weak`, a denoiser with a
     smaller or less trained network, to the same condition. AutoGuidance(CFG(1), weak, scale) is the paper's D0 + scale
     * (D1 - D0); with another base both kinds of guidance add up. It helps as far as the weak model's errors are the
-    model's own, only larger. Scale 1 asks nothing of the weak model. Raises TypeError if weak is not a denoiser.
+    model's own, only larger. Both see the same tokens, those of the guided model's connector. Scale 1 asks nothing of
+    the weak model. Raises TypeError if weak is not a denoiser.
     """
 
     scales = ("scale",)
