@@ -43,8 +43,8 @@ def test_each_part_holds_from_its_boundary_down_to_the_next(boundaries: list[flo
 
 def test_a_single_boundary_may_be_a_number_of_any_kind() -> None:
     for at in (5, 5.0, [5.0], torch.tensor(5.0), torch.tensor([5])):
-        assert value_of(Switch(A, B, at=at), 5.0) == 2  # type: ignore[arg-type]  # type: ignore[unused-ignore]
-        assert value_of(Switch(A, B, at=at), 5.1) == 1  # type: ignore[arg-type]  # type: ignore[unused-ignore]
+        assert value_of(Switch(A, B, at=at), 5.0) == 2
+        assert value_of(Switch(A, B, at=at), 5.1) == 1
     assert value_of(Switch(A, at=()), 1.0) == 1
 
 
