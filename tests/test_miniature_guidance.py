@@ -85,7 +85,7 @@ def rough(rule: Guidance) -> Look:
 def test_high_guidance_exaggerates_and_then_loses_objects() -> None:
     one, seven, twelve = smooth(CFG(1)), smooth(CFG(7)), rough(CFG(12))
     assert one.spread < 0.97 < 1.02 < seven.spread
-    assert seven.error > one.error + 1 and seven.over > 1.4 * one.over
+    assert seven.error > one.error + 0.5 and seven.over > 1.4 * one.over
     assert twelve.score < seven.score and twelve.error > seven.error + 1 and twelve.spread > 1.15
 
 
