@@ -22,18 +22,46 @@ from ella_kd.conditioning import (
 from ella_kd.denoiser import ELLADenoiser, LDMDenoiser
 from ella_kd.draw import draw
 from ella_kd.generate import generate
-from ella_kd.guidance import CFG, CFGDenoiser, Guidance, GuidedDenoiser, Interval, Prediction
+from ella_kd.guidance import (
+    APG,
+    CFG,
+    PAG,
+    SAG,
+    SEG,
+    SLG,
+    TCFG,
+    AutoGuidance,
+    CFGDenoiser,
+    CFGZeroStar,
+    DynamicThreshold,
+    Guidance,
+    GuidedDenoiser,
+    InstructPix2Pix,
+    Interval,
+    MimicScale,
+    Perturbed,
+    Prediction,
+    Rescale,
+)
 from ella_kd.images import Picture
 from ella_kd.models.noise_schedule import NoiseSchedule
 from ella_kd.pipeline import Pipeline
 from ella_kd.upsample import CaptionUpsampler
 
 __all__ = [
+    "APG",
     "CFG",
     "ELLA",
+    "PAG",
+    "SAG",
+    "SEG",
+    "SLG",
+    "TCFG",
     "And",
+    "AutoGuidance",
     "Box",
     "CFGDenoiser",
+    "CFGZeroStar",
     "CaptionUpsampler",
     "Channels",
     "Composition",
@@ -42,18 +70,23 @@ __all__ = [
     "Constant",
     "Context",
     "DiffusersUNet",
+    "DynamicThreshold",
     "ELLADenoiser",
     "Guidance",
     "GuidedDenoiser",
+    "InstructPix2Pix",
     "Interval",
     "LDMDenoiser",
     "Lerp",
     "Mask",
+    "MimicScale",
     "NoiseSchedule",
+    "Perturbed",
     "Picture",
     "Pipeline",
     "Prediction",
     "Regions",
+    "Rescale",
     "Stack",
     "Switch",
     "draw",

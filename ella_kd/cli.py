@@ -204,9 +204,9 @@ def rules() -> None:
       ella-kd generate "..." --guidance "Interval(Rescale(CFG(9), 0.7), sigma_lo=0.5)"
     """
     for name, rule in known().items():
-        text = inspect.getdoc(rule) or ""
+        summary, *_ = (inspect.getdoc(rule) or "").split("\n\n")
         click.echo(f"{name}{_signature(rule)}")
-        click.echo(click.wrap_text(text.partition("\n\n")[0], 100, "    ", "    "))
+        click.echo(click.wrap_text(" ".join(summary.replace("`", "").split()), 100, "    ", "    "))
 
 
 def _signature(rule: type) -> str:

@@ -71,9 +71,10 @@ def generate(
     get_sampler(sampler), get_schedule(schedule)
 
     def encode(texts: Sequence[str], mode: Mode, extra: str | None) -> Conditioning:
-        options = {"weighted": syntax, "clip_skip": clip_skip}
-        encoded = pipeline.encode(texts, mode, **options)
-        return encoded if extra is None else Concat(encoded, pipeline.encode(extra, "plain", **options))
+        encoded = pipeline.encode(texts, mode, weighted=syntax, clip_skip=clip_skip)
+        if extra is None:
+            return encoded
+        return Concat(encoded, pipeline.encode(extra, "plain", weighted=syntax, clip_skip=clip_skip))
 
     drawn_prompts = [prompt for prompt in prompts for _ in range(count)]
     row_seeds = _seeds(seeds, len(prompts), count)

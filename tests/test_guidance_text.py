@@ -1,12 +1,13 @@
 """Rules as text: what repr writes is read back, and nothing else is."""
 
 import math
+from dataclasses import MISSING, fields
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ella_kd import CFG, Guidance, Interval
+from ella_kd import CFG, PAG, SAG, Guidance, Interval, Rescale
 from ella_kd.guidance.text import known, parse
 
 SCALES = st.floats(-20, 20) | st.lists(st.floats(-20, 20), min_size=1, max_size=3)
@@ -29,8 +30,20 @@ def test_a_rule_as_a_user_types_it() -> None:
 
 
 def test_every_rule_is_known() -> None:
-    assert {"CFG", "Interval"} <= set(known())
-    assert "Guidance" not in known()
+    assert set(known()) == {"APG", "CFG", "CFGZeroStar", "DynamicThreshold", "InstructPix2Pix", "Interval",
+                            "MimicScale", "PAG", "Rescale", "SAG", "SEG", "SLG", "TCFG"}
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(known()) if name not in ("CFG", "Interval")])
+def test_every_rule_is_read_back(name: str) -> None:
+    rule = known()[name](*(CFG(7) if f.name == "base" else 3.0 for f in fields(known()[name]) if f.default is MISSING))
+    assert parse(repr(rule)) == rule
+
+
+def test_rules_nest() -> None:
+    rule = Rescale(SAG(PAG(CFG(7), 3, ("middle_block.1", "output_blocks.3.1"))), 0.5, "eps")
+    assert parse(repr(rule)) == rule
+    assert parse("Rescale(SAG(PAG(CFG(7), 3, ('middle_block.1', 'output_blocks.3.1'))), phi=.5, space='eps')") == rule
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -45,6 +58,7 @@ def test_every_rule_is_known() -> None:
     ("CFG(__import__('os').getpid())", "cannot read"),
     ("CFG('7')", "CFG: .*must be a number.*'7'"),
     ("Interval(7)", "Interval: .*wraps a guidance rule.*got 7"),
+    ("AutoGuidance(CFG(7), 3)", "takes a second model, which a text cannot name"),
     ("Interval(CFG(7), 3, 2)", "sigma_lo < sigma_hi, got 3 and 2"),
 ])
 def test_bad_text_is_refused(text: str, message: str) -> None:

@@ -1,17 +1,34 @@
 """Guidance: rules over the answers of a denoiser, and the denoiser that evaluates what they ask for."""
 
 from ella_kd.guidance.guided import CFGDenoiser, GuidedDenoiser, Prediction
+from ella_kd.guidance.models import AutoGuidance, InstructPix2Pix
+from ella_kd.guidance.perturbed import PAG, SAG, SEG, SLG, Perturbed
+from ella_kd.guidance.projections import APG, TCFG, CFGZeroStar
 from ella_kd.guidance.rule import CFG, COND, UNCOND, Answers, Branch, Guidance, Interval
+from ella_kd.guidance.thresholds import DynamicThreshold, MimicScale, Rescale
 
 __all__ = [
+    "APG",
     "CFG",
     "COND",
+    "PAG",
+    "SAG",
+    "SEG",
+    "SLG",
+    "TCFG",
     "UNCOND",
     "Answers",
+    "AutoGuidance",
     "Branch",
     "CFGDenoiser",
+    "CFGZeroStar",
+    "DynamicThreshold",
     "Guidance",
     "GuidedDenoiser",
+    "InstructPix2Pix",
     "Interval",
+    "MimicScale",
+    "Perturbed",
     "Prediction",
+    "Rescale",
 ]

@@ -8,6 +8,8 @@ from typing import Any
 from ella_kd import guidance as rules
 from ella_kd.guidance.rule import Guidance
 
+OF_OBJECTS = {"AutoGuidance": "a second model", "Perturbed": "a patch"}
+
 
 def parse(text: str) -> Guidance:
     """The rule that a text names: `parse("Rescale(CFG(7), phi=0.7)")`. Numbers, strings, tuples and `inf` as arguments.
@@ -26,8 +28,8 @@ def parse(text: str) -> Guidance:
 
 
 def known() -> dict[str, type[Guidance]]:
-    """The rules that a text may name."""
-    found = {name: getattr(rules, name) for name in rules.__all__}
+    """The rules that a text may name: those that take nothing but numbers, names and rules."""
+    found = {name: getattr(rules, name) for name in rules.__all__ if name not in OF_OBJECTS}
     return {name: rule for name, rule in found.items()
             if isinstance(rule, type) and issubclass(rule, Guidance) and rule is not Guidance}
 
@@ -35,6 +37,8 @@ def known() -> dict[str, type[Guidance]]:
 def _value(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         name, table = node.func.id, known()
+        if name in OF_OBJECTS:
+            raise ValueError(f"{name} takes {OF_OBJECTS[name]}, which a text cannot name: use it in a script")
         if name not in table:
             near = get_close_matches(name, table, 3)
             raise ValueError(f"unknown guidance rule {name!r}: "
