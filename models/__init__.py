@@ -1,6 +1,7 @@
 """Networks and their files: the UNet, the autoencoder, ELLA's connector, text encoders, checkpoints."""
 
 from ella_kd.models.checkpoint import Checkpoint, load_checkpoint, load_tsc, save_checkpoint, save_tsc
+from ella_kd.models.features import SavedFeatures, load_features, save_features
 from ella_kd.models.noise_schedule import EDMSchedule, NoiseSchedule
 from ella_kd.models.text import CLIPTextEncoder, T5TextEncoder, TextFeatures
 from ella_kd.models.tsc import TSC
@@ -14,13 +15,16 @@ __all__ = [
     "Checkpoint",
     "EDMSchedule",
     "NoiseSchedule",
+    "SavedFeatures",
     "T5TextEncoder",
     "TextFeatures",
     "UNet",
     "UNetConfig",
     "VAEConfig",
     "load_checkpoint",
+    "load_features",
     "load_tsc",
     "save_checkpoint",
+    "save_features",
     "save_tsc",
 ]

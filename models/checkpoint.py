@@ -108,8 +108,8 @@ def save_checkpoint(path: str | Path, unet: UNet, vae: AutoencoderKL, text_model
         tensors = {name: x.to(dtype) for name, x in tensors.items()}
     tensors["alphas_cumprod"] = schedule.alphas_cumprod.float()
     config = {"num_heads": unet.config.num_heads, "head_dim": unet.config.head_dim, "scale": vae.config.scale}
-    _write(path, tensors, {PREDICTION: "epsilon" if schedule.prediction == "eps" else "v",
-                           CONFIG: json.dumps(config), **(metadata or {})})
+    write_tensors(path, tensors, {PREDICTION: "epsilon" if schedule.prediction == "eps" else "v",
+                                  CONFIG: json.dumps(config), **(metadata or {})})
 
 
 def load_tsc(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> TSC:
@@ -131,7 +131,7 @@ def save_tsc(path: str | Path, tsc: TSC, metadata: Mapping[str, str] | None = No
              dtype: torch.dtype | None = None) -> None:
     """Write a connector as `load_tsc` reads it. The file appears whole or not at all."""
     tensors = {name: x if dtype is None else x.to(dtype) for name, x in tsc.state_dict().items()}
-    _write(path, tensors, {CONFIG: json.dumps({"heads": tsc.heads}), **(metadata or {})})
+    write_tensors(path, tensors, {CONFIG: json.dumps({"heads": tsc.heads}), **(metadata or {})})
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -256,10 +256,11 @@ def _noise_schedule(table: Tensor | None, prediction: Prediction) -> NoiseSchedu
     return NoiseSchedule(table, prediction)
 
 
-def _write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a .safetensors file that appears whole or not at all."""
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"weights are written as .safetensors, got {path}")
+        raise ValueError(f"tensors are written as .safetensors, got {path}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {path.parent} to write {path.name} to")
     part = path.with_name(path.name + ".part")
