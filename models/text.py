@@ -187,7 +187,7 @@ class CLIPTextEncoder:
             end = commas[-1] + 1 if commas and [tokens[room][0]] != comma else room
             parts.append(tokens[:end])
             tokens = tokens[end:]
-        return [*parts, tokens] if tokens or not parts else parts
+        return [*parts, tokens]
 
     def _chunk(self, part: list[tuple[int, float]]) -> list[tuple[int, float]]:
         """With begin token, end token and padding, all of weight 1."""

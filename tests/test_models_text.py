@@ -337,6 +337,7 @@ def test_a_batch_of_weighted_clip_prompts_equals_singles(clip: CLIPTextEncoder) 
     ("a red , square circle", [[A, RED, COMMA], [SQUARE, CIRCLE]]),
     ("a , red , square circle", [[A, COMMA, RED, COMMA], [SQUARE, CIRCLE]]),
     ("a , red , square , a , red circle", [[A, COMMA, RED, COMMA], [SQUARE, COMMA, A, COMMA], [RED, CIRCLE]]),
+    ("a , red blue , circle", [[A, COMMA, RED, BLUE], [COMMA, CIRCLE]]),
     ("a BREAK red circle", [[A], [RED, CIRCLE]]),
     ("BREAK a red blue square circle BREAK", [[], [A, RED, BLUE, SQUARE], [CIRCLE]]),
     ("", [[]]),
