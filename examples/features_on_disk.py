@@ -6,7 +6,7 @@ from ella_kd import Pipeline, draw
 from ella_kd.models import load_features, save_features
 
 sd = Pipeline.miniature()
-prompt = "The picture shows snow. A red heart sits in the center."
+prompt = "The scene is set in a dark night. A red heart sits in the center."
 save_features("heart.safetensors", sd.t5([prompt]), [prompt], encoder="miniature", mode="flexible")
 save_features("empty.safetensors", sd.t5([""]), [""], encoder="miniature", mode="flexible")
 

@@ -1,19 +1,23 @@
-"""Guidance rules are values that nest: what a high scale burns, and what keeps it from burning."""
+"""Guidance rules are values that nest: what a high scale burns at few steps, and what keeps it from burning."""
 
-from ella_kd import APG, CFG, PAG, Interval, Pipeline, Rescale, draw
+from ella_kd import CFG, PAG, TCFG, DynamicThreshold, MimicScale, Pipeline, Rescale, draw
 from ella_kd.images import contact_sheet, save_image
 
 sd = Pipeline.miniature()
-prompts = ["The picture shows snow. A red heart sits in the center.",
-           "The scene is set in a dark night. A green cross sits in the top left corner."]
+prompts = [
+    "The scene is set in a sandy desert. A red heart sits at the middle left. A blue ring sits at the middle right.",
+    "The scene is set in a dark night. A green cross sits in the top left corner. A pink triangle is in the center.",
+]
 rules = {
     "CFG 3": CFG(3),
     "CFG 14": CFG(14),
     "rescaled": Rescale(CFG(14), 0.7),
-    "in an interval": Interval(CFG(14), sigma_lo=0.5, sigma_hi=8),
-    "APG": APG(14),
+    "thresholded": DynamicThreshold(CFG(14)),
+    "mimic scale 3": MimicScale(CFG(14), 3),
+    "TCFG 14": TCFG(14),
     "falling with sigma": CFG(lambda sigma: 1 + 13 * min(sigma, 5) / 5),
     "CFG 3 and PAG 2": PAG(CFG(3), 2),
 }
-drawn = [draw(sd, sd.encode(prompts), uncond=sd.encode(""), guidance=rule, seeds=[1, 2]) for rule in rules.values()]
+args = {"uncond": sd.encode(""), "steps": 10, "seeds": [1, 2]}
+drawn = [draw(sd, sd.encode(prompts), guidance=rule, **args) for rule in rules.values()]
 save_image(contact_sheet(list(zip(prompts, zip(*drawn))), list(rules)), "guidance_rules.png")

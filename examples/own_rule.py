@@ -2,24 +2,21 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from ella_kd import CFG, Pipeline, draw
-from ella_kd.guidance import Answers, Branch, Guidance
+from ella_kd.guidance import COND, Answers, Branch, Guidance
 
 
 @dataclass(frozen=True)
 class Centred(Guidance):
     """The mean of each channel comes from the conditional answer: guidance moves shapes, not the overall colour."""
-
     base: Guidance
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        return (*self.base.branches, Branch("cond"))
+        return (*self.base.branches, COND)
 
-    def __call__(self, answers: Answers) -> Tensor:
-        guided, cond = self.base(answers), answers[Branch("cond")]
+    def __call__(self, answers: Answers):
+        guided, cond = self.base(answers), answers[COND]
         return guided - guided.mean((2, 3), keepdim=True) + cond.mean((2, 3), keepdim=True)
 
 

@@ -4,14 +4,19 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from benchmarks.demo import describe
+from benchmarks.miniature.scenes import parse
 from benchmarks.readme import README, between_marks, samplers_table
+from ella_kd import Pipeline
 from ella_kd.samplers import SAMPLERS
 
 TEXT = README.read_text()
-SCRIPT, SWAP = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+GUIDE = README.parent / "examples" / "README.md"
+SCRIPT, SWAP, COMBINE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def run(script: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -27,6 +32,12 @@ def test_the_scripts_run_as_written() -> None:
     ours = names["latents"]
     theirs = run(SWAP, names)["latents"]  # k-diffusion's own sampler, from the same noise
     torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+
+
+def test_regions_show_what_each_was_told() -> None:
+    images = run(COMBINE, {"sd": Pipeline.miniature()})["images"]
+    assert {describe(parse(np.asarray(image))) for image in images} == {
+        "red heart middle left, blue ring middle right, night"}
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -47,7 +58,6 @@ def test_marks_that_are_missing_are_named() -> None:
 
 
 def test_links_and_pictures_exist() -> None:
-    for text, folder in ((TEXT, README.parent), ((README.parent / "benchmarks" / "README.md").read_text(),
-                                                 README.parent / "benchmarks")):
-        for target in re.findall(r"\]\(([^)#]+)\)", text):
-            assert target.startswith("https://") or Path(folder, target).is_file(), target
+    for page in (README, GUIDE, README.parent / "benchmarks" / "README.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("https://") or Path(page.parent, target).is_file(), target
