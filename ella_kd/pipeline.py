@@ -95,7 +95,8 @@ class Pipeline:
         if mode == "plain":
             if self.clip is None:
                 raise ValueError('mode "plain" needs CLIP\'s tokenizer: load the pipeline with clip_tokenizer=<folder>')
-            return Constant(TextFeatures((self.clip.weighted if weighted else self.clip)(texts, clip_skip).tokens[row]))
+            read = (self.clip.weighted if weighted else self.clip)(texts, clip_skip)
+            return Constant(TextFeatures(read.tokens[row], None if read.mask is None else read.mask[row]))
         if self.tsc is None or self.t5 is None:
             raise ValueError(f'mode "{mode}" needs ELLA: load the pipeline with tsc=<file> and t5=<folder>, or use '
                              'mode "plain"')

@@ -36,7 +36,8 @@ def test_every_rule_is_known() -> None:
 
 @pytest.mark.parametrize("name", [name for name in sorted(known()) if name not in ("CFG", "Interval")])
 def test_every_rule_is_read_back(name: str) -> None:
-    rule = known()[name](*(CFG(7) if f.name == "base" else 3.0 for f in fields(known()[name]) if f.default is MISSING))
+    rule = known()[name](*(CFG(7) if f.name == "base" else 3.0 for f in fields(known()[name])  # type: ignore[arg-type]
+                          if f.default is MISSING))
     assert parse(repr(rule)) == rule
 
 
