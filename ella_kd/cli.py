@@ -52,7 +52,7 @@ def model_options(command: Command) -> Command:
         click.option("--checkpoint", metavar="FILE", help="A Stable Diffusion 1.x single file."),
         click.option("--tsc", metavar="FILE", help="ELLA's connector: ella-sd1.5-tsc-t5xl.safetensors."),
         click.option("--t5", metavar="DIR", help="The folder of flan-t5-xl: model and tokenizer."),
-        click.option("--clip-tokenizer", metavar="DIR", help="CLIP's tokenizer folder; only plain SD needs it."),
+        click.option("--clip-tokenizer", metavar="DIR", help="CLIP's tokenizer folder: for plain SD and --tags."),
         click.option("--device", metavar="NAME", help="cuda, cpu, mps ... [default: cuda if there is one, else cpu]"),
         click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]),
                      help="[default: float16 on a GPU, float32 on a CPU]"),
