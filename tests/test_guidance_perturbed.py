@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pytest
@@ -12,11 +13,17 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from benchmarks import score
+from benchmarks.miniature.questions import ask, summary
+from benchmarks.miniature.scenes import Scene, parse, render, to_pictures, to_tensor
+from ella_kd import ELLADenoiser, Pipeline
 from ella_kd.denoiser import LDMDenoiser
 from ella_kd.guidance import CFG, COND, UNCOND, Answers, Branch, Guidance, GuidedDenoiser
 from ella_kd.guidance.perturbed import PAG, SAG, SEG, SLG, Perturbed, attended_pixels
 from ella_kd.models import UNet
 from ella_kd.models.patches import BlurredQueries, IdentityAttention, Patch, Recorder, SkipAttention, SkipBlock
+from ella_kd.models.text import TextFeatures
+from ella_kd.samplers import get_sigmas_karras, randn, sample_euler
 from tiny import WIDTH, PointwiseUNet, features, noise, relative, row, tiny_unet
 
 MIDDLE = ("middle_block.1",)
@@ -112,7 +119,7 @@ def test_one_call_equals_separate_calls(name: str, base: CFG) -> None:
     hook.remove()
     c, u = (inner(X, SIGMA, CONDITIONS[name]) for name in ("cond", "uncond"))
     p = inner(X, SIGMA, CONDITIONS["cond"], patches=[(2, patch)])
-    assert relative(got, u + base.scale * (c - u) + 3.0 * (c - p)) < 1e-12  # type: ignore[operator]
+    assert relative(got, u + base.scale * (c - u) + 3.0 * (c - p)) < 1e-12
     assert relative(got, base(Answers(X, SIGMA, {COND: c, UNCOND: u}, lambda x, b: x, {}))) > 1e-5
 
 
@@ -187,14 +194,14 @@ def test_sag_equals_separate_calls_in_eps(cfg: float, examined: str) -> None:
 def test_sag_is_linear_in_scale_and_nothing_without_a_blur() -> None:
     inner = LDMDenoiser(sharp_unet())
 
-    def guided(**changes: float) -> Tensor:
-        return GuidedDenoiser(inner, replace(SAG(CFG(4.0), 1.0, sigma=2.0), **changes))(X, SIGMA, **CONDITIONS)
+    def guided(scale: float = 1.0, sigma: float = 2.0, threshold: float = 1.0) -> Tensor:
+        return GuidedDenoiser(inner, SAG(CFG(4.0), scale, sigma, threshold))(X, SIGMA, **CONDITIONS)
 
     base = guided(scale=0)
     assert relative(guided(scale=2.5) - base, 2.5 * (guided() - base)) < 1e-12
     assert relative(guided(scale=-1) - base, base - guided()) < 1e-12
-    for nothing in ({"sigma": 0.0}, {"threshold": 1e9}):
-        assert relative(guided(**nothing), base) < 1e-14
+    for nothing in (guided(sigma=0.0), guided(threshold=1e9)):
+        assert relative(nothing, base) < 1e-14
     everywhere = guided(threshold=0.0)
     assert relative(everywhere, guided()) > 1e-4
     per_sample = GuidedDenoiser(inner, SAG(CFG(4.0), (0.0, 2.5), sigma=2.0))(X, SIGMA, **CONDITIONS)
@@ -210,7 +217,7 @@ def test_rules_nest_in_one_call() -> None:
     assert rows == [8, 2]
     steps = [GuidedDenoiser(inner, r)(X, SIGMA, **CONDITIONS)
              for r in (CFG(4.0), SLG(CFG(4.0), 2.0), PAG(CFG(4.0), 3.0), SAG(CFG(4.0)))]
-    assert relative(got, sum(steps[1:]) - 2 * steps[0]) < 1e-12  # type: ignore[operator]
+    assert relative(got, sum(steps[1:]) - 2 * steps[0]) < 1e-12
 
 
 @pytest.mark.parametrize(("make", "says"), [
@@ -236,3 +243,82 @@ def test_a_wrong_network_is_refused() -> None:
             GuidedDenoiser(LDMDenoiser(PointwiseUNet()), rule)(X, SIGMA, **CONDITIONS)
     with pytest.raises(TypeError, match="PAG wraps a guidance rule"):
         PAG(3.0)  # type: ignore[arg-type]
+
+
+# The miniature: latents of 8 x 8, so that its middle block attends among four pixels and only the last transformer, of
+# 4 x 4, does much. Scales are a tenth of the papers' for the same reason: that block is most of the network.
+
+LAST = ("output_blocks.3.1",)
+
+
+@dataclass(frozen=True)
+class Look:
+    """Pictures of the same prompts and seeds: score, and the distance of each to the true picture, in 0 to 255."""
+
+    score: float
+    errors: np.ndarray
+    spread: float
+
+    def better(self, than: "Look") -> float:
+        """By how much the mean error is smaller, in standard errors of the paired difference."""
+        gain = than.errors - self.errors
+        return float(gain.mean() / gain.std() * len(gain) ** 0.5)
+
+
+@cache
+def miniature() -> tuple[Pipeline, ELLADenoiser]:
+    pipeline = Pipeline.miniature(device="cpu")
+    assert pipeline.tsc is not None
+    return pipeline, ELLADenoiser(pipeline.unet, pipeline.tsc, pipeline.noise_schedule)
+
+
+@cache
+def prompts(count: int) -> tuple[list[Scene], TextFeatures, TextFeatures]:
+    t5 = miniature()[0].t5
+    assert t5 is not None
+    wanted = score.held_out(count, 3)
+    return wanted, t5(score.write_captions(wanted, "dense")), t5("")
+
+
+@cache
+@torch.no_grad()
+def look(rule: Guidance, count: int = 40, steps: int = 10) -> Look:
+    (wanted, cond, uncond), (pipeline, inner) = prompts(count), miniature()
+    denoiser = GuidedDenoiser(inner, rule)
+    sigmas = get_sigmas_karras(steps, denoiser.sigma_min, denoiser.sigma_max)
+    start = randn((count, 4, 8, 8), list(range(count))) * sigmas[0]
+    latents = sample_euler(denoiser, start, sigmas, {"cond": cond, "uncond": uncond}, disable=True)
+    drawn = to_pictures(pipeline.vae.decode(latents))
+    errors = [np.square(a.astype(float) - render(scene)).mean() ** 0.5 for a, scene in zip(drawn, wanted)]
+    result = summary([ask(scene, parse(a)) for a, scene in zip(drawn, wanted)])
+    return Look(result["score"], np.array(errors), float(latents.std((1, 2, 3)).mean()))
+
+
+@pytest.mark.parametrize("rule", [PAG(CFG(1.0), 0.2, LAST), PAG(CFG(1.0), 0.6, LAST), SLG(CFG(1.0), 0.05, LAST),
+                                  SLG(CFG(1.0), 0.15, LAST)], ids=repr)
+def test_pictures_without_cfg_come_nearer_to_the_true_ones(rule: Guidance) -> None:
+    plain, got = look(CFG(1.0)), look(rule)
+    assert got.better(plain) > 2
+    assert got.score >= plain.score
+
+
+def test_sag_keeps_cfg_nearer_to_the_spread_of_the_true_pictures() -> None:
+    """0.95; and no nearer otherwise: without CFG, and for SEG at every place, errors grow by 1 to 3 %."""
+    plain, got = look(CFG(7.0), 16), look(SAG(CFG(7.0)), 16)
+    assert 0.95 < got.spread < plain.spread - 0.02
+    assert got.score >= plain.score - 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", [PAG(CFG(1.0), 1.0, LAST), SEG(CFG(1.0), 1.0, places=LAST), SLG(CFG(1.0), 1.0, LAST)],
+                         ids=repr)
+def test_the_weakened_network_is_worse(rule: Guidance) -> None:
+    """Its answer at noise 0.5 is farther from the true latents than the plain one, which makes it one to go away from.
+    """
+    (wanted, cond, _), (pipeline, inner) = prompts(100), miniature()
+    true = pipeline.vae.encode(to_tensor([render(scene) for scene in wanted]))
+    x = true + 0.5 * noise(*true.shape)
+    plain, guided = (GuidedDenoiser(inner, r)(x, torch.full((100,), 0.5), cond=cond) for r in (CFG(1.0), rule))
+    weakened = 2 * plain - guided
+    worse = ((weakened - true) ** 2 - (plain - true) ** 2).mean((1, 2, 3))
+    assert float(worse.mean() / worse.std()) * 10 > 2.5  # standard errors
