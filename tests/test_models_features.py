@@ -66,7 +66,7 @@ def test_one_prompt_of_many_comes_without_its_padding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("length", [None, 6])
+@pytest.mark.parametrize("length", [None, 12])
 def test_pictures_without_t5(pipeline: Pipeline, tmp_path: Path, length: int | None, weighted: bool) -> None:
     assert pipeline.t5 is not None and pipeline.tsc is not None
     prompts = ["a (red:2) circle", "a square on the left"]

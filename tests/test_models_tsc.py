@@ -92,9 +92,9 @@ def test_a_weighted_key_is_a_key_that_is_there_so_many_times(dtype: torch.dtype)
     times = torch.tensor([[3, 1, 0, 2, 1], [1, 1, 5, 0, 1]])
     got = attend(q, k, v, 2, times.to(dtype))
     for row in range(2):
-        copies = [x[row : row + 1].repeat_interleave(times[row], 1) for x in (k, v)]
+        ks, vs = (x[row : row + 1].repeat_interleave(times[row], 1) for x in (k, v))
         tolerance = 3e-3 if dtype == torch.float16 else 10 * torch.finfo(dtype).eps
-        assert error(got[row : row + 1], attend(q[row : row + 1], *copies, 2)) < tolerance
+        assert error(got[row : row + 1], attend(q[row : row + 1], ks, vs, 2)) < tolerance
 
 
 def test_weights_of_one_and_zero_are_a_bool_mask() -> None:
