@@ -98,6 +98,16 @@ def test_a_mask_equals_slicing() -> None:
     assert error(got[1:], unet(x[1:], t[1:], context[1:])) < 1e-13
 
 
+def test_a_mask_of_weights_counts_tokens_again() -> None:
+    """Weight 2 is the same token twice, weight 0 none: a key's factor in the softmax."""
+    unet = random_unet(MINIATURE).double()
+    x, t, context = inputs(unet.config, torch.float64)
+    weights = torch.tensor([[1.0, 2.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 2.0, 1.0]], dtype=torch.float64)
+    got = unet(x, t, context, weights)
+    assert error(got[:1], unet(x[:1], t[:1], context[:1, [0, 1, 1, 2]])) < 1e-13
+    assert error(got[1:], unet(x[1:], t[1:], context[1:, [1, 2, 3, 3, 4]])) < 1e-13
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_architecture_is_read_off_the_shapes(name: str) -> None:
     config = CONFIGS[name]
