@@ -1,0 +1,89 @@
+"""Every rule on a composition is the rule on the weighted sum of what the network says to each prompt alone."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ella_kd import ELLA, And, Box, ELLADenoiser, Regions
+from ella_kd.guidance import (
+    APG,
+    CFG,
+    COND,
+    PAG,
+    SAG,
+    SEG,
+    SLG,
+    TCFG,
+    UNCOND,
+    Answers,
+    AutoGuidance,
+    Branch,
+    CFGZeroStar,
+    DynamicThreshold,
+    Guidance,
+    GuidedDenoiser,
+    Interval,
+    MimicScale,
+    Rescale,
+)
+from ella_kd.models.patches import Recorder
+from tiny import features, noise, relative, tiny_tsc, tiny_unet
+
+X, SIGMA = noise(2, 4, 8, 8) * 5, torch.tensor([5.0, 0.6])
+LEVELS = tuple(SIGMA.tolist())
+INNER = ELLADenoiser(tiny_unet(), tiny_tsc())
+WEAK = ELLADenoiser(tiny_unet(4), tiny_tsc())
+PLACE = tiny_unet().places[0]
+RULES: list[Guidance] = [
+    CFG(3.0), CFG([3.0, 1.0]), CFG(lambda sigma: 1 + sigma), Interval(CFG(3.0), 1.0), Rescale(CFG(3.0), 0.7),
+    DynamicThreshold(CFG(3.0), 0.9), MimicScale(CFG(6.0), 3.0), APG(3.0), CFGZeroStar(3.0), TCFG(3.0),
+    AutoGuidance(CFG(3.0), WEAK, 1.5), PAG(CFG(3.0), 2.0, (PLACE,)), SEG(CFG(3.0), 2.0, places=(PLACE,)),
+    SLG(CFG(3.0), 2.0, (PLACE,)), SAG(CFG(3.0), 0.75, place=PLACE),
+    PAG(Interval(Rescale(CFG(3.0)), 1.0), 2.0, (PLACE,)),
+]
+IDS = [f"{i} {type(rule).__name__}" for i, rule in enumerate(RULES)]
+A, B, EMPTY = (ELLA(INNER.tsc, features(*lengths, seed=seed)) for lengths, seed in (((4,), 5), ((3, 6), 6), ((1,), 9)))
+LEFT = Box(0, 0, 0.5, 1).draw(8, 8, 0.0).to(X.dtype)
+COMPOSITIONS: dict[str, tuple[Any, Any]] = {
+    "and": (And((A, 1.2), (B, -0.4)), lambda a, b, u: 1.2 * a - 0.4 * b + 0.2 * u),
+    "regions": (Regions((A, Box(0, 0, 0.5, 1)), (B, Box(0.5, 0, 1, 1))), lambda a, b, u: LEFT * a + (1 - LEFT) * b),
+    "nested": (Regions((And((A, 0.5), (B, 0.3)), Box(0, 0, 0.5, 1))),
+               lambda a, b, u: LEFT * (0.5 * a + 0.3 * b + 0.2 * u) + (1 - LEFT) * u),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+@pytest.mark.parametrize("rule", RULES, ids=IDS)
+def test_a_rule_on_a_composition(rule: Guidance, name: str) -> None:
+    composition, combine = COMPOSITIONS[name]
+    decided = rule.at(LEVELS)
+
+    def answer(branch: Branch, x: Tensor = X) -> Tensor:
+        model = branch.model or INNER
+        patches = () if branch.patch is None else ((len(x), branch.patch),)
+        a, b, u = (model(x, SIGMA, part, patches=patches) for part in (A, B, EMPTY))
+        return u if branch.cond == "uncond" else combine(a, b, u)
+
+    maps = {}
+    for branch, place in decided.watched.items():
+        assert branch == UNCOND
+        recorder = Recorder(place)
+        INNER(X, SIGMA, EMPTY, patches=((2, recorder),))
+        maps[branch] = recorder.map
+    answers = Answers(X, SIGMA[:, None, None, None], {b: answer(b) for b in {COND, *decided.branches}},
+                      lambda x, branch: answer(branch, x), maps)
+    expected = decided(answers)
+    args = {"cond": composition, "uncond": EMPTY}
+    together, separate = GuidedDenoiser(INNER, rule), GuidedDenoiser(INNER, rule, together=False)
+    assert relative(together(X, SIGMA, **together.planned(SIGMA, args)), expected) < 2e-4
+    assert relative(separate(X, SIGMA, **args), expected) < 2e-4
+
+
+def test_a_map_of_a_composition_is_an_error() -> None:
+    """SAG without uncond reads the map of cond, and several prompts have several."""
+    for together in (True, False):
+        with pytest.raises(ValueError, match=r"one call of the UNet|not that of a composition"):
+            GuidedDenoiser(INNER, SAG(CFG(1.0), 0.75, place=PLACE), together)(
+                X, SIGMA, cond=And((A, 0.5), (B, 0.5)), uncond=EMPTY)
