@@ -36,9 +36,9 @@ EXAMPLES = (
      "three rows on its counter. Above them hangs a black sign with the word 'PLUMS' in white chalk letters. A woman "
      "in a yellow apron stands behind the crates, and a small grey dog lies on the pavement in front."))
 
-_NOUN = "(?:assistant|output|long|caption|description|prompt|version|answer|response)"
+_NOUN = "(?:assistant|output|caption|description|prompt|version|answer|response)"
 _LABEL = ("(?:(?:the|final|long|longer|detailed|descriptive|expanded|upsampled|enhanced|rewritten|image|picture) +)*"
-          + _NOUN)
+          f"(?:long|{_NOUN})")
 _CLEANING = [(re.compile(pattern, re.IGNORECASE | re.MULTILINE), new) for pattern, new in (
     (r"\A[\s\S]*</think>|<think>[\s\S]*", ""),  # what a reasoning model says to itself, finished or cut
     (r"(?:</s>|<\|(?:im_end|eot_id|end|endoftext)\|>)[\s\S]*", ""),

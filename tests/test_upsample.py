@@ -183,6 +183,7 @@ def test_no_more_tokens_than_asked_for() -> None:
     (f'"{FOX}"', FOX),
     (f"\u201c{FOX}\u201d\n", FOX),
     (f"'{FOX}'", FOX),
+    ("'The fox's log is red.'", "The fox's log is red."),
     (f'"{FOX}', FOX),
     (f"Sure, here is the long version:\n\n{FOX}", FOX),
     (f"Sure! Here's a detailed caption for your prompt: \"{FOX}\"", FOX),
@@ -218,6 +219,9 @@ def test_cleaned(answer: str, caption: str) -> None:
     "a red fox on a log",
     "Here is a small shop. Its sign reads: 'open'.",
     "Here is a red door whose caption reads: 'open'.",
+    "Here is a long red table: its legs are black.",
+    f"Here is {'a big red table and ' * 6}a caption: open.",
+    "A fox sits on a log. Beside it is an Ox.",
     "Certainly the largest fox sits on a log.",
     "\"Open\" is on the left door and on the right one is \"closed\"",
     "'Open' on the left door and on the right 'closed'",
@@ -312,6 +316,14 @@ def test_two_that_write_the_same_file_in_turns_keep_both_captions(tmp_path: Path
     assert (a("a"), b("b"), a("c"), b("d")) == ("A a.", "B b.", "A a.", "B b.")
     assert len(json.loads(path.read_text())) == 4
     assert b("a") == "A a."  # found in the file, not asked
+
+
+def test_what_another_writes_while_the_llm_answers_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "captions.json"
+    other = CaptionUpsampler(Fake("A dog."), path, "llm")
+    upsample = CaptionUpsampler(lambda text: f"Not {other('a dog')}", path, "llm")
+    assert upsample("a fox") == "Not A dog."
+    assert sorted(json.loads(path.read_text()).values()) == ["A dog.", "Not A dog."]
 
 
 def test_the_file_serves_other_processes(tmp_path: Path) -> None:
