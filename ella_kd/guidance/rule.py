@@ -91,7 +91,7 @@ class Guidance(ABC):
 
     @property
     def watched(self) -> Mapping[Branch, str]:
-        """Branches whose self-attention map it reads, and the UNet's place of it ("middle_block.1")."""
+        """Branches without a patch whose self-attention map it reads, and the UNet's place of it ("middle_block.1")."""
         return {name: place for rule in self._inner() for name, place in rule.watched.items()}
 
     @property
