@@ -84,7 +84,7 @@ class Composition(ABC):
         total: dict[Conditioning | None, Weight] = {}
         for part, weight in [*zip(self.parts, weights, strict=True), (None, 1.0 - sum(weights))]:
             inner = part.terms(h, w, levels) if isinstance(part, Composition) else [(part, 1.0)]
-            for term, share in inner if not _is(weight, 0.0) else ():
+            for term, share in inner:
                 total[term] = total.get(term, 0.0) + weight * share
         return [(term, 1.0 if _is(weight, 1.0) else weight) for term, weight in total.items() if not _is(weight, 0.0)]
 
