@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ella_kd import ELLA, CFGDenoiser, Concat, Conditioning, Constant, ELLADenoiser
+from ella_kd import CFG, ELLA, CFGDenoiser, Concat, Conditioning, Constant, ELLADenoiser, GuidedDenoiser
 from ella_kd.denoiser import LDMDenoiser
 from tiny import WIDTH, PointwiseTSC, PointwiseUNet, features, noise, relative, row, tiny_tsc, tiny_unet
 
@@ -134,3 +134,9 @@ def test_a_sigma_that_was_not_planned_is_an_error() -> None:
     args = denoiser.planned(SIGMA[:1], {"cond": features(3), "uncond": features(1), "cond_scale": 7.0})
     with pytest.raises(ValueError, match="planned for other timesteps"):
         denoiser(X, SIGMA, **args)
+
+
+def test_a_rule_has_its_own_scale() -> None:
+    denoiser = GuidedDenoiser(pointwise()[0].inner_model, CFG(7))
+    with pytest.raises(TypeError, match=r"the scale belongs to the rule, here CFG\(scale=7.0\)"):
+        denoiser(X, SIGMA, cond=features(3), uncond=features(1), cond_scale=3.0)

@@ -95,6 +95,8 @@ class GuidedDenoiser(nn.Module):
 
         level: the sigma of all rows as a number, where the caller knows it: spares reading it from the device.
         """
+        if "cond_scale" in conditions:
+            raise TypeError(f"the scale belongs to the rule, here {self.guidance}; a CFGDenoiser takes cond_scale")
         return self._predict(self.guidance, x, sigma, need_uncond, level, conditions)
 
     def planned(self, sigmas: Tensor, extra_args: Mapping[str, Any]) -> dict[str, Any]:
