@@ -279,7 +279,7 @@ def test_rules_that_cannot_be(make: Callable[[], object], error: type[Exception]
     (CFG(2.0), {"cond": None}, TypeError, r"guidance needs a condition: pass cond=t5\(prompt\)"),
     (CFG(2.0), {"cond": features(3, 3)}, ValueError, "^cond has 2 rows and the batch 3: give one row, or one per"),
     (CFG(2.0), {"image": features(3, 3)}, ValueError, "^image has 2 rows and the batch 3"),
-    (CFG(2.0), {"cond_scale": 7.0}, TypeError, "got float"),
+    (CFG(2.0), {"cond_scale": 7.0}, TypeError, "the scale belongs to the rule"),
     (Two(LDMPlus()), {"uncond": None}, ValueError, "needs uncond"),
 ])
 def test_calls_that_cannot_be(rule: Any, args: dict[str, Any], error: type[Exception], message: str) -> None:
