@@ -110,6 +110,20 @@ class LDMDenoiser(nn.Module):
         c_skip, c_out, c_in = (c[:, None, None, None] for c in self.get_scalings(_checked(x, sigma)))
         return c_skip * x + c_out * self._network(c_in * x, sigma, cond, level, patches)
 
+    def compile(self, **options: Any) -> None:
+        """Compile the network in place with torch.compile, as `nn.Module.compile` does; the first call then takes long.
+
+        One compilation serves every prompt, seed, guidance scale and number of steps: what is compiled is the network
+        alone, whose arguments are tensors. Another size, batch, count of tokens, or tokens with a mask where there was
+        none, is compiled anew, since static shapes are faster (options: dynamic=True for one slower network for all).
+        On a GPU each shape is recorded as a CUDA graph (mode="reduce-overhead"). options: those of torch.compile.
+        """
+        device = next((p.device.type for p in self.inner_model.parameters()), "cpu")
+        chosen = {"dynamic": False, **({"mode": "reduce-overhead"} if device == "cuda" else {}), **options}
+        if "options" in chosen:
+            chosen.pop("mode", None)  # torch.compile takes one of them
+        self.inner_model.compile(**chosen)
+
     def loss(self, x: Tensor, noise: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """The network's mean squared error per sample [B], in its own units (eps, v, EDM's F), at x + sigma * noise.
 

@@ -84,6 +84,10 @@ class GuidedDenoiser(nn.Module):
         """n noise levels evenly spaced in t, or all of them, descending, then 0: [n + 1]."""
         return self.inner_model.get_sigmas(n)
 
+    def compile(self, **options: Any) -> None:
+        """Compile the guided network in place, see `LDMDenoiser.compile`."""
+        self.inner_model.compile(**options)
+
     def forward(self, x: Tensor, sigma: Tensor, cond: Condition, uncond: Condition | None = None,
                 **others: Any) -> Tensor:
         """x [B, C, h, w], sigma [B] -> the guided denoised. Raises ValueError for a condition that the rule lacks."""

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/steps_per_second.py`: what is timed (`ways`) and how (`clock`)."""

@@ -1,0 +1,199 @@
+"""Steps per second of ella_kd with ELLA, beside the published way, diffusers and k-diffusion.
+
+All draw with DPM++ 2M and guidance on the same random weights and the same noise; `benchmarks/speed/ways.py` says what
+each does. Every way runs once to warm up (compilation included, reported apart), then each has its turn in every round.
+A run is timed from an idle device to an idle device, the connector's planning included. Reported are the median over
+the rounds, its spread, and the median of the ratios to `published, eager` within each round.
+
+Writes `steps_per_second.json`, the plot, and the tables in `benchmarks/README.md`; settings measured before stay.
+
+On a CPU set OMP_WAIT_POLICY=PASSIVE, as make does. Examples:
+
+\b
+    python benchmarks/steps_per_second.py                                      # the miniature, a minute or two
+    python benchmarks/steps_per_second.py --network sd15 --pixels 512 --steps 2
+    python benchmarks/steps_per_second.py --network sd15 --device cuda --dtype fp16 \\
+        --pixels 512 --pixels 768 --pixels 1024 --batch 1 --batch 4 --batch 16 --steps 20
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file, not with -m
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import click
+import diffusers
+import torch
+
+from benchmarks.machine import machine
+from benchmarks.readme import between_marks
+from benchmarks.speed.clock import Measured, Way, interleave
+from benchmarks.speed.ways import MODES, WAYS, Setting, networks, ways
+
+HERE = Path(__file__).parent
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FACTOR = {"miniature": 4, "sd15": 8}  # pixels of a latent
+REFERENCE = ("published", "eager")
+
+
+def measure(setting: Setting, pixels: int, dtype: str, names: tuple[str, ...], modes: tuple[str, ...],
+            rounds: int) -> dict[str, Any]:
+    """All the ways of one setting, as they are written to the file."""
+    chosen = ways(setting, networks(setting.network, setting.dtype, setting.device), names, modes)
+    found, peaks = interleave(chosen, rounds, setting.device, setting.dtype, click.echo)
+    by_way = {(way.name, way.mode): measured for way, measured in zip(chosen, found)}
+    return {
+        "network": setting.network, "pixels": pixels, "batch": setting.batch, "dtype": dtype, "steps": setting.steps,
+        "rounds": rounds, "device": torch.cuda.get_device_name() if setting.device.type == "cuda" else "CPU",
+        "machine": f"{machine()}, diffusers {diffusers.__version__}", "commit": commit(),
+        "matrix_peak_gflops": [round(peak / 1e9, 1) for peak in peaks],
+        "ways": [row(way, by_way, setting.steps, median(peaks)) for way in chosen],
+    }
+
+
+def row(way: Way, found: dict[tuple[str, str], Measured], steps: int, peak: float) -> dict[str, Any]:
+    """One way: steps/s, ratio to the reference, FLOPs of a step as its eager form counts them, share of the peak."""
+    measured, reference = found[way.name, way.mode], found.get(REFERENCE)
+    eager = found.get((way.name, "eager"))
+    seconds = median(measured.seconds)
+    result: dict[str, Any] = {
+        "way": way.name, "mode": way.mode, "steps_per_second": steps / seconds, "seconds": measured.seconds,
+        "first_run": measured.first, "peak_mib": None if math.isnan(measured.peak) else measured.peak,
+    }
+    if eager is not None:
+        result["gflop_per_step"] = eager.flops / steps / 1e9
+        result["share_of_peak"] = eager.flops / seconds / peak
+    if reference is not None:
+        result["ratio"] = median(theirs / ours for theirs, ours in zip(reference.seconds, measured.seconds))
+    same = found.get(("published" if way.name in ("ELLA", "k-diffusion", "published") else "diffusers", "eager"))
+    if same is not None and "flexible" not in way.name:
+        result["error"] = float((measured.answer - same.answer).norm() / same.answer.norm())
+    return result
+
+
+def commit() -> str:
+    """The commit that was measured, with a plus if files differ from it; empty outside a clone."""
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def key(result: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(result[name] for name in ("network", "device", "pixels", "dtype", "batch"))
+
+
+def title(result: dict[str, Any]) -> str:
+    network = {"miniature": "The miniature", "sd15": "SD1.5"}[result["network"]]
+    return f"{network}, {result['pixels']} px, batch {result['batch']}, {result['dtype']}, {result['device']}"
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The settings as Markdown, a table each."""
+    parts = []
+    for result in results:
+        peak = median(result["matrix_peak_gflops"])
+        lines = [f"**{title(result)}**: {result['steps']} steps, {result['rounds']} rounds, matrix peak {peak:.0f} "
+                 f"GFLOP/s ({min(result['matrix_peak_gflops']):.0f} to {max(result['matrix_peak_gflops']):.0f})", "",
+                 "| way | mode | steps/s | slowest to fastest round | x published eager | GFLOP a step | "
+                 "of the matrix peak | MiB above the weights | first run, s | error |", "|---" * 10 + "|"]
+        for way in result["ways"]:
+            slow, fast = (result["steps"] / f(way["seconds"]) for f in (max, min))
+            cells = [way["way"], way["mode"], f"{way['steps_per_second']:.3g}", f"{slow:.3g} to {fast:.3g}"]
+            cells += [_cell(way.get(name), form) for name, form in
+                      (("ratio", ".2f"), ("gflop_per_step", ".4g"), ("share_of_peak", ".0%"), ("peak_mib", ".0f"),
+                       ("first_run", ".1f"), ("error", ".0e"))]
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join([*lines, "", f"On {result['machine']}, commit {result['commit']}."]))
+    return "\n\n".join(parts)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Steps per second over `published, eager`, a panel per setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [result for result in results if any("ratio" in way for way in result["ways"])]
+    if not shown:
+        return
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 4.2 * rows), dpi=80, squeeze=False)
+    colours = dict(zip(MODES, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    for axis, result in zip(axes.flat, shown, strict=False):
+        ways_here = result["ways"][::-1]
+        axis.barh([f"{way['way']}, {way['mode']}" for way in ways_here], [way["ratio"] for way in ways_here],
+                  color=[colours[way["mode"]] for way in ways_here])
+        axis.axvline(1, color="black", lw=0.8)
+        axis.set_title(title(result), fontsize=9)
+        axis.set_xlabel("steps/s, published eager = 1", fontsize=8)
+        axis.tick_params(labelsize=7)
+    for axis in axes.flat[len(shown):]:
+        axis.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def write(results: list[dict[str, Any]], out: Path) -> None:
+    """Adds the results to the file, in place of those of the same setting, and draws tables and plot anew."""
+    path = out / "steps_per_second.json"
+    before = json.loads(path.read_text()) if path.exists() else []
+    new = {key(result) for result in results}
+    merged = sorted([*(result for result in before if key(result) not in new), *results], key=key)
+    path.write_text(json.dumps(merged, indent=1) + "\n")
+    plot(merged, out / "steps_per_second.png")
+    readme = out / "README.md"
+    if readme.exists():
+        readme.write_text(between_marks(readme.read_text(), "speed", table(merged)))
+
+
+@click.command(help=__doc__)
+@click.option("--network", type=click.Choice(list(FACTOR)), default="miniature", show_default=True)
+@click.option("--pixels", type=int, multiple=True, help="Side of the pictures.  [default: 32 or 512]")
+@click.option("--batch", type=int, multiple=True, help="Pictures at once.  [default: 1, 4 and 16, or 1]")
+@click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, default=("fp32",), show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--steps", default=10, show_default=True, help="Solver steps of a run; one evaluation each.")
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--way", "names", type=click.Choice(WAYS), multiple=True, default=WAYS, help="Only these; default all.")
+@click.option("--mode", "modes", type=click.Choice(MODES), multiple=True, default=MODES, help="The same.")
+@click.option("--threads", type=int, help="Of the CPU.  [default: torch's]")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=HERE, show_default="benchmarks/")
+def main(network: str, pixels: tuple[int, ...], batch: tuple[int, ...], dtypes: tuple[str, ...], device: str,
+         steps: int, rounds: int, names: tuple[str, ...], modes: tuple[str, ...], threads: int | None,
+         out: Path) -> None:
+    if steps < 2:
+        raise click.BadParameter("a run of DPM++ 2M takes at least 2 steps", param_hint="--steps")
+    if threads:
+        torch.set_num_threads(threads)
+    results = []
+    small = network == "miniature"
+    for side, dtype, b in product(pixels or (32 if small else 512,), dtypes, batch or ((1, 4, 16) if small else (1,))):
+        setting = Setting(network, side // FACTOR[network], b, steps, DTYPES[dtype], torch.device(device))
+        click.echo(f"{network}, {side} px, batch {b}, {dtype}, {device}")
+        results.append(measure(setting, side, dtype, names, modes, rounds))
+        click.echo("\n" + table(results[-1:]) + "\n")
+        write([results[-1]], out)
+
+
+if __name__ == "__main__":
+    main()
