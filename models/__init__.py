@@ -1,12 +1,14 @@
 """Networks and their files: the UNet, the autoencoder, ELLA's connector, text encoders, checkpoints."""
 
 from ella_kd.models.checkpoint import Checkpoint, load_checkpoint, load_tsc, save_checkpoint, save_tsc
+from ella_kd.models.feature_cache import FeatureCache
 from ella_kd.models.features import SavedFeatures, load_features, save_features
 from ella_kd.models.noise_schedule import EDMSchedule, NoiseSchedule
 from ella_kd.models.text import CLIPTextEncoder, T5TextEncoder, TextFeatures
 from ella_kd.models.tsc import TSC
 from ella_kd.models.unet import UNet, UNetConfig
 from ella_kd.models.vae import AutoencoderKL, VAEConfig
+from ella_kd.models.winograd import with_winograd
 
 __all__ = [
     "TSC",
@@ -14,6 +16,7 @@ __all__ = [
     "CLIPTextEncoder",
     "Checkpoint",
     "EDMSchedule",
+    "FeatureCache",
     "NoiseSchedule",
     "SavedFeatures",
     "T5TextEncoder",
@@ -27,4 +30,5 @@ __all__ = [
     "save_checkpoint",
     "save_features",
     "save_tsc",
+    "with_winograd",
 ]

@@ -1,0 +1,86 @@
+"""T5 features that stay on disk between runs, so that a prompt once encoded needs no encoder in memory."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ella_kd.models.features import FeatureMode, load_features, save_features
+from ella_kd.models.text import T5TextEncoder, TextFeatures
+
+
+class FeatureCache:
+    """A text encoder with a folder: `t5(prompts, max_length)` reads what it knows and encodes only what is new.
+
+        t5 = FeatureCache("features", "flan-t5-xl", lambda: T5TextEncoder.from_folder("flan-t5-xl"))
+
+    folder: made if it does not exist; one file per prompt, as `save_features` writes them. encoder: the name under
+    which the features are kept; other weights or another dtype need another name. load: makes the encoder, and is
+    called at the first prompt that is not in the folder, if there is one. Prompts are encoded one by one, so that
+    features do not depend on what a prompt was first drawn with.
+    Raises as the encoder does, and ValueError for a damaged file or an encoder without a name.
+    """
+
+    def __init__(self, folder: str | Path, encoder: str, load: Callable[[], T5TextEncoder],
+                 device: str | torch.device = "cpu") -> None:
+        if not encoder.strip():
+            raise ValueError(f'name the encoder, such as "flan-t5-xl", got {encoder!r}')
+        self.folder, self.encoder, self.device = Path(folder), encoder, device
+        self._load = load
+
+    @cached_property
+    def t5(self) -> T5TextEncoder:
+        """The encoder, loaded when it is first needed."""
+        return self._load()
+
+    def __call__(self, prompts: str | Sequence[str], max_length: int | None = None) -> TextFeatures:
+        """Prompts -> features [B, L, D] as `T5TextEncoder` gives them: flexible with None, fixed with a number."""
+        return self._read([prompts] if isinstance(prompts, str) else list(prompts), max_length, weighted=False)
+
+    def weighted(self, prompts: str | Sequence[str], max_length: int | None = None) -> TextFeatures:
+        """Prompts with weights, as `T5TextEncoder.weighted` reads them."""
+        return self._read([prompts] if isinstance(prompts, str) else list(prompts), max_length, weighted=True)
+
+    def path(self, prompt: str, max_length: int | None = None, weighted: bool = False) -> Path:
+        """The file of a prompt."""
+        key = json.dumps([self.encoder, max_length, weighted, prompt])
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+
+    def _read(self, prompts: list[str], max_length: int | None, weighted: bool) -> TextFeatures:
+        if not prompts:
+            return self.t5(prompts, max_length)  # says what is wrong
+        return _batch([self._one(prompt, max_length, weighted) for prompt in prompts])
+
+    def _one(self, prompt: str, max_length: int | None, weighted: bool) -> TextFeatures:
+        path = self.path(prompt, max_length, weighted)
+        if path.is_file():
+            saved = load_features(path, device=self.device)
+            if (saved.prompts, saved.encoder) != ((prompt,), self.encoder):
+                raise ValueError(f"{path} holds the features of {saved.prompts} by {saved.encoder!r}, not of "
+                                 f"{prompt!r} by {self.encoder!r}: remove it")
+            return saved.features
+        features = (self.t5.weighted if weighted else self.t5)(prompt, max_length)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mode: FeatureMode = "flexible" if max_length is None else "fixed"
+        save_features(path, features, prompt, encoder=self.encoder, mode=mode)
+        tokens, mask = features.tokens, features.mask
+        return TextFeatures(tokens.to(self.device), None if mask is None else mask.to(self.device))
+
+
+def _batch(parts: list[TextFeatures]) -> TextFeatures:
+    """Prompts of one row each under each other; the mask hides what pads the shorter ones."""
+    tokens = nn.utils.rnn.pad_sequence([part.tokens[0] for part in parts], batch_first=True)
+    masks = [_mask(part) for part in parts]
+    if any(mask.is_floating_point() for mask in masks):
+        masks = [mask.float() for mask in masks]
+    mask = nn.utils.rnn.pad_sequence(masks, batch_first=True)
+    return TextFeatures(tokens, None if all(part.mask is None for part in parts) and bool(mask.all()) else mask)
+
+
+def _mask(part: TextFeatures) -> Tensor:
+    seen = torch.ones(part.tokens.shape[1], dtype=torch.bool, device=part.tokens.device)
+    return seen if part.mask is None else part.mask[0]
