@@ -46,9 +46,10 @@ REFERENCE = ("published", "eager")
 
 
 def measure(setting: Setting, pixels: int, dtype: str, names: tuple[str, ...], modes: tuple[str, ...],
-            rounds: int) -> dict[str, Any]:
-    """All the ways of one setting, as they are written to the file."""
+            rounds: int, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The ways of one setting, as they are written to the file."""
     chosen = ways(setting, networks(setting.network, setting.dtype, setting.device), names, modes)
+    chosen = [way for way in chosen if f"{way.name}, {way.mode}" not in skip]
     found, peaks = interleave(chosen, rounds, setting.device, setting.dtype, click.echo)
     by_way = {(way.name, way.mode): measured for way, measured in zip(chosen, found)}
     return {
@@ -176,11 +177,12 @@ def write(results: list[dict[str, Any]], out: Path) -> None:
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--way", "names", type=click.Choice(WAYS), multiple=True, default=WAYS, help="Only these; default all.")
 @click.option("--mode", "modes", type=click.Choice(MODES), multiple=True, default=MODES, help="The same.")
+@click.option("--skip", multiple=True, help='Without this one: "constant, compiled".')
 @click.option("--threads", type=int, help="Of the CPU.  [default: torch's]")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=HERE, show_default="benchmarks/")
 def main(network: str, pixels: tuple[int, ...], batch: tuple[int, ...], dtypes: tuple[str, ...], device: str,
-         steps: int, rounds: int, names: tuple[str, ...], modes: tuple[str, ...], threads: int | None,
-         out: Path) -> None:
+         steps: int, rounds: int, names: tuple[str, ...], modes: tuple[str, ...], skip: tuple[str, ...],
+         threads: int | None, out: Path) -> None:
     if steps < 2:
         raise click.BadParameter("a run of DPM++ 2M takes at least 2 steps", param_hint="--steps")
     if threads:
@@ -190,7 +192,7 @@ def main(network: str, pixels: tuple[int, ...], batch: tuple[int, ...], dtypes: 
     for side, dtype, b in product(pixels or (32 if small else 512,), dtypes, batch or ((1, 4, 16) if small else (1,))):
         setting = Setting(network, side // FACTOR[network], b, steps, DTYPES[dtype], torch.device(device))
         click.echo(f"{network}, {side} px, batch {b}, {dtype}, {device}")
-        results.append(measure(setting, side, dtype, names, modes, rounds))
+        results.append(measure(setting, side, dtype, names, modes, rounds, skip))
         click.echo("\n" + table(results[-1:]) + "\n")
         write([results[-1]], out)
 
