@@ -23,9 +23,10 @@ check: $(STAMP)         ## lint and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-bench: $(STAMP)         ## the semantic score, the samplers' orders and the driver's own time
+bench: $(STAMP)         ## the semantic score, the samplers' orders and the driver's own time, steps per second
 	$(PY) -m benchmarks.score $(ARGS)
 	$(PY) -m benchmarks.samplers
+	$(PY) -m benchmarks.steps_per_second
 
 install: $(STAMP)
 

@@ -48,6 +48,7 @@ REFERENCE = ("published", "eager")
 def measure(setting: Setting, pixels: int, dtype: str, names: tuple[str, ...], modes: tuple[str, ...],
             rounds: int, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     """The ways of one setting, as they are written to the file."""
+    measured = commit()
     chosen = ways(setting, networks(setting.network, setting.dtype, setting.device), names, modes)
     chosen = [way for way in chosen if f"{way.name}, {way.mode}" not in skip]
     found, peaks = interleave(chosen, rounds, setting.device, setting.dtype, click.echo)
@@ -55,7 +56,7 @@ def measure(setting: Setting, pixels: int, dtype: str, names: tuple[str, ...], m
     return {
         "network": setting.network, "pixels": pixels, "batch": setting.batch, "dtype": dtype, "steps": setting.steps,
         "rounds": rounds, "device": torch.cuda.get_device_name() if setting.device.type == "cuda" else "CPU",
-        "machine": f"{machine()}, diffusers {diffusers.__version__}", "commit": commit(),
+        "machine": f"{machine()}, diffusers {diffusers.__version__}", "commit": measured,
         "matrix_peak_gflops": [round(peak / 1e9, 1) for peak in peaks],
         "ways": [row(way, by_way, setting.steps, median(peaks)) for way in chosen],
     }

@@ -5,7 +5,7 @@ so only fewer multiplications make it faster. On a GPU the vendor's kernels do b
 """
 
 import copy
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,8 @@ class WinogradConv2d(nn.Module):
 
     conv: the layer it equals; m: 2 or 4. Of the multiplications 1 / 2.25 (m = 2) or 1 / 4 (m = 4) are left, the weights
     take 1.8 or 4 times the memory. x [B, C_in, h, w] fp32 -> [B, C_out, h, w], in channels_last; the relative error is
-    6e-7 or 4e-6, that of the plain layer 3e-7. For inference: the weights are no parameters.
-    Raises ValueError for a layer of another kind.
+    6e-7 or 4e-6, that of the plain layer 3e-7. For inference: the weights are no parameters, and cannot be saved.
+    Raises ValueError for a layer of another kind, and for state_dict().
     """
 
     filters: Tensor  # [(m + 2)^2, C_in, C_out]
@@ -68,6 +68,9 @@ class WinogradConv2d(nn.Module):
             done.append(_joined(parts, 1))
         image = _joined(done, 0)[:, :h, :w]
         return (image if self.bias is None else image + self.bias).permute(0, 3, 1, 2)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("a network with Winograd convolutions has no weights of its own: save the one it was made of")
 
     def _answer(self, tiles: Tensor) -> Tensor:
         """[n, n, b, rows, columns, C_in] -> [b, rows * m, columns * m, C_out]"""

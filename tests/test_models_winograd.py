@@ -42,6 +42,8 @@ def test_a_network_keeps_its_answer_and_the_given_one_its_layers() -> None:
     assert relative(fast(x, t, context), before) < 2e-5
     assert torch.equal(unet(x, t, context), before) and set(unet.state_dict()) == names
     assert fast.time_embed[0].weight is unet.time_embed[0].weight
+    with pytest.raises(ValueError, match="save the one it was made of"):
+        fast.state_dict()
 
 
 def test_large_layers_take_small_tiles() -> None:

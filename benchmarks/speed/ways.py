@@ -103,11 +103,12 @@ def sharing(module: M) -> M:
 def ways(setting: Setting, nets: Networks, names: tuple[str, ...], modes: tuple[str, ...]) -> list[Way]:
     """The chosen ways in the chosen modes. Winograd is ours alone, and for fp32 on a CPU."""
     found = []
+    fast = with_winograd(nets.unet) if any("winograd" in mode for mode in modes) and _on_cpu(setting) else nets.unet
     for mode in modes:
         winograd, compiled = "winograd" in mode, "compiled" in mode
-        if winograd and not (setting.device.type == "cpu" and setting.dtype == torch.float32):
+        if winograd and not _on_cpu(setting):
             continue
-        unet = with_winograd(nets.unet) if winograd else sharing(nets.unet)
+        unet = sharing(fast if winograd else nets.unet)
         ella = ELLADenoiser(unet, nets.tsc)
         theirs, tsc = sharing(nets.theirs), sharing(nets.tsc)
         if compiled:
@@ -122,6 +123,10 @@ def ways(setting: Setting, nets: Networks, names: tuple[str, ...], modes: tuple[
             else:
                 found.append(Way(name, mode, _ours(name, setting, CFGDenoiser(ella), nets.tsc)))
     return found
+
+
+def _on_cpu(setting: Setting) -> bool:
+    return setting.device.type == "cpu" and setting.dtype == torch.float32
 
 
 def _ours(name: str, setting: Setting, denoiser: CFGDenoiser, tsc: TSC) -> Callable[[], Tensor]:
