@@ -14,7 +14,7 @@ demo: $(STAMP)          ## draw eight dense prompts with the miniature
 	$(PY) -m benchmarks.demo
 
 test: $(STAMP)          ## every test but the slow ones
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto $(ARGS)
 
 test-slow: $(STAMP)     ## the tests that take minutes or gigabytes
 	$(PY) -m pytest -m slow $(ARGS)

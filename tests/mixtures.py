@@ -1,5 +1,6 @@
 """Models for the samplers' tests: the library's whole protocol around two exact mixtures, and simpler ones."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -7,6 +8,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.mixture import Mixture
+
+
+def named(value: Any) -> str:
+    """A test's name for a value: str without addresses, which differ between the processes of pytest -n."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 class Prediction(NamedTuple):

@@ -26,7 +26,7 @@ from ella_kd.samplers import (
     sample_euler,
     sample_heun,
 )
-from mixtures import Guided, Mixture, Pointwise, randn
+from mixtures import Guided, Mixture, Pointwise, named, randn
 
 SOLVERS: list[tuple[Solver, bool]] = [
     (Euler(), False),
@@ -43,7 +43,7 @@ SOLVERS: list[tuple[Solver, bool]] = [
     (DPMpp2M(), True),
 ]
 SOLVERS += [case for row in SAMPLERS.values() if (case := (row.solver, row.cfg_pp)) not in SOLVERS]
-each_solver = pytest.mark.parametrize(("solver", "cfg_pp"), SOLVERS, ids=str)
+each_solver = pytest.mark.parametrize(("solver", "cfg_pp"), SOLVERS, ids=named)
 SIGMAS = get_sigmas_karras(6, 0.03, 14.6)
 ARGS = {"cond_scale": 0.7}
 
@@ -134,7 +134,7 @@ def test_inputs_are_not_modified_and_dtype_is_kept(solver: Solver, cfg_pp: bool,
 
 
 @each_solver
-@pytest.mark.parametrize("sigmas", [[14.6, 0.0], [3.0, 0.5]], ids=str)
+@pytest.mark.parametrize("sigmas", [[14.6, 0.0], [3.0, 0.5]], ids=named)
 def test_one_step_schedules(solver: Solver, cfg_pp: bool, sigmas: list[float], guided: Guided) -> None:
     schedule = torch.tensor(sigmas)
     out, state = sample(solver, guided, latents(), schedule, ARGS, disable=True, seeds=[1, 2], cfg_pp=cfg_pp)

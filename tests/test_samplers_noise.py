@@ -22,7 +22,7 @@ from ella_kd.samplers import (
     sample_euler_ancestral,
     sample_heun,
 )
-from mixtures import Pointwise
+from mixtures import Pointwise, named
 
 SHAPE = (2, 4, 8, 8)
 SIGMAS = get_sigmas_karras(5, 0.03, 14.6)
@@ -142,7 +142,7 @@ def test_without_seeds_manual_seed_reproduces(name: str) -> None:
         (sample_dpmpp_2m_sde, {"seeds": [1, 2]}),
         (sample_dpmpp_2m_sde, {"noise_sampler": lambda s, t: torch.zeros(SHAPE)}),
     ],
-    ids=str,
+    ids=named,
 )
 def test_the_global_generator_is_left_alone(function: Any, options: dict[str, Any]) -> None:
     before = torch.get_rng_state()
@@ -196,7 +196,7 @@ def test_churn_draws_only_where_it_is_on() -> None:
         ({"seeds": [1, 2], "noise_sampler": lambda s, t: torch.zeros(SHAPE)}, ValueError, "not both"),
         ({"noise_sampler": lambda s, t: torch.zeros(1, 4, 8, 8)}, ValueError, r"like x \[2, 4, 8, 8\], got \[1,"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_bad_seeds_and_noise_samplers(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
