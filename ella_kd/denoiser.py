@@ -20,7 +20,6 @@ Condition = Conditioning | Composition | TextFeatures | Tensor
 """What a script may pass as `cond`; a composition needs a guided denoiser."""
 
 
-
 class LDMDenoiser(nn.Module):
     """A latent-diffusion network as a k-diffusion denoiser: `denoiser(x, sigma, cond) -> denoised`.
 
@@ -148,12 +147,11 @@ class LDMDenoiser(nn.Module):
         dtype = next((p.dtype for p in self.inner_model.parameters() if p.is_floating_point()), x_in.dtype)
         seen = x_in if context.channels is None else torch.cat([x_in, context.channels.to(x_in)], 1)
         args = () if context.mask is None else (context.mask,)
-        if not patches:
-            return self.inner_model(seen.to(dtype), t, context.tokens.to(dtype), *args).to(x_in.dtype)
-        if not hasattr(self.inner_model, "places"):
+        if patches and not hasattr(self.inner_model, "places"):
             raise ValueError("this guidance changes what happens inside the UNet, and "
                              f"{type(self.inner_model).__name__} has no patch point: use ella_kd's own UNet")
-        return self.inner_model(seen.to(dtype), t, context.tokens.to(dtype), *args, patches=patches).to(x_in.dtype)
+        inside = {"patches": patches} if patches else {}  # other people's networks do not know the argument
+        return self.inner_model(seen.to(dtype), t, context.tokens.to(dtype), *args, **inside).to(x_in.dtype)
 
     def timesteps(self, sigmas: Tensor) -> Tensor:
         """The timesteps of a run's sigmas [N], to plan for. Raises ValueError if one is not finite and above 0."""

@@ -1,6 +1,7 @@
 """Rules that change the direction of classifier-free guidance: which part of cond - uncond is followed."""
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +28,9 @@ class _Guided(Guidance):
             return guided
         return guided + answers.factor(plus(self.scale, -1)) * self._change(answers)
 
+    @abstractmethod
     def _change(self, answers: Answers) -> Tensor:
-        raise NotImplementedError
+        """What the direction C - U changes by, [B, C, h, w]."""
 
 
 @dataclass(frozen=True)
