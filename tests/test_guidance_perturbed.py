@@ -20,11 +20,10 @@ from ella_kd import ELLADenoiser, Pipeline
 from ella_kd.denoiser import LDMDenoiser
 from ella_kd.guidance import CFG, COND, UNCOND, Answers, Branch, Guidance, GuidedDenoiser
 from ella_kd.guidance.perturbed import PAG, SAG, SEG, SLG, Perturbed, attended_pixels
-from ella_kd.models import UNet
 from ella_kd.models.patches import BlurredQueries, IdentityAttention, Patch, Recorder, SkipAttention, SkipBlock
 from ella_kd.models.text import TextFeatures
 from ella_kd.samplers import get_sigmas_karras, randn, sample_euler
-from tiny import WIDTH, PointwiseUNet, features, noise, relative, row, tiny_unet
+from tiny import WIDTH, PointwiseUNet, features, noise, relative, row, sharp_unet
 
 MIDDLE = ("middle_block.1",)
 PLACES = ("input_blocks.3.1", "middle_block.1")
@@ -49,16 +48,6 @@ def answers(**denoised: Tensor) -> Answers:
 
     x = noise(2, 4, 12, 9, seed=1, dtype=torch.float64)
     return Answers(x, SIGMA[:, None, None, None], Given(), lambda x, branch: x, {})
-
-
-def sharp_unet() -> UNet:
-    """A tiny UNet in fp64 whose self-attention is not nearly uniform, so that queries matter."""
-    unet = tiny_unet().double()
-    for place in unet.places:
-        attn = unet.get_submodule(place).transformer_blocks[0].attn1  # type: ignore[union-attr, index]
-        attn.to_q.weight *= 8
-        attn.to_k.weight *= 8
-    return unet
 
 
 def three(seed: int = 5) -> dict[str, Tensor]:

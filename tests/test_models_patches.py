@@ -25,7 +25,7 @@ from ella_kd.models.patches import (
     SkipBlock,
     gaussian_blur,
 )
-from tiny import WIDTH, noise, randomised, relative, tiny_unet
+from tiny import WIDTH, noise, randomised, relative, sharp_unet, tiny_unet
 
 DATA = Path(__file__).parent / "data"
 MIDDLE = ("middle_block.1",)
@@ -105,16 +105,6 @@ PATCHES: dict[str, tuple[Callable[[tuple[str, ...]], Patch], Callable[[Transform
     "blur 1": (lambda places: BlurredQueries(places, 1.0), blurred(1.0, SIZES)),
     "blur 2.5": (lambda places: BlurredQueries(places, 2.5), blurred(2.5, SIZES)),
 }
-
-
-def sharp_unet() -> UNet:
-    """A tiny UNet in fp64 whose attention is not nearly uniform, so that queries matter."""
-    unet = tiny_unet().double()
-    for place in unet.places:
-        attn = unet.get_submodule(place).transformer_blocks[0].attn1  # type: ignore[union-attr, index]
-        attn.to_q.weight *= 8
-        attn.to_k.weight *= 8
-    return unet
 
 
 def changed_unet(unet: UNet, places: tuple[str, ...], change: Callable[[TransformerBlock], nn.Module]) -> UNet:

@@ -2,14 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import Tensor
 
+from benchmarks.speed.ways import as_diffusers
 from ella_kd.models import UNet, UNetConfig
 
 DATA = Path(__file__).parent / "data"
@@ -36,23 +34,6 @@ def random_unet(config: UNetConfig, seed: int = 0) -> UNet:
     return unet.requires_grad_(False)
 
 
-def diffusers_twin(unet: UNet) -> Any:  # UNet2DConditionModel
-    """diffusers' network with the same weights; its own converter does the renaming, and the load is strict."""
-    config = unet.config
-    channels = [mult * config.model_channels for mult in config.channel_mult]
-    twin: Any = UNet2DConditionModel(
-        in_channels=config.in_channels, out_channels=config.out_channels, block_out_channels=channels,
-        layers_per_block=config.num_res_blocks, cross_attention_dim=config.context_dim,
-        attention_head_dim=[config.heads(ch) for ch in channels],  # diffusers means the number of heads
-        use_linear_projection=config.linear_proj,
-        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention],
-        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)],
-    )
-    weights = {PREFIX + name: x for name, x in unet.state_dict().items()}
-    twin.load_state_dict(convert_ldm_unet_checkpoint(weights, twin.config))
-    return twin.to(unet.dtype).requires_grad_(False)
-
-
 def inputs(config: UNetConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, config.in_channels, 16, 8, generator=generator, dtype=dtype)
@@ -69,7 +50,7 @@ def error(got: Tensor, want: Tensor) -> float:
 def test_equals_diffusers(name: str, dtype: torch.dtype, tolerance: float) -> None:
     unet = random_unet(CONFIGS[name]).to(dtype)
     x, t, context = inputs(unet.config, dtype)
-    twin = diffusers_twin(unet)
+    twin = as_diffusers(unet)
     got = unet(x, t, context)
     assert got.std() > 0.1
     assert error(got, twin(x, t, context).sample) < tolerance
@@ -86,7 +67,7 @@ def test_any_size_equals_diffusers(size: tuple[int, int]) -> None:
     x = torch.randn(2, unet.config.in_channels, *size, dtype=torch.float64)
     got = unet(x, t, context)
     assert got.shape == x.shape
-    assert error(got, diffusers_twin(unet)(x, t, context).sample) < 1e-12
+    assert error(got, as_diffusers(unet)(x, t, context).sample) < 1e-12
 
 
 def test_a_mask_equals_slicing() -> None:

@@ -25,6 +25,16 @@ def tiny_unet(seed: int = 0) -> UNet:
     return randomised(UNet(UNetConfig(4, 4, 32, (1, 2), 1, (True, True), WIDTH, 2)), seed, 0.1)
 
 
+def sharp_unet() -> UNet:
+    """A tiny UNet in fp64 whose attention is not nearly uniform, so that queries matter."""
+    unet = tiny_unet().double()
+    for place in unet.places:
+        attn = unet.get_submodule(place).transformer_blocks[0].attn1  # type: ignore[union-attr, index]
+        attn.to_q.weight *= 8
+        attn.to_k.weight *= 8
+    return unet
+
+
 def tiny_tsc(seed: int = 1) -> TSC:
     return randomised(TSC(32, 32, WIDTH, 2, 2, LATENTS, FEATURES), seed)
 
