@@ -8,6 +8,10 @@ STAMP  := $(VENV)/.installed
 # Idle OpenMP threads otherwise spin, which slows everything else on a machine with few cores.
 export OMP_WAIT_POLICY := PASSIVE
 
+# glibc gives large buffers back to the system at each free and pays for them again in page faults: 15 % of a UNet step.
+bench: export MALLOC_MMAP_MAX_ := 0
+bench: export MALLOC_TRIM_THRESHOLD_ := 34359738368
+
 .PHONY: demo test test-slow check bench install clean
 
 demo: $(STAMP)          ## draw eight dense prompts with the miniature

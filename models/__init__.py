@@ -1,6 +1,7 @@
 """Networks and their files: the UNet, the autoencoder, ELLA's connector, text encoders, checkpoints."""
 
 from ella_kd.models.checkpoint import Checkpoint, load_checkpoint, load_tsc, save_checkpoint, save_tsc
+from ella_kd.models.cpu import fast_on_cpu
 from ella_kd.models.feature_cache import FeatureCache
 from ella_kd.models.features import SavedFeatures, load_features, save_features
 from ella_kd.models.noise_schedule import EDMSchedule, NoiseSchedule
@@ -8,7 +9,6 @@ from ella_kd.models.text import CLIPTextEncoder, T5TextEncoder, TextFeatures
 from ella_kd.models.tsc import TSC
 from ella_kd.models.unet import UNet, UNetConfig
 from ella_kd.models.vae import AutoencoderKL, VAEConfig
-from ella_kd.models.winograd import with_winograd
 
 __all__ = [
     "TSC",
@@ -24,11 +24,11 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "VAEConfig",
+    "fast_on_cpu",
     "load_checkpoint",
     "load_features",
     "load_tsc",
     "save_checkpoint",
     "save_features",
     "save_tsc",
-    "with_winograd",
 ]

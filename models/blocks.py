@@ -42,9 +42,10 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim, channels, bias=False)
         self.to_v = nn.Linear(context_dim, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
+        self.attend = attend
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, mask))
+        return self.to_out(self.attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, mask))
 
 
 class GEGLU(nn.Module):
@@ -58,13 +59,21 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """x [B, L, channels] -> the same shape; at_once: numbers of the widest temporary tensor, None without limit."""
+
+    at_once: int | None = None
+
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.wide = channels * 8
         self.net = nn.Sequential(GEGLU(channels, channels * 4), nn.Identity(),  # 1 was a dropout
                                  nn.Linear(channels * 4, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        if self.at_once is None or x.shape[:-1].numel() * self.wide <= self.at_once:
+            return self.net(x)
+        parts = x.flatten(0, -2).split(max(1, self.at_once // self.wide))
+        return torch.cat([self.net(part) for part in parts]).view_as(x)
 
 
 class TransformerBlock(nn.Module):

@@ -4,13 +4,10 @@ On a CPU in fp32 a UNet of Stable Diffusion runs at the machine's matrix peak an
 so only fewer multiplications make it faster. On a GPU the vendor's kernels do better: this is not for them.
 """
 
-import copy
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-
-from ella_kd.models.unet import UNet
 
 # Lavin and Gray 2015 (arXiv 1509.09308), section 4: per output tile of m x m, the matrices B^T, G and A^T
 _TRANSFORMS = {
@@ -92,22 +89,3 @@ def is_plain_3x3(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 def tile(conv: nn.Conv2d) -> int:
     """m for a layer. Large layers see small pictures: there reading 4 times the weights costs more than multiplying."""
     return 2 if conv.in_channels * conv.out_channels >= 1280 * 1280 else 4
-
-
-def with_winograd(unet: UNet) -> UNet:
-    """The same network for inference on a CPU in fp32, with its large 3x3 convolutions by Winograd.
-
-    The UNet given stays as it is; all other weights are shared with it. For Stable Diffusion 1.5 the transformed
-    weights are 4.3 GB where the plain layers' were 2.1, and the answer differs by 4e-6 relative.
-    Raises ValueError for a network that is not fp32 on a CPU.
-    """
-    weight = next(unet.parameters())
-    if weight.dtype != torch.float32 or weight.device.type != "cpu":
-        raise ValueError("Winograd convolutions are for fp32 networks on a CPU: elsewhere the plain ones are faster; "
-                         f"got {weight.dtype} on {weight.device}")
-    twin = copy.deepcopy(unet, {id(x): x for x in [*unet.parameters(), *unet.buffers()]})
-    for module in list(twin.modules()):
-        for name, layer in module.named_children():
-            if is_plain_3x3(layer) and min(layer.in_channels, layer.out_channels) >= 128:
-                setattr(module, name, WinogradConv2d(layer, tile(layer)))
-    return twin

@@ -21,8 +21,8 @@ HERE = Path(steps_per_second.__file__).parent
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("speed")
     (out / "README.md").write_text("<!-- speed -->\n<!-- /speed -->\n")
-    options = ["--batch", "2", "--steps", "2", "--rounds", "1", "--mode", "eager", "--mode", "winograd"]
-    run = CliRunner().invoke(steps_per_second.main, [*options, "--skip", "constant, winograd", "--out", str(out)])
+    options = ["--batch", "2", "--steps", "2", "--rounds", "1", "--mode", "eager", "--mode", "fast"]
+    run = CliRunner().invoke(steps_per_second.main, [*options, "--skip", "constant, fast", "--out", str(out)])
     assert run.exit_code == 0, run.output
     (found,) = json.loads((out / "steps_per_second.json").read_text())
     assert steps_per_second.table([found]) in (out / "README.md").read_text()
@@ -38,10 +38,10 @@ def of(result: dict[str, Any], way: str, mode: str = "eager") -> dict[str, Any]:
 def test_every_way_was_timed_and_draws_the_same(result: dict[str, Any]) -> None:
     ours = ("ELLA", "ELLA flexible", "k-diffusion")
     assert [(row["way"], row["mode"]) for row in result["ways"]] == [*((way, "eager") for way in WAYS),
-                                                                     *((way, "winograd") for way in ours)]
+                                                                     *((way, "fast") for way in ours)]
     assert all(row["steps_per_second"] > 0 and len(row["seconds"]) == 1 for row in result["ways"])
     # two UNets, two solvers, t rounded to an integer in one: 2e-5 here; another prompt is 1 away
-    for way, mode in (("ELLA", "eager"), ("ELLA", "winograd"), ("k-diffusion", "eager"), ("constant", "eager")):
+    for way, mode in (("ELLA", "eager"), ("ELLA", "fast"), ("k-diffusion", "eager"), ("constant", "eager")):
         assert 0 <= of(result, way, mode)["error"] < 1e-3, (way, mode)
     assert of(result, "published")["ratio"] == 1 and result["machine"] and result["matrix_peak_gflops"][0] > 0
 

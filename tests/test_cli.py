@@ -55,6 +55,16 @@ def test_as_a_user_types_it(tiny_files: dict[str, str], pipeline: Pipeline, tmp_
             assert f"Seed: {picture.settings.seed}, Size: 16x16" in image.text["parameters"]  # type: ignore[attr-defined]
 
 
+def test_fast_draws_the_same_and_is_for_a_cpu(run: Run, tmp_path: Path) -> None:
+    for words in (["--out", "plain"], ["--out", "fast", "--fast"]):
+        assert run("generate", "a red circle", "--seed", "3", *words).exit_code == 0
+    [plain], [fast] = (list((tmp_path / folder).iterdir()) for folder in ("plain", "fast"))
+    with Image.open(plain) as one, Image.open(fast) as other:
+        assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+    refused = run("generate", "a red circle", "--fast", "--dtype", "float16")
+    assert refused.exit_code == 2 and "float32 or bfloat16 on the CPU, got torch.float16" in refused.output
+
+
 def test_a_mistake_at_the_real_command_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "ella_kd", "generate", "a", "--checkpoint", "missing.safetensors"],
                           cwd=tmp_path, text=True, capture_output=True, check=False)

@@ -16,7 +16,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Way:
-    """One way to draw: `run()` returns the latents. mode: eager, winograd, compiled or winograd compiled."""
+    """One way to draw: `run()` returns the latents. mode: eager, fast, compiled, fast compiled, or fp32."""
 
     name: str
     mode: str

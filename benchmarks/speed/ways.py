@@ -8,13 +8,15 @@
 - `published flexible`: the same with one call of the connector per row, since its prompts cannot be batched
 - `diffusers`: the same with constant tokens and no connector
 - `k-diffusion`: k-diffusion's own sample_dpmpp_2m on our denoiser, which nobody plans for
+
+Each in the modes `eager`, `compiled`, and ours on a CPU also `fast`, with fast_on_cpu, and `fast compiled`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -24,13 +26,12 @@ from torch import Tensor, nn
 
 from benchmarks.speed.clock import Way
 from ella_kd import ELLA, CFGDenoiser, Constant, ELLADenoiser, Pipeline
-from ella_kd.models import TSC, TextFeatures, UNet
-from ella_kd.models.winograd import with_winograd
+from ella_kd.models import TSC, TextFeatures, UNet, fast_on_cpu
 from ella_kd.samplers import sample_dpmpp_2m
 from ella_kd.samplers.upstream import k_diffusion
 
 WAYS = ("ELLA", "ELLA flexible", "constant", "published", "published flexible", "diffusers", "k-diffusion")
-MODES = ("eager", "winograd", "compiled", "winograd compiled")
+MODES = ("eager", "fast", "compiled", "fast compiled")
 SCALE, FIXED = 7.0, 128
 M = TypeVar("M", bound=nn.Module)
 
@@ -101,32 +102,34 @@ def sharing(module: M) -> M:
 
 
 def ways(setting: Setting, nets: Networks, names: tuple[str, ...], modes: tuple[str, ...]) -> list[Way]:
-    """The chosen ways in the chosen modes. Winograd is ours alone, and for fp32 on a CPU."""
+    """The chosen ways in the chosen modes."""
     found = []
-    fast = with_winograd(nets.unet) if any("winograd" in mode for mode in modes) and _on_cpu(setting) else nets.unet
+    on_cpu = setting.device.type == "cpu"
+    fast = fast_on_cpu(nets.unet) if on_cpu and any("fast" in mode for mode in modes) else nets.unet
     for mode in modes:
-        winograd, compiled = "winograd" in mode, "compiled" in mode
-        if winograd and not _on_cpu(setting):
+        if "fast" in mode and not on_cpu:
             continue
-        unet = sharing(fast if winograd else nets.unet)
-        ella = ELLADenoiser(unet, nets.tsc)
+        ours = fast_on_cpu(nets.tsc) if "fast" in mode else nets.tsc
+        ella = ELLADenoiser(sharing(fast if "fast" in mode else nets.unet), ours)
         theirs, tsc = sharing(nets.theirs), sharing(nets.tsc)
-        if compiled:
+        if "compiled" in mode:
             cuda = {"mode": "reduce-overhead"} if setting.device.type == "cuda" else {}
             ella.compile()
             theirs.compile(dynamic=False, **cuda)
             tsc.compile(dynamic=False)
         for name in names:
-            if name.startswith(("published", "diffusers")):
-                if not winograd:
-                    found.append(Way(name, mode, _diffusers(name, setting, theirs, tsc)))
-            else:
-                found.append(Way(name, mode, _ours(name, setting, CFGDenoiser(ella), nets.tsc)))
+            if not name.startswith(("published", "diffusers")):
+                found.append(Way(name, mode, _ours(name, setting, CFGDenoiser(ella), ours)))
+            elif "fast" not in mode:
+                found.append(Way(name, mode, _diffusers(name, setting, theirs, tsc)))
     return found
 
 
-def _on_cpu(setting: Setting) -> bool:
-    return setting.device.type == "cpu" and setting.dtype == torch.float32
+def published_in_fp32(setting: Setting) -> Way:
+    """The published way in fp32, whatever the dtype of the others: what they save, and what it costs in precision."""
+    setting = replace(setting, dtype=torch.float32)
+    nets = networks(setting.network, setting.dtype, setting.device)
+    return Way("published", "fp32", _diffusers("published", setting, nets.theirs, nets.tsc))
 
 
 def _ours(name: str, setting: Setting, denoiser: CFGDenoiser, tsc: TSC) -> Callable[[], Tensor]:
