@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from pathlib import Path
@@ -24,8 +23,8 @@ def between_marks(text: str, name: str, content: str) -> str:
 def samplers_table() -> str:
     """A Markdown row per method; the orders are those that `python -m benchmarks.samplers` measured."""
     orders = json.loads(MEASURED.read_text())["orders"] if MEASURED.exists() else {}
-    rows = ["| `sample_` | family, paper | evaluations a step | measured order | adds noise | CFG++ | takes |"]
-    rows.append("|---" * 7 + "|")
+    rows = ["| `sample_` | family, paper | evaluations a step | measured order | adds noise | CFG++ |"]
+    rows.append("|---" * 6 + "|")
     for name, sampler in SAMPLERS.items():
         if sampler.cfg_pp:
             continue
@@ -33,9 +32,8 @@ def samplers_table() -> str:
         noise = f"yes ({sampler.solver.noise.capitalize()})" if sampler.stochastic else ""
         forms = [other for other in SAMPLERS if re.fullmatch(rf"{name}(_paper|_comfyui)?_cfg_pp", other)]
         cfg_pp = ", ".join(f"`{form.removeprefix(name)}`" for form in forms)
-        takes = "sigmas" if "sigmas" in inspect.signature(sampler.function).parameters else "sigma_min, sigma_max"
         family = f"{sampler.family}{paper(sampler)}"
-        rows.append(f"| `{name}` | {family} | {sampler.evals} | {order} | {noise} | {cfg_pp} | {takes} |")
+        rows.append(f"| `{name}` | {family} | {sampler.evals} | {order} | {noise} | {cfg_pp} |")
     return "\n".join(rows)
 
 
