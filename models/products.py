@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 def capabilities() -> Mapping[str, Any]:
-    """What torch says of this CPU; nothing before torch 2.9."""
+    """What torch says of this CPU; nothing where an older torch cannot tell."""
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def convolutions_multiply_faster() -> bool:
     """Whether this CPU has AVX-512 and is not Intel's: there MKL, torch's fp32 product, leaves AVX-512 unused.
 
-    An AMD EPYC (Zen 5), 2 cores, the UNet's shapes: MKL 150 to 190 GFLOP/s, oneDNN's convolutions 285 to 430.
+    An AMD EPYC (Zen 5), 2 cores, the UNet's shapes: MKL 150 to 190 GFLOP/s, oneDNN's convolutions 240 to 430.
     """
     found = capabilities()
     return bool(found.get("avx512_f")) and not str(found.get("cpu_name", "Intel")).startswith("Intel")
