@@ -1,6 +1,5 @@
 """Networks rearranged for inference on a CPU."""
 
-import copy
 from typing import TypeVar
 
 import torch
@@ -8,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ella_kd.models.blocks import Attention, FeedForward
-from ella_kd.models.layers import attend
+from ella_kd.models.layers import attend, sharing
 from ella_kd.models.products import ConvLinear, capabilities, convolutions_multiply_faster
 from ella_kd.models.winograd import WinogradConv2d, is_plain_3x3, tile
 
@@ -30,7 +29,7 @@ def fast_on_cpu(network: M) -> M:
     if weight.dtype not in (torch.float32, torch.bfloat16) or weight.device.type != "cpu":
         raise ValueError("fast_on_cpu takes a network in float32 or bfloat16 on the CPU, got "
                          f"{weight.dtype} on {weight.device}")
-    twin = copy.deepcopy(network, {id(x): x for x in [*network.parameters(), *network.buffers()]})
+    twin = sharing(network)
     fp32 = weight.dtype == torch.float32
     for module in list(twin.modules()):
         if isinstance(module, FeedForward):

@@ -7,10 +7,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from ella_kd.models.features import FeatureMode, load_features, save_features
 from ella_kd.models.text import T5TextEncoder, TextFeatures
+from ella_kd.models.tokens import pile
 
 
 class FeatureCache:
@@ -53,7 +53,7 @@ class FeatureCache:
     def _read(self, prompts: list[str], max_length: int | None, weighted: bool) -> TextFeatures:
         if not prompts:
             return self.t5(prompts, max_length)  # says what is wrong
-        return _batch([self._one(prompt, max_length, weighted) for prompt in prompts])
+        return TextFeatures(*pile([self._one(prompt, max_length, weighted) for prompt in prompts]))
 
     def _one(self, prompt: str, max_length: int | None, weighted: bool) -> TextFeatures:
         path = self.path(prompt, max_length, weighted)
@@ -69,18 +69,3 @@ class FeatureCache:
         save_features(path, features, prompt, encoder=self.encoder, mode=mode)
         tokens, mask = features.tokens, features.mask
         return TextFeatures(tokens.to(self.device), None if mask is None else mask.to(self.device))
-
-
-def _batch(parts: list[TextFeatures]) -> TextFeatures:
-    """Prompts of one row each under each other; the mask hides what pads the shorter ones."""
-    tokens = nn.utils.rnn.pad_sequence([part.tokens[0] for part in parts], batch_first=True)
-    masks = [_mask(part) for part in parts]
-    if any(mask.is_floating_point() for mask in masks):
-        masks = [mask.float() for mask in masks]
-    mask = nn.utils.rnn.pad_sequence(masks, batch_first=True)
-    return TextFeatures(tokens, None if all(part.mask is None for part in parts) and bool(mask.all()) else mask)
-
-
-def _mask(part: TextFeatures) -> Tensor:
-    seen = torch.ones(part.tokens.shape[1], dtype=torch.bool, device=part.tokens.device)
-    return seen if part.mask is None else part.mask[0]

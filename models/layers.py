@@ -1,13 +1,16 @@
 """What the networks share: the timestep sinusoid, multi-head attention, and reading an architecture off shapes."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+M = TypeVar("M", bound=nn.Module)
 Shapes = Mapping[str, Sequence[int]]  # tensor name -> shape
 
 
@@ -59,6 +62,11 @@ def zero_init(layer: nn.Module) -> nn.Module:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
+
+
+def sharing(module: M) -> M:
+    """Another module on the same tensors, to be changed or compiled while this one stays as it is."""
+    return copy.deepcopy(module, {id(x): x for x in [*module.parameters(), *module.buffers()]})
 
 
 def shape_of(shapes: Shapes, name: str, ndim: int) -> Sequence[int]:

@@ -2,7 +2,6 @@
 what holds of every method (split runs, batches, short schedules)."""
 
 import math
-import re
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -38,7 +37,7 @@ from ella_kd.samplers import (
     sample_sa_solver_pece,
     sample_seeds_2,
 )
-from mixtures import Guided, Mixture, Pointwise, randn
+from mixtures import Guided, Mixture, Pointwise, named, randn
 from test_samplers_diffusers import ABOVE_ZERO, TO_ZERO, latents, one_step_at_a_time
 from test_samplers_orders import measured_order
 from test_samplers_parity import given_noise, relative
@@ -46,11 +45,6 @@ from test_samplers_parity import given_noise, relative
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-
-
-def named(value: object) -> str:
-    """A test's name, without the addresses of functions."""
-    return re.sub(r"<function (\w+) at \w+>", r"\1", str(value))
 
 
 def zero(sigma: float) -> float:

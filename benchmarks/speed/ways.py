@@ -14,7 +14,6 @@ Each in the modes `eager`, `compiled`, and ours on a CPU also `fast`, with fast_
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -25,8 +24,10 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from torch import Tensor, nn
 
 from benchmarks.speed.clock import Way
-from ella_kd import ELLA, CFGDenoiser, Constant, ELLADenoiser, Pipeline
+from ella_kd import ELLA, CFGDenoiser, Conditioning, Constant, ELLADenoiser, Pipeline
 from ella_kd.models import TSC, TextFeatures, UNet, fast_on_cpu
+from ella_kd.models.layers import sharing
+from ella_kd.models.tokens import pile
 from ella_kd.samplers import sample_dpmpp_2m
 from ella_kd.samplers.upstream import k_diffusion
 
@@ -96,11 +97,6 @@ def as_diffusers(unet: UNet) -> Any:
     return twin.eval().requires_grad_(False)
 
 
-def sharing(module: M) -> M:
-    """Another module on the same tensors, to be compiled while this one stays eager."""
-    return copy.deepcopy(module, {id(x): x for x in [*module.parameters(), *module.buffers()]})
-
-
 def ways(setting: Setting, nets: Networks, names: tuple[str, ...], modes: tuple[str, ...]) -> list[Way]:
     """The chosen ways in the chosen modes."""
     found = []
@@ -136,11 +132,13 @@ def _ours(name: str, setting: Setting, denoiser: CFGDenoiser, tsc: TSC) -> Calla
     sample = k_diffusion().sampling.sample_dpmpp_2m if name == "k-diffusion" else sample_dpmpp_2m
     sigmas = scheduler(setting).sigmas.to(setting.device)
     x = noise(setting) * (1 + sigmas[0] ** 2).sqrt()
+    prompts: list[Conditioning]
     if name == "constant":
-        uncond, cond = (Constant(TextFeatures(tokens)) for tokens in constant_tokens(setting, tsc))
+        prompts = [Constant(TextFeatures(tokens)) for tokens in constant_tokens(setting, tsc)]
     else:
-        rows = text(setting, tsc, flexible=name == "ELLA flexible")
-        uncond, cond = (ELLA(tsc, padded(part)) for part in (rows[:1], rows[1:]))  # type: ignore[assignment]
+        rows = [TextFeatures(row) for row in text(setting, tsc, flexible=name == "ELLA flexible")]
+        prompts = [ELLA(tsc, TextFeatures(*pile(part))) for part in (rows[:1], rows[1:])]
+    uncond, cond = prompts
     args = {"cond": cond, "uncond": uncond, "cond_scale": SCALE}
     return lambda: sample(denoiser, x, sigmas, extra_args=args, disable=True)
 
@@ -191,14 +189,6 @@ def text(setting: Setting, tsc: TSC, flexible: bool) -> list[Tensor]:
     generator = torch.Generator().manual_seed(2)
     made = (torch.randn(1, length, tsc.input_dim, generator=generator) for length in lengths)
     return [x.to(setting.device, setting.dtype) for x in made]
-
-
-def padded(rows: list[Tensor]) -> TextFeatures:
-    """Prompts of several lengths as one batch, with the mask that says which tokens are real."""
-    lengths = torch.tensor([row.shape[1] for row in rows], device=rows[0].device)
-    tokens = nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
-    mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    return TextFeatures(tokens, None if len({*lengths.tolist()}) == 1 else mask)
 
 
 def constant_tokens(setting: Setting, tsc: TSC) -> tuple[Tensor, Tensor]:

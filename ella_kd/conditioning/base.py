@@ -1,12 +1,11 @@
 """What a conditioning is, and the two that are not made of others: constant tokens, and a prompt seen through ELLA."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ella_kd.models.text import TextFeatures
@@ -160,28 +159,6 @@ def to_batch(x: Tensor, batch: int) -> Tensor:
         raise ValueError(f"the conditioning has {len(x)} rows and the batch {batch}: give one row, or one per sample "
                          "(conditioning.repeat(n) makes n samples of each prompt)")
     return x.expand(batch, *x.shape[1:])
-
-
-def mask_of(x: Context | TextFeatures) -> Tensor:
-    """The mask [B, L], all True where it is None."""
-    return torch.ones(x.tokens.shape[:2], dtype=torch.bool, device=x.tokens.device) if x.mask is None else x.mask
-
-
-def pile(parts: Sequence[Context] | Sequence[TextFeatures]) -> tuple[Tensor, Tensor | None]:
-    """All rows, one part under the other, shorter tokens padded and masked; the mask is None if nothing needs one.
-
-    Masked, because an unmasked zero key still takes its share of the softmax.
-    """
-    widths = {part.tokens.shape[2] for part in parts if part.tokens.shape[1]}
-    if len(widths) > 1:
-        raise ValueError(f"conditionings of one UNet need tokens of one width, got "
-                         f"{[part.tokens.shape[2] for part in parts]}")
-    longest, width = max(part.tokens.shape[1] for part in parts), max(widths, default=0)
-    tokens = torch.cat([F.pad(part.tokens, (0, width - part.tokens.shape[2], 0, longest - part.tokens.shape[1]))
-                        for part in parts])
-    if all(part.mask is None and part.tokens.shape[1] == longest for part in parts):
-        return tokens, None
-    return tokens, torch.cat([F.pad(mask_of(part), (0, longest - part.tokens.shape[1])) for part in parts])
 
 
 def _all_rows(features: TextFeatures) -> Tensor:

@@ -10,8 +10,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ella_kd.conditioning.base import Conditioning, Context, Levels, Map, mask_of, pile, to_batch
+from ella_kd.conditioning.base import Conditioning, Context, Levels, Map, to_batch
 from ella_kd.models.text import TextFeatures
+from ella_kd.models.tokens import mask_of, pile
 
 
 class Combination(Conditioning):

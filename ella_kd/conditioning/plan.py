@@ -7,8 +7,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ella_kd.conditioning.base import ELLA, Conditioning, Context, pile, to_batch
+from ella_kd.conditioning.base import ELLA, Conditioning, Context, to_batch
 from ella_kd.conditioning.compose import Composition
+from ella_kd.models.tokens import pile
 from ella_kd.models.tsc import TSC
 
 T = TypeVar("T", Conditioning, Composition, Conditioning | Composition)

@@ -9,8 +9,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ella_kd.conditioning.base import Conditioning, Context, Levels, above, pile
+from ella_kd.conditioning.base import Conditioning, Context, Levels, above
 from ella_kd.conditioning.combine import Combination, pile_channels
+from ella_kd.models.tokens import pile
 
 
 class Switch(Combination):
