@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ella_kd.models.layers import Shapes, count_of, shape_of
-from ella_kd.models.noise_schedule import NoiseSchedule, Prediction
+from ella_kd.models.noise_schedule import NoiseSchedule, PredictionType
 from ella_kd.models.text import CLIPTextEncoder, default_dtype, load_tokenizer
 from ella_kd.models.tsc import TSC
 from ella_kd.models.unet import UNet, UNetConfig
@@ -58,7 +58,7 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
-                    clip_tokenizer: str | Path | None = None, prediction: Prediction | None = None) -> Checkpoint:
+                    clip_tokenizer: str | Path | None = None, prediction: PredictionType | None = None) -> Checkpoint:
     """Read a Stable Diffusion 1.x single file (`model.diffusion_model.*`, `first_stage_model.*`, `cond_stage_model.*`).
 
     dtype None: fp32 on a CPU, fp16 elsewhere, whatever the file holds. clip_tokenizer: a tokenizer folder.
@@ -235,7 +235,7 @@ def _config(metadata: Mapping[str, str], path: str | Path) -> dict[str, Any]:
     return config
 
 
-def _prediction(metadata: Mapping[str, str], path: str | Path) -> Prediction:
+def _prediction(metadata: Mapping[str, str], path: str | Path) -> PredictionType:
     said = metadata.get(PREDICTION, "epsilon")
     if said == "epsilon":
         return "eps"
@@ -244,7 +244,7 @@ def _prediction(metadata: Mapping[str, str], path: str | Path) -> Prediction:
     raise ValueError(f'{path} says {PREDICTION} = {said!r}, known are "epsilon" and "v": pass prediction="eps" or "v"')
 
 
-def _noise_schedule(table: Tensor | None, prediction: Prediction) -> NoiseSchedule:
+def _noise_schedule(table: Tensor | None, prediction: PredictionType) -> NoiseSchedule:
     """The file's own schedule, if it differs from Stable Diffusion's by more than rounding.
 
     Files carry the table in fp32, pruned ones in fp16, where sigma_min is off by 15 %: the exact one replaces both.

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from ella_kd.models.context import pile
 from ella_kd.models.features import FeatureMode, load_features, save_features
 from ella_kd.models.text import T5TextEncoder, TextFeatures
-from ella_kd.models.tokens import pile
 
 
 class FeatureCache:
