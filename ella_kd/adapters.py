@@ -5,8 +5,8 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
+from ella_kd.models.attention import check_mask, log_weights
 from ella_kd.models.context import Context
-from ella_kd.models.layers import check_mask, log_weights
 from ella_kd.models.network import Levels, Patches, refuse_patches
 
 

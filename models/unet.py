@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from ella_kd.models.blocks import Downsample, ResBlock, SpatialTransformer, Stage, Upsample
 from ella_kd.models.context import Context
-from ella_kd.models.layers import Shapes, count_of, shape_of, timestep_embedding, zero_init
 from ella_kd.models.network import Levels, Patches
+from ella_kd.models.parameters import zero_init
+from ella_kd.models.shapes import Shapes, count_of, shape_of
+from ella_kd.models.timestep import timestep_embedding
 
 
 @dataclass(frozen=True)
