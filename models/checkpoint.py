@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ella_kd.files import write_safetensors
 from ella_kd.models.layers import Shapes, count_of, shape_of
 from ella_kd.models.noise_schedule import NoiseSchedule, Prediction
 from ella_kd.models.text import CLIPTextEncoder, default_dtype, load_tokenizer
@@ -258,14 +258,6 @@ def _noise_schedule(table: Tensor | None, prediction: Prediction) -> NoiseSchedu
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a .safetensors file that appears whole or not at all."""
-    path = Path(path)
-    if path.suffix != ".safetensors":
+    if Path(path).suffix != ".safetensors":
         raise ValueError(f"tensors are written as .safetensors, got {path}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} to")
-    part = path.with_name(path.name + ".part")
-    try:
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, part, dict(metadata))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_safetensors(path, tensors, metadata)
