@@ -10,6 +10,17 @@ _WEIGHT = re.compile(r"(?<!\\):\s*(?P<number>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))\
 _WILDCARD = re.compile(r"__(?P<name>\w(?:[\w/-]*?\w)?)__")
 
 
+def check_text(name: str, text: object) -> str:
+    """A text that can be encoded and kept. TypeError for another type, ValueError for broken UTF-8."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a string, got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {name} is not valid UTF-8 text, at character {error.start}: {text[:60]!a}") from error
+    return text
+
+
 def split_and(prompt: str) -> list[tuple[str, float]]:
     r"""The prompts between `AND`s and their weights: "a cat AND a dog :0.7" -> [("a cat", 1.0), ("a dog", 0.7)].
 
