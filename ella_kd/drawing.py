@@ -1,6 +1,7 @@
 """Encoded prompts to pictures: denoiser, guidance, sampler and decoder put together."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -11,12 +12,12 @@ from torch import Tensor
 
 from ella_kd.conditioning import Composition, Conditioning
 from ella_kd.denoiser import Condition
-from ella_kd.guidance import Guidance
+from ella_kd.guidance import CFG, Guidance
 from ella_kd.images import to_images
 from ella_kd.models import TextFeatures
 from ella_kd.pipeline import Pipeline
-from ella_kd.request import SCALE, Request, seed_number, whole
-from ella_kd.samplers import get_sampler, get_schedule, randn
+from ella_kd.request import SCALE, Request, method_named, seed_number, whole
+from ella_kd.samplers import SAMPLERS, get_schedule, randn
 
 OTHER_WORDS = {"scale": "guidance", "cond_scale": "guidance", "cfg_scale": "guidance", "negative": "uncond",
                "prompt": "cond", "num_inference_steps": "steps", "guidance_scale": "guidance"}
@@ -53,7 +54,8 @@ def draw(
     Raises ValueError or TypeError for an argument that cannot be met, and ValueError if a network returns NaN.
     """
     refuse_unknown(draw, conditions, OTHER_WORDS, _is_condition)
-    sample, given, rule = get_sampler(sampler).function, start_given(noise, latents), guidance
+    sampler, schedule = method_named(sampler, schedule)
+    rule, given = plain_scale(guidance, SAMPLERS[sampler].cfg_pp), start_given(noise, latents)
     rows = seed_rows(seeds, None if given is None else len(given))
     shape = latent_shape(pipeline, width, height, len(rows), given)
     denoiser = pipeline.denoiser(rule if isinstance(rule, Guidance) else None)
@@ -65,9 +67,30 @@ def draw(
     sigmas = sigmas.to(pipeline.device)
     if latents is None:
         latents = (randn(shape, rows) if noise is None else noise).to(pipeline.device) * sigmas[0]
+    sample = SAMPLERS[sampler].function
     latents = sample(denoiser, latents.to(pipeline.device), sigmas, extra_args=extra_args, callback=callback,
                      disable=not progress, seeds=rows)
     return to_images(pipeline.vae.decode(latents.to(pipeline.vae.dtype)))
+
+
+def plain_scale(guidance: Guidance | float, cfg_pp: bool) -> Guidance | float:
+    """The scale of `CFG(7.0)`, which is the same as 7.0; other rules as they are, and a warning where CFG++ would take
+    their scale for lambda."""
+    if type(guidance) is CFG and isinstance(guidance.scale, float):
+        return guidance.scale
+    scale = innermost_scale(guidance) if isinstance(guidance, Guidance) else None
+    if cfg_pp and scale is not None and scale > 2:
+        warnings.warn(f"with CFG++ the rule's scale is lambda, usually 0 to 1; {guidance} has {scale:g} (a plain "
+                      "guidance scale, perhaps?)", stacklevel=4)
+    return guidance
+
+
+def innermost_scale(rule: Guidance) -> float | None:
+    """The scale that a nest of rules starts from, if it is one number."""
+    while isinstance(base := getattr(rule, "base", None), Guidance):
+        rule = base
+    found = getattr(rule, "scale", None)
+    return float(found) if isinstance(found, (int, float)) else None
 
 
 def start_given(noise: Tensor | None, latents: Tensor | None) -> Tensor | None:

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ella_kd.conditioning import And, Concat, Conditioning
+from ella_kd.conditioning import And, Concat, Conditioning, Switch
 from ella_kd.denoiser import Condition
-from ella_kd.drawing import draw, picture_size, refuse_unknown, seed_rows
+from ella_kd.drawing import draw, innermost_scale, picture_size, refuse_unknown, seed_rows
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import parse
 from ella_kd.images import Picture
 from ella_kd.pipeline import Pipeline
+from ella_kd.prompt_editing import edits
 from ella_kd.prompts import expand_wildcards, split_and
 from ella_kd.request import SCALE, Mode, Request, whole
+from ella_kd.samplers import get_schedule
 
 OTHER_WORDS = {"cfg_scale": "scale", "cond_scale": "scale", "guidance_scale": "scale", "num_inference_steps": "steps",
                "uncond": "negative"}
@@ -52,9 +54,10 @@ def generate(
     mode: how the text reaches the UNet: "flexible", ELLA on the prompt's own T5 tokens; "fixed", ELLA on 128 of them,
     padded or cut, as it was trained; "clip", CLIP and no ELLA. negative: one for all prompts, or a sequence of one for
     each. negative_mode: how it is read, if not as the prompt ("clip": ELLA for the prompt alone). tags: a text for CLIP
-    whose tokens follow ELLA's (trigger words, styles). syntax: read `(phrase:1.3)`, `[phrase]` and `AND` in prompts,
-    the weights in tags and negative too. wildcards: a folder of text files; `__name__` in a prompt becomes a line of
-    name.txt, chosen by the picture's seed. clip_skip: the layer of CLIP, counted from the last, 1.
+    whose tokens follow ELLA's (trigger words, styles). syntax: read `(phrase:1.3)`, `[phrase]`, `[from:to:when]` and
+    `[a|b]` in every text, and `AND` in prompts, as A1111's web UI does (`ella_kd.models.emphasis`, `.prompt_editing`).
+    wildcards: a folder of text files; `__name__` in a prompt becomes a line of name.txt, chosen by the picture's seed.
+    clip_skip: the layer of CLIP, counted from the last, 1.
     sampler, schedule: names in `ella_kd.samplers.SAMPLERS` and `SCHEDULES`. scale: of classifier-free guidance; lambda
     for a sampler in `_cfg_pp`. guidance: a rule in its place, `Rescale(CFG(7), 0.7)`, or its text.
     width, height: pixels; by default the size the model was trained on. seeds: a number s gives every prompt the seeds
@@ -69,18 +72,19 @@ def generate(
     refuse_unknown(generate, unknown, OTHER_WORDS)
     width, height = picture_size(pipeline, width, height)
     rule = parse(guidance) if isinstance(guidance, str) else guidance
+    number = scale if rule is None else innermost_scale(rule)
     requests = [
-        Request(prompt, negative, mode, sampler, schedule, steps, _scale(rule, scale), seed, width, height,
-                pipeline.name, guidance="" if rule is None else repr(rule), negative_mode=negative_mode, tags=tags,
-                syntax=syntax, clip_skip=clip_skip, dtype=str(pipeline.dtype).removeprefix("torch."))
+        Request(prompt, negative, mode, sampler, schedule, steps, number, seed, width, height, pipeline.name,
+                guidance="" if rule is None else repr(rule), negative_mode=negative_mode, tags=tags, syntax=syntax,
+                clip_skip=clip_skip, dtype=str(pipeline.dtype).removeprefix("torch."))
         for prompt, negative, seed in rows(prompts, negative, seeds, whole("count", count), wildcards)
     ]
+    sigmas = get_schedule(requests[0].schedule).sigmas(requests[0].steps, pipeline.denoiser()).tolist()
 
     def encode(texts: Sequence[str], mode: Mode, extra: str | None) -> Conditioning:
-        encoded = pipeline.encode(texts, mode, weighted=syntax, clip_skip=clip_skip)
-        if extra is None:
-            return encoded
-        return Concat(encoded, pipeline.encode(extra, "clip", weighted=syntax, clip_skip=clip_skip))
+        encoded = _over_steps(texts, lambda t: pipeline.encode(t, mode, weighted=syntax, clip_skip=clip_skip),
+                              sigmas if syntax else None)
+        return encoded if extra is None else Concat(encoded, encode([extra], "clip", None))
 
     # ELLA's tokens of "" and CLIP's of "" stand against ELLA's and the tags': the same kinds on both sides.
     no_tags = "" if tags is not None and requests[0].negative_mode is None else None
@@ -99,14 +103,14 @@ def generate(
             _condition([r.prompt for r in batch], lambda texts: encode(texts, mode, tags), syntax),
             uncond=unconds[negatives],
             guidance=scale if rule is None else rule,
-            sampler=sampler,
-            schedule=schedule,
-            steps=steps,
+            sampler=requests[0].sampler,
+            schedule=requests[0].schedule,
+            steps=requests[0].steps,
             width=width,
             height=height,
             seeds=[r.seed for r in batch],
             callback=callback,
-            progress=progress and len(batches) == 1,
+            progress=progress,
         )
         pictures += [Picture(image, r) for image, r in zip(images, batch, strict=True)]
     return pictures
@@ -138,20 +142,24 @@ def _condition(prompts: Sequence[str], encode: Callable[[Sequence[str]], Conditi
     return And(*((encode([text for text, _ in term]), term[0][1]) for term in terms))
 
 
+def _over_steps(texts: Sequence[str], encode: Callable[[Sequence[str]], Conditioning],
+                sigmas: Sequence[float] | None) -> Conditioning:
+    """Texts encoded, one row each; with the sigmas of a run, those that change from step to step as a switch."""
+    if sigmas is None:
+        return encode(texts)
+    steps = list(zip(*(edits(text, len(sigmas) - 1) for text in texts), strict=True))
+    starts = [i for i, said in enumerate(steps) if i == 0 or said != steps[i - 1]]
+    encoded = {said: encode(said) for said in dict.fromkeys(steps)}
+    parts = [encoded[steps[i]] for i in starts]
+    return parts[0] if len(parts) == 1 else Switch(*parts, at=[sigmas[i] for i in starts[1:]])
+
+
 def _weights(prompt: str) -> tuple[float, ...]:
     return tuple(weight for _, weight in split_and(prompt))
 
 
 def _chunks(requests: list[Request], size: int) -> list[list[Request]]:
     return [requests[i : i + size] for i in range(0, len(requests), size)]
-
-
-def _scale(rule: Guidance | None, scale: float) -> float | None:
-    """The scale that a picture's request names: that of the innermost rule, if it is a number."""
-    while rule is not None and isinstance(base := getattr(rule, "base", None), Guidance):
-        rule = base
-    found = scale if rule is None else getattr(rule, "scale", None)
-    return found if rule is None or isinstance(found, (int, float)) else None
 
 
 def _seeds(seeds: int | Sequence[int] | None, prompts: int, count: int) -> list[int]:

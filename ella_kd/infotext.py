@@ -10,34 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# The labels by which the web UI knows these methods; what it does not know keeps our name.
-SAMPLERS = {
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "heun": "Heun",
-    "dpm_2": "DPM2",
-    "dpmpp_2s_ancestral": "DPM++ 2S a",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpm_2_ancestral": "DPM2 a",
-    "lms": "LMS",
-    "dpmpp_sde": "DPM++ SDE",
-    "dpmpp_3m_sde": "DPM++ 3M SDE",
-    "restart": "Restart",
-    "lcm": "LCM",
-    "ddim": "DDIM",
-    "uni_pc": "UniPC",
-}
-SCHEDULES = {
-    "karras": "Karras",
-    "exponential": "Exponential",
-    "polyexponential": "Polyexponential",
-    "sgm_uniform": "SGM Uniform",
-    "simple": "Simple",
-    "normal": "Normal",
-    "beta": "Beta",
-    "ays": "Align Your Steps",
-}
+from ella_kd.samplers.names import a1111_sampler, a1111_schedule, sampler_named, schedule_named
+from ella_kd.samplers.tables import COMPATIBLE_SCHEDULES
+
 # What the web UI's schedule type "Automatic" is: of these samplers this one, of the others "normal".
 AUTOMATIC = {
     **dict.fromkeys(("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_ancestral", "dpm_2", "dpm_2_ancestral", "restart"), "karras"),
@@ -50,8 +25,8 @@ def write(values: Mapping[str, Any]) -> str:
     """The text of a request's fields."""
     given = {
         "Steps": values["steps"],
-        "Sampler": SAMPLERS.get(values["sampler"], values["sampler"]),
-        "Schedule type": SCHEDULES.get(values["schedule"], values["schedule"]),
+        "Sampler": a1111_sampler(values["sampler"]),
+        "Schedule type": a1111_schedule(values["schedule"]),
         "CFG scale": None if values["scale"] is None else f"{values['scale']:g}",
         "Seed": values["seed"],
         "Size": f"{values['width']}x{values['height']}" if values["width"] and values["height"] else None,
@@ -94,10 +69,14 @@ def read(text: str) -> tuple[dict[str, Any], list[str]]:
     found["mode"] = given.pop("ELLA", "clip")
     found["syntax"] = given.pop("ELLA syntax", "" if ours else "on") == "on"
     if "Sampler" in given:
-        found["sampler"], schedule = _sampler(given.pop("Sampler"))
-        automatic = AUTOMATIC.get(found["sampler"], "normal")
+        found["sampler"], schedule = sampler_named(given.pop("Sampler"))
         label = given.pop("Schedule type", schedule or "Automatic")
-        found["schedule"] = automatic if label == "Automatic" else _named(SCHEDULES, label)
+        if label == "Automatic":
+            found["schedule"] = AUTOMATIC.get(found["sampler"], "normal")
+        else:
+            name = schedule_named(label)
+            theirs = f"{name}_a1111"  # the curve that the web UI means by this label, where it is not ours
+            found["schedule"] = theirs if not ours and theirs in COMPATIBLE_SCHEDULES else name
     if "Size" in given and re.fullmatch(r"\d+x\d+", given["Size"]):
         found["width"], found["height"] = map(int, given.pop("Size").split("x"))
     for key, name, kind in (("Steps", "steps", int), ("CFG scale", "scale", float), ("Seed", "seed", int),
@@ -108,19 +87,6 @@ def read(text: str) -> tuple[dict[str, Any], list[str]]:
     if "CFG scale" not in text and found.get("guidance"):
         found["scale"] = None
     return found, [f"{key}: {value}" for key, value in given.items()]
-
-
-def _sampler(label: str) -> tuple[str, str | None]:
-    """Our name of a sampler, and the schedule that the label ends in, as those of older versions do."""
-    for schedule in SCHEDULES.values():
-        bare = label.removesuffix(f" {schedule}")
-        if bare != label and bare in SAMPLERS.values():
-            return _named(SAMPLERS, bare), schedule
-    return _named(SAMPLERS, label), None
-
-
-def _named(labels: Mapping[str, str], label: str) -> str:
-    return next((name for name, known in labels.items() if known.lower() == label.lower()), label)
 
 
 def _quoted(value: str) -> str:

@@ -16,8 +16,10 @@ from typing import Any, Literal
 from PIL import Image, UnidentifiedImageError
 
 from ella_kd import infotext
-from ella_kd.prompts import check_text
-from ella_kd.samplers import get_sampler, get_schedule
+from ella_kd.models import emphasis
+from ella_kd.prompt_editing import edits
+from ella_kd.prompts import check_text, split_and
+from ella_kd.samplers.names import sampler_named, schedule_named
 
 Mode = Literal["flexible", "fixed", "clip", "plain"]
 MODES: tuple[Mode, ...] = ("flexible", "fixed", "clip")  # "plain" is an older word for "clip", taken everywhere
@@ -92,10 +94,16 @@ class Request:
         self._set("mode", mode_named(self.mode))
         negative_mode = None if self.negative_mode in (None, "") else mode_named(self.negative_mode)
         self._set("negative_mode", None if negative_mode == self.mode else negative_mode)
-        self._set("sampler", get_sampler(self.sampler).name)
-        self._set("schedule", get_schedule(self.schedule).name)
+        sampler, schedule = method_named(self.sampler, self.schedule)
+        self._set("sampler", sampler)
+        self._set("schedule", schedule)
         if self.scale is not None:
             self._set("scale", _number("scale", self.scale))
+
+        if self.syntax:
+            for text in (*(text for text, _ in split_and(self.prompt)), self.negative, self.tags or ""):
+                for said in set(edits(text, self.steps)):
+                    emphasis.parse(said)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -174,6 +182,18 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     Warns and raises as `Request.from_png` does, whose value also names the model and its dtype.
     """
     return Request.from_png(path).arguments()
+
+
+def method_named(sampler: str, schedule: str) -> tuple[str, str]:
+    """Our names of a sampler and a schedule, of "DPM++ 2M Karras" too. ValueError for unknown ones, the nearest named.
+    """
+    name, said = sampler_named(sampler)
+    schedule = schedule_named(schedule)
+    if said in (None, schedule):
+        return name, schedule
+    if schedule != Request.schedule:  # not the default
+        raise ValueError(f"the sampler {sampler!r} says schedule {said!r}, and the schedule is {schedule!r}: give one")
+    return name, said
 
 
 def whole(name: str, number: object, least: int = 1) -> int:
