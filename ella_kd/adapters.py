@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ella_kd.models.layers import check_mask, log_weights
+from ella_kd.models.attention import check_mask, log_weights
 
 
 class DiffusersUNet(nn.Module):

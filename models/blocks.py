@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ella_kd.models.layers import attend, zero_init
+from ella_kd.models.attention import attend
+from ella_kd.models.parameters import zero_init
 
 if TYPE_CHECKING:
     from ella_kd.models.patches import Patch

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ella_kd.files import write_safetensors
-from ella_kd.models.layers import Shapes, count_of, shape_of
 from ella_kd.models.noise_schedule import NoiseSchedule, Prediction
+from ella_kd.models.shapes import Shapes, count_of, shape_of
 from ella_kd.models.text import CLIPTextEncoder, default_dtype, load_tokenizer
 from ella_kd.models.tsc import TSC
 from ella_kd.models.unet import UNet, UNetConfig

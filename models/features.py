@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ella_kd.models.attention import check_mask
 from ella_kd.models.checkpoint import read_tensors, write_tensors
-from ella_kd.models.layers import check_mask
 from ella_kd.models.text import TextFeatures
 
 FeatureMode = Literal["flexible", "fixed", "clip"]

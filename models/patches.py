@@ -23,8 +23,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ella_kd.models.attention import attend
 from ella_kd.models.blocks import Attention, TransformerBlock
-from ella_kd.models.layers import attend
 
 
 class Patch(ABC):

@@ -24,7 +24,7 @@ class TextFeatures:
     """What a text encoder says about prompts: tokens [B, L, D] and which of them are seen, and how strongly.
 
     mask [B, L]: bool, True at positions that are seen; or floats >= 0, the factor by which the attention to a position
-    is multiplied (0 unseen, 1 plain; see `ella_kd.models.layers.attend`). None: every position is seen.
+    is multiplied (0 unseen, 1 plain; see `ella_kd.models.attention.attend`). None: every position is seen.
     """
 
     tokens: Tensor

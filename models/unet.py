@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ella_kd.models.blocks import Downsample, Patches, ResBlock, SpatialTransformer, Stage, Upsample
-from ella_kd.models.layers import Shapes, count_of, shape_of, timestep_embedding, zero_init
+from ella_kd.models.parameters import zero_init
+from ella_kd.models.shapes import Shapes, count_of, shape_of
+from ella_kd.models.timestep import timestep_embedding
 
 
 @dataclass(frozen=True)
