@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ella_kd.models.attention import check_mask
 from ella_kd.models.emphasis import Piece, chunks, parse
 
 if TYPE_CHECKING:  # transformers takes seconds to import: it is loaded when a text encoder is
@@ -29,6 +30,15 @@ class TextFeatures:
 
     tokens: Tensor
     mask: Tensor | None = None
+
+
+def check_features(features: TextFeatures) -> None:
+    """Raises ValueError unless tokens are floats [B, L, D], none of the three 0, and the mask fits (`check_mask`)."""
+    tokens = features.tokens
+    if tokens.ndim != 3 or 0 in tokens.shape or not tokens.is_floating_point():
+        raise ValueError("text features must be floats [B, L, D] with B and L at least 1, got "
+                         f"{tokens.dtype} {list(tokens.shape)}")
+    check_mask(features.mask, tokens)
 
 
 class T5TextEncoder:
