@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ella_kd.files import write_safetensors
+from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.noise_schedule import NoiseSchedule, Prediction
 from ella_kd.models.shapes import Shapes, count_of, shape_of
-from ella_kd.models.text import CLIPTextEncoder, default_dtype, load_tokenizer
+from ella_kd.models.text import CLIPTextEncoder, load_tokenizer
 from ella_kd.models.tsc import TSC
 from ella_kd.models.unet import UNet, UNetConfig
 from ella_kd.models.vae import AutoencoderKL, VAEConfig
@@ -57,7 +58,7 @@ class Checkpoint:
         return CLIPTextEncoder(self.text_model, self.clip_tokenizer)
 
 
-def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
+def load_checkpoint(path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu",
                     clip_tokenizer: str | Path | None = None, prediction: Prediction | None = None) -> Checkpoint:
     """Read a Stable Diffusion 1.x single file (`model.diffusion_model.*`, `first_stage_model.*`, `cond_stage_model.*`).
 
@@ -65,6 +66,8 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, devic
     prediction: what the network returns, "eps" or "v"; None: as the file's metadata says, else "eps".
     Raises FileNotFoundError, or ValueError naming the first tensors that are missing, extra or misshapen.
     """
+    device = check_device(device)
+    dtype = check_dtype(dtype, device)
     tokenizer = None if clip_tokenizer is None else load_tokenizer(clip_tokenizer, "CLIP")
     tensors, metadata = read_tensors(path)
     config = _config(metadata, path)
@@ -82,7 +85,6 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, devic
                 for name, x in model.state_dict().items()}
     _refuse(expected, {prefix + name: x.shape for prefix in groups for name, x in groups[prefix].items()} | extra, path)
 
-    dtype = dtype or default_dtype(device)
     _assign(unet, groups[UNET], dtype, device)
     _assign(vae, groups[VAE], dtype, device)
     _assign(text_model, {clip_names[name]: x for name, x in groups[CLIP].items()}, dtype, device)
@@ -112,18 +114,20 @@ def save_checkpoint(path: str | Path, unet: UNet, vae: AutoencoderKL, text_model
                                   CONFIG: json.dumps(config), **(metadata or {})})
 
 
-def load_tsc(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> TSC:
+def load_tsc(path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> TSC:
     """Read a connector, such as `ella-sd1.5-tsc-t5xl.safetensors`, in eval mode and without gradients.
 
     dtype None: fp32 on a CPU, fp16 elsewhere. The heads are not in the shapes: the file's metadata, else 8.
     Raises FileNotFoundError, or ValueError naming the first tensors that are missing, extra or misshapen.
     """
+    device = check_device(device)
+    dtype = check_dtype(dtype, device)
     tensors, metadata = read_tensors(path)
     heads = _config(metadata, path).get("heads", 8)
     with torch.device("meta"):
         tsc = _build(lambda shapes: TSC(**TSC.arguments_from_shapes(shapes), heads=heads), tensors, "", path)
     _refuse({name: x.shape for name, x in tsc.state_dict().items()}, _shapes(tensors), path)
-    _assign(tsc, tensors, dtype or default_dtype(device), device)
+    _assign(tsc, tensors, dtype, device)
     return tsc
 
 
@@ -220,7 +224,7 @@ def _refuse(expected: Shapes, got: Shapes, path: str | Path) -> None:
         raise ValueError(f"{path} is not what this loads:\n  " + "\n  ".join(problems[:5]) + more)
 
 
-def _assign(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str | torch.device) -> None:
+def _assign(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
     model.load_state_dict({name: x.to(device, dtype) for name, x in tensors.items()}, assign=True)
     model.eval().requires_grad_(False)
 

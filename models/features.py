@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ella_kd.models.checkpoint import read_tensors, write_tensors
+from ella_kd.models.devices import check_device
 from ella_kd.models.text import TextFeatures, check_features
 
 FeatureMode = Literal["flexible", "fixed", "clip"]
@@ -64,6 +65,7 @@ def load_features(path: str | Path, *, device: str | torch.device = "cpu") -> Sa
 
     Raises FileNotFoundError, or ValueError for any file that is not exactly what `save_features` writes.
     """
+    device = check_device(device)
     if not Path(path).is_file():
         raise FileNotFoundError(f"no features at {path}")
     tensors, metadata = read_tensors(path)
