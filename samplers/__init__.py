@@ -86,6 +86,14 @@ from ella_kd.samplers.functions_stochastic import (
 from ella_kd.samplers.heunpp import HeunPP2
 from ella_kd.samplers.lcm import LCM
 from ella_kd.samplers.lms import LMS
+from ella_kd.samplers.names import (
+    a1111_sampler,
+    a1111_schedule,
+    get_sampler,
+    get_schedule,
+    sampler_named,
+    schedule_named,
+)
 from ella_kd.samplers.noise import BrownianNoise, NormalNoise, randn
 from ella_kd.samplers.restart import Restart
 from ella_kd.samplers.saving import load_run, save_run
@@ -105,7 +113,7 @@ from ella_kd.samplers.second_order import DPM2, DPM2Ancestral, Heun
 from ella_kd.samplers.seeds import SEEDS2, SEEDS3
 from ella_kd.samplers.solver import Solver, Step
 from ella_kd.samplers.stochastic_multistep import ERSDE, SASolver, SASolverPECE
-from ella_kd.samplers.tables import SAMPLERS, SCHEDULES, Sampler, Schedule, get_sampler, get_schedule
+from ella_kd.samplers.tables import SAMPLERS, SCHEDULES, Sampler, Schedule
 from ella_kd.samplers.timestep_schedules import (
     get_sigmas_beta,
     get_sigmas_ddim_uniform,
@@ -154,6 +162,8 @@ __all__ = [
     "Solver",
     "Step",
     "UniPC",
+    "a1111_sampler",
+    "a1111_schedule",
     "get_sampler",
     "get_schedule",
     "get_sigmas_ays",
@@ -243,5 +253,7 @@ __all__ = [
     "sample_uni_pc_bh2",
     "sample_uni_pc_bh2_cfg_pp",
     "sample_uni_pc_cfg_pp",
+    "sampler_named",
     "save_run",
+    "schedule_named",
 ]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -206,23 +205,3 @@ COMPATIBLE_SCHEDULES: dict[str, Schedule] = {
     )
 }
 """What other programs mean by a name where `SCHEDULES` means something else; not all give n + 1 values, or end in 0."""
-
-Row = TypeVar("Row")
-
-
-def get_sampler(name: str) -> Sampler:
-    """The row of SAMPLERS of that name; ValueError names the nearest ones where there is none."""
-    return _lookup(SAMPLERS, name, "sampler")
-
-
-def get_schedule(name: str) -> Schedule:
-    """The row of SCHEDULES or COMPATIBLE_SCHEDULES of that name; ValueError names the nearest ones if there is none."""
-    return _lookup({**SCHEDULES, **COMPATIBLE_SCHEDULES}, name, "schedule")
-
-
-def _lookup(table: Mapping[str, Row], name: str, what: str) -> Row:
-    if name in table:
-        return table[name]
-    near = difflib.get_close_matches(str(name), table, n=3, cutoff=0.4)
-    advice = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(table)}"
-    raise ValueError(f"unknown {what} {name!r}: {advice}")

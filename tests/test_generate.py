@@ -204,7 +204,7 @@ def test_every_sampler_draws_on_every_schedule(pipeline: Pipeline, schedule: str
     ({"height": 19}, "multiples of 4 for this model, got 16x19: try 16x20"),
     ({"height": 0}, "height must be a whole number of at least 1, got 0"),
     ({"width": 16.0}, "width must be a whole number"),
-    ({"sampler": "dpmpp2m"}, "unknown sampler 'dpmpp2m': did you mean dpmpp_2m"),
+    ({"sampler": "dpmpp_2n"}, "unknown sampler 'dpmpp_2n': did you mean dpmpp_2m"),
     ({"schedule": "karas"}, "unknown schedule 'karas': did you mean karras"),
     ({"mode": "loose"}, "unknown mode 'loose': choose flexible, fixed, plain"),
     ({"seeds": [1, 2, 3]}, "expected 1, got 3"),
