@@ -192,7 +192,7 @@ def samplers() -> None:
     click.echo(f"{'SAMPLER':<32}{'FAMILY':<21}{'ORDER':<7}{'CALLS A STEP':<14}NOTES")
     for sampler in SAMPLERS.values():
         notes = ["adds noise"] * sampler.stochastic + ["CFG++: --scale is lambda, 0 to 1"] * sampler.cfg_pp
-        click.echo(f"{sampler.name:<32}{sampler.family:<21}{sampler.order:<7}{sampler.evals:<14}{'; '.join(notes)}")
+        click.echo(f"{sampler.name:<32}{sampler.family:<21}{sampler.order!s:<7}{sampler.evals!s:<14}{'; '.join(notes)}")
     click.echo(f"\n{'SCHEDULE':<32}STEPS ARE")
     for schedule in SCHEDULES.values():
         click.echo(f"{schedule.name:<32}{schedule.description}")

@@ -11,7 +11,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
-from ella_kd.samplers.tables import COMPATIBLE_SCHEDULES, SAMPLERS, SCHEDULES, Sampler, Schedule
+from ella_kd.samplers.registry import COMPATIBLE_SCHEDULES, SAMPLERS, SCHEDULES, Sampler, Schedule
+
+__all__ = [
+    "COMFYUI", "a1111_sampler", "a1111_schedule", "get_sampler", "get_schedule", "sampler_named", "schedule_named",
+]
 
 A1111_SAMPLERS = {
     "euler": "Euler",
@@ -49,6 +53,15 @@ A1111_SCHEDULES = {
 """The web UI's labels. Of two names with one label the first is read: ours; the web UI's own curve has `_a1111`."""
 
 _OLDER_LABELS = {"Uniform": "normal"}  # k-diffusion's own grid, once the only one
+
+COMFYUI = {
+    name.replace("_paper", "").replace("_comfyui", ""): SAMPLERS[name].function
+    for name in (
+        "euler_cfg_pp", "euler_ancestral_cfg_pp", "dpmpp_2s_ancestral_cfg_pp", "dpmpp_2m_paper_cfg_pp",
+        "res_multistep_comfyui_cfg_pp", "gradient_estimation_cfg_pp",
+    )
+}
+"""ComfyUI's CFG++ samplers by its names, with its meaning; its cfg is cond_scale, lambda."""
 
 
 def get_sampler(name: str) -> Sampler:
