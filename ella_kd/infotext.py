@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ella_kd.samplers.names import a1111_sampler, a1111_schedule, sampler_named, schedule_named
-from ella_kd.samplers.tables import COMPATIBLE_SCHEDULES
+from ella_kd.samplers.registry import COMPATIBLE_SCHEDULES
 
 # What the web UI's schedule type "Automatic" is: of these samplers this one, of the others "normal".
 AUTOMATIC = {
