@@ -66,22 +66,25 @@ class Point(NamedTuple):
 
 
 class Moments:
-    """One denoiser at the noise levels of a run: its network, its schedule's numbers, the conditions planned for it."""
+    """One denoiser at the noise levels of a run: its network, its schedule's numbers, the conditions planned for it.
 
-    def __init__(self, model: "LDMDenoiser", levels: Levels, like: Tensor, plans: dict[tuple[float, ...], Plan],
-                 leaves: Iterable[Conditioning]) -> None:
+    together: the levels are those of one call's rows, rather than of one call after another.
+    """
+
+    def __init__(self, model: "LDMDenoiser", levels: Levels, together: bool, like: Tensor,
+                 plans: dict[tuple[float, ...], Plan], leaves: Iterable[Conditioning]) -> None:
         self.network = as_network(model.inner_model)
         self.dtype = self.network.dtype or like.dtype
         sigma = torch.tensor(levels, dtype=like.dtype)  # on the CPU: nothing is read back from the device
         t = model.sigma_to_t(sigma)
         numbers = [c[:, None, None, None] for c in (sigma, *model.get_scalings(sigma))]
-        self.numbers = Point(*(c.to(like.device) for c in (*numbers, t)))
-        parts = zip(*(number.split(1) for number in self.numbers), strict=True)
-        self.points: dict[Levels, Point] = {
-            (level,): Point(*point) for level, point in zip(levels, parts, strict=True)}
+        rows = Point(*(c.to(like.device) for c in (*numbers, t)))
+        each = zip(*(number.split(1) for number in rows), strict=True)
+        self.points: dict[Levels, Point] = {levels: rows} if together else {
+            (level,): Point(*point) for level, point in zip(levels, each, strict=True)}
         times = tuple(t.tolist())
         if times not in plans:  # two denoisers of one schedule share it
-            plans[times] = Plan(levels, self.numbers.t, times)
+            plans[times] = Plan(levels, rows.t, times)
         self.plan = plans[times]
         self.seen: dict[Conditioning, Conditioning] = {}
         for leaf in leaves:
@@ -149,7 +152,7 @@ class BoundRun:
         answers: dict[Job, Tensor] = {}
         for jobs in work.calls:
             moments = self._at(jobs[0].model, levels)
-            point = moments.points.get(levels, moments.numbers)
+            point = moments.points[levels]
             n, dtype, t = len(jobs), moments.dtype, point.t.expand(len(x))
             context = Context.stack([moments.context(job.cond, levels, t) for job in jobs])
             _check_seen(context)
@@ -174,13 +177,14 @@ class BoundRun:
 
     def _at(self, model: "LDMDenoiser", levels: Levels) -> Moments:
         """A denoiser's moments, which are made for all the planned levels or, where these are others, for them."""
-        wanted = self.planned if len(levels) == 1 and levels[0] in self.planned else levels
-        if wanted != self.current:
-            self._moments, self._plans, self.current = {}, {}, wanted
-        if model not in self._moments:
+        found = self._moments.get(model)
+        if found is None or levels not in found.points:
+            wanted = self.planned if len(levels) == 1 and levels[0] in self.planned else levels
+            if wanted != self.current:
+                self._moments, self._plans, self.current = {}, {}, wanted
             leaves = [leaf for condition in self.conditions.values() for leaf in condition.leaves()]
-            self._moments[model] = Moments(model, wanted, self.like, self._plans, leaves)
-        return self._moments[model]
+            found = self._moments[model] = Moments(model, wanted, wanted is levels, self.like, self._plans, leaves)
+        return found
 
     def _work(self, branches: Mapping[Branch, Patch | None], levels: Levels) -> Work:
         key = tuple(branches)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ella_kd.samplers.cfg_pp import CFGpp
 from ella_kd.samplers.checks import check_latents, check_sigmas
 from ella_kd.samplers.evaluations import Evaluations
-from ella_kd.samplers.model import Callback, Model, NoiseSampler, Record, bind
+from ella_kd.samplers.model import Callback, Model, NoiseSampler, Record, bind, rounded
 from ella_kd.samplers.noise import check_seeds, noise_grid, random_seeds
 from ella_kd.samplers.saving import save_run
 from ella_kd.samplers.solver import Noise, Solver, State, Step
@@ -90,9 +90,9 @@ class Run(Iterator[Record]):
                 f"cannot stop before step {self.stop}"
             )
         lambdas = None if guidance is None else guidance.lambdas(values, self._steps, extra_args or {})
-        evals = tuple(dict.fromkeys(sigma for step in self._steps for sigma in step.evals))
-        bound = bind(model, x, evals, guidance is not None, extra_args)
-        self._evaluate = Evaluations(bound, guidance, lambdas, callback, sigmas, values, self._steps, x.dtype)
+        levels = {sigma: rounded(sigma, x.dtype) for step in self._steps for sigma in step.evals}
+        bound = bind(model, x, tuple(dict.fromkeys(levels.values())), guidance is not None, extra_args)
+        self._evaluate = Evaluations(bound, levels, guidance, lambdas, callback, sigmas, values, self._steps)
         self._noise = _noise(solver, self._steps, x, sigmas, noise_sampler, self._kept)
         history = {key: value.to(x.device) for key, value in self._kept.items() if key not in RESERVED}
         self._kept = {key: value for key, value in self._kept.items() if key in RESERVED}

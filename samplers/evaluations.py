@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from ella_kd.samplers.cfg_pp import CFGpp
-from ella_kd.samplers.model import Bound, Callback, Record, check_answer, rounded
+from ella_kd.samplers.model import Bound, Callback, Record, check_answer
 from ella_kd.samplers.solver import Step
 
 
 class Evaluations:
-    """evaluate(x, sigma) of a run; tells the callback, and remembers D - U of each step's first for CFG++."""
+    """evaluate(x, sigma) of a run; tells the callback, and remembers D - U of each step's first for CFG++.
+
+    levels: the sigmas of all evaluations, each as x's dtype rounds it."""
 
     def __init__(
         self,
         bound: Bound,
+        levels: Mapping[float, float],
         cfg_pp: CFGpp | None,
         lambdas: list[tuple[float, float]] | None,
         callback: Callback | None,
         sigmas: Tensor,
         values: Sequence[float],
         steps: Sequence[Step],
-        dtype: torch.dtype,
     ) -> None:
-        self.bound, self.cfg_pp, self.lambdas = bound, cfg_pp, lambdas
+        self.bound, self.levels, self.cfg_pp, self.lambdas = bound, levels, cfg_pp, lambdas
         self.callback, self.sigmas, self.values, self.steps = callback, sigmas, values, steps
         self.before = list(accumulate((len(step.evals) for step in steps), initial=0))
-        self.levels = {sigma: rounded(sigma, dtype) for step in steps for sigma in step.evals}
         self.counts: list[tuple[int, float, Tensor]] = []  # (step, sigma, how many values are NaN or Inf)
         self.guidance: Tensor | None = None
 

@@ -148,8 +148,8 @@ def test_lift() -> None:
     (torch.ones(1, 3, FEATURES, dtype=torch.long), ValueError, "floats .*int64"),
     (noise(1, 3, 2048), ValueError, "width 12, got 2048"),
     (noise(3, 3, FEATURES), ValueError, r"has 3 rows and the batch 2: .*repeat\(n\)"),
-    (TextFeatures(noise(1, 3, FEATURES), torch.ones(1, 4, dtype=torch.bool)), ValueError, r"bool \[1, 3\].*\[1, 4\]"),
-    (TextFeatures(noise(1, 3, FEATURES), torch.ones(1, 3).int()), ValueError, "must be bool .*int32"),
+    (TextFeatures(noise(1, 3, FEATURES), torch.ones(1, 4, dtype=torch.bool)), ValueError, r"\[1, 3\], bool .*\[1, 4\]"),
+    (TextFeatures(noise(1, 3, FEATURES), torch.ones(1, 3).int()), ValueError, "mask must be .* bool .*int32"),
     (Constant(TextFeatures(noise(1, 3, 768))), ValueError, "24.*768"),
 ])
 def test_bad_conditions(cond: object, error: type[Exception], message: str) -> None:

@@ -137,8 +137,7 @@ def test_the_level_is_the_evaluations_sigma_in_every_stage() -> None:
 
     run(Noting(inner, CFG(0.6)), SAMPLERS["dpm_2"].function, conditions(inner))
     planned, *levels = seen
-    assert planned == SAMPLERS["dpm_2"].solver.eval_sigmas(SIGMAS)
-    assert levels == [float(torch.tensor(sigma)) for sigma in planned]
+    assert list(planned) == levels == torch.tensor(SAMPLERS["dpm_2"].solver.eval_sigmas(SIGMAS)).tolist()
 
 
 @pytest.mark.parametrize("rule", RULES, ids=IDS)

@@ -399,7 +399,7 @@ def test_bad_resumes(model: Pointwise) -> None:
 
 def test_another_method_goes_on_without_the_history(model: Pointwise) -> None:
     x, state = sample(DPMpp2M(), model, latents(), SIGMAS, ARGS, disable=True, stop=3)
-    with pytest.raises(ValueError, match=r"history \(denoised\) of DPMpp2M\(eta=0.0, .* got DPMpp2M\(eta=1.0"):
+    with pytest.raises(ValueError, match=r"history \(denoised_1\) of DPMpp2M\(eta=0.0, .* got DPMpp2M\(eta=1.0"):
         sample(DPMpp2M(eta=1.0), model, x, None, ARGS, disable=True, state=state)
     fresh, _ = sample(DPMpp2M(), model, x, SIGMAS[3:], ARGS, disable=True)
     other, _ = sample(DPMpp2M(solver_type="heun"), model, x, None, ARGS, disable=True, state=without_history(state))
