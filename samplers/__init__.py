@@ -11,12 +11,12 @@ generator). All return x at sigmas[-1] and raise what `ella_kd.samplers.driver.s
 from types import ModuleType
 
 from ella_kd.samplers.cfg_pp import CFGpp
-from ella_kd.samplers.driver import Interrupted, Run, sample, without_history
+from ella_kd.samplers.driver import Interrupted, Run, sample
 from ella_kd.samplers.model import Prediction, bind
 from ella_kd.samplers.noise import BrownianNoise, NormalNoise, randn
 from ella_kd.samplers.registry import *
-from ella_kd.samplers.saving import load_run, save_run
 from ella_kd.samplers.solver import Solver, Step
+from ella_kd.samplers.state import load_run, save_run, without_history
 
 # The order of the tables:
 from ella_kd.samplers.euler import *

@@ -7,8 +7,7 @@ once, and NaN or Inf from the model is counted on the device and read when a cal
 from __future__ import annotations
 
 import operator
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,10 @@ from tqdm.auto import tqdm
 
 from ella_kd.samplers.cfg_pp import CFGpp
 from ella_kd.samplers.checks import check_latents, check_sigmas
-from ella_kd.samplers.evaluations import Evaluations
-from ella_kd.samplers.model import Callback, Model, NoiseSampler, Record, bind, rounded
-from ella_kd.samplers.noise import check_seeds, noise_grid, random_seeds
-from ella_kd.samplers.saving import save_run
-from ella_kd.samplers.solver import Noise, Solver, State, Step
-
-RESERVED = ("sigmas", "step", "seeds", "like", "solver")  # the driver's own keys of a state; the rest is history
-
-__all__ = [
-    "Callback",
-    "Interrupted",
-    "Model",
-    "NoiseSampler",
-    "Record",
-    "Run",
-    "check_latents",
-    "check_sigmas",
-    "sample",
-]
+from ella_kd.samplers.model import Bound, Callback, Model, NoiseSampler, Record, bind, check_answer, rounded
+from ella_kd.samplers.noise import noise_of_steps
+from ella_kd.samplers.solver import Solver, State, Step
+from ella_kd.samplers.state import RESERVED, begin, save_run
 
 
 class Interrupted(KeyboardInterrupt):
@@ -80,7 +64,7 @@ class Run(Iterator[Record]):
             raise TypeError(f"extra_args must be a dict of keyword arguments for the model, got {extra_args!r}")
         if seeds is not None and noise_sampler is not None:
             raise ValueError("give seeds or a noise_sampler, not both: a noise_sampler has seeds of its own")
-        self._kept, sigmas, start = _begin(solver, x, sigmas, seeds, state)
+        self._kept, sigmas, start = begin(solver, x, sigmas, seeds, state)
         values = check_sigmas(sigmas, x.dtype)
         self._solver, self._steps = solver, solver.steps(values)
         self.stop = len(self._steps) if stop is None else operator.index(stop)
@@ -93,7 +77,7 @@ class Run(Iterator[Record]):
         levels = {sigma: rounded(sigma, x.dtype) for step in self._steps for sigma in step.evals}
         bound = bind(model, x, tuple(dict.fromkeys(levels.values())), guidance is not None, extra_args)
         self._evaluate = Evaluations(bound, levels, guidance, lambdas, callback, sigmas, values, self._steps)
-        self._noise = _noise(solver, self._steps, x, sigmas, noise_sampler, self._kept)
+        self._noise = noise_of_steps(solver, self._steps, x, sigmas, noise_sampler, self._kept)
         history = {key: value.to(x.device) for key, value in self._kept.items() if key not in RESERVED}
         self._kept = {key: value for key, value in self._kept.items() if key in RESERVED}
         self._at = start, x, history  # one assignment, so that an interrupt leaves the old step or the new one
@@ -203,78 +187,76 @@ def sample(
     return run.x, run.state
 
 
-def _begin(
-    solver: Solver, x: Tensor, sigmas: Tensor | None, seeds: Sequence[int] | None, state: State | None
-) -> tuple[State, Tensor, int]:
-    """The run's state, its whole schedule, and the step it starts at."""
-    name = re.sub(r" at 0x[0-9a-f]+", "", repr(solver))  # of a function the address, another in every process
-    own = {"like": x.new_empty((0, *x.shape)), "solver": torch.tensor(list(name.encode()), dtype=torch.uint8)}
-    if state is None:
-        if sigmas is None:
-            raise TypeError("sigmas is missing: a run starts from a schedule, or resumes from a state")
-        state, start = ({"sigmas": sigmas.detach().clone(), **own} if isinstance(sigmas, Tensor) else {}), 0
-    else:
-        if "sigmas" not in state or "step" not in state:
-            raise ValueError(f"not a run's state: expected the keys 'sigmas' and 'step', got {sorted(state)}")
-        if sigmas is not None:
-            raise ValueError("a resumed run keeps its own schedule: pass sigmas=None together with state")
-        if seeds is not None and "seeds" in state:
-            raise ValueError("a resumed run keeps its own seeds: pass seeds=None together with state")
-        _check_resumed(state, own)
-        state, sigmas, start = {**state, **own}, state["sigmas"], int(state["step"])
-    if seeds is not None:
-        state["seeds"] = torch.tensor(check_seeds(seeds, len(x)))
-    return state, sigmas, start
+class Evaluations:
+    """evaluate(x, sigma) of a run; tells the callback, and remembers D - U of each step's first for CFG++.
 
+    levels: the sigmas of all evaluations, each as x's dtype rounds it."""
 
-def without_history(state: State) -> State:
-    """A run's state as another method can take it over: schedule, step and seeds, as after a first step."""
-    return {key: value for key, value in state.items() if key in RESERVED}
+    def __init__(
+        self,
+        bound: Bound,
+        levels: Mapping[float, float],
+        cfg_pp: CFGpp | None,
+        lambdas: list[tuple[float, float]] | None,
+        callback: Callback | None,
+        sigmas: Tensor,
+        values: Sequence[float],
+        steps: Sequence[Step],
+    ) -> None:
+        self.bound, self.levels, self.cfg_pp, self.lambdas = bound, levels, cfg_pp, lambdas
+        self.callback, self.sigmas, self.values, self.steps = callback, sigmas, values, steps
+        self.before = list(accumulate((len(step.evals) for step in steps), initial=0))
+        self.counts: list[tuple[int, float, Tensor]] = []  # (step, sigma, how many values are NaN or Inf)
+        self.guidance: Tensor | None = None
 
+    def begin(self, i: int) -> None:
+        """Starts step i."""
+        self.i, self.calls, self.guidance = i, 0, None
+        rescaled = self.cfg_pp is not None and self.cfg_pp.scale != "lam" and self.lambdas is not None
+        self.scale = self.lambdas[i][0] if rescaled and self.lambdas else None
 
-def _check_resumed(state: State, own: State) -> None:
-    """Raises ValueError for x or a method that is not what the state was made with."""
-    before, now = state.get("like", own["like"]), own["like"]
-    if before.shape != now.shape or before.dtype != now.dtype:
-        raise ValueError(
-            f"the state is of a run with x {list(before.shape[1:])} {before.dtype}, got x {list(now.shape[1:])} "
-            f"{now.dtype}: resume with the x that came with it"
-        )
-    if state["step"].numel() != 1 or int(state["step"]) < 0:
-        raise ValueError(f"a state's step counts the steps done, 0 or more, got {state['step'].tolist()}")
-    begun, solver = (bytes(s.get("solver", own["solver"]).tolist()).decode() for s in (state, own))
-    history = sorted(state.keys() - set(RESERVED))
-    if history and begun != solver:
-        raise ValueError(
-            f"the state holds the history ({', '.join(history)}) of {begun}, got {solver}: resume with the same "
-            "method, or go on with another from state=without_history(state)"
-        )
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        assert sigma in self.steps[self.i].evals, f"evaluated at sigma {sigma}, which eval_sigmas does not list"
+        prediction = self.bound(x, self.levels[sigma], self.scale)
+        denoised = used = prediction.denoised
+        check_answer("denoised", denoised, x)
+        if self.cfg_pp is not None:
+            check_answer("uncond", prediction.uncond, x)
+            assert prediction.uncond is not None
+            used = prediction.uncond
+        # NaN and Inf less themselves are NaN, which is not 0; isfinite takes five times as long on a CPU.
+        self.counts.append((self.i, sigma, torch.count_nonzero(denoised - denoised)))
+        self.calls += 1
+        if self.calls == 1:
+            self.first = x, sigma, denoised
+            if self.cfg_pp is not None:
+                gain = self.cfg_pp.gain(self.steps[self.i])
+                self.guidance = denoised - used if gain == 1 else (denoised - used) * gain
+            if self.callback is not None:
+                self.raise_if_not_finite()
+                self.callback(self.record())
+        return used
 
+    def record(self) -> Record:
+        """What the step's first evaluation saw, and how many there have been in the whole run."""
+        x, sigma, denoised = self.first
+        level = self.sigmas[self.i]
+        hat = level if sigma == self.values[self.i] else self.sigmas.new_full((), sigma)
+        record = {"x": x, "i": self.i, "sigma": level, "sigma_hat": hat, "denoised": denoised}
+        record["nfe"] = self.before[self.i] + self.calls
+        if self.cfg_pp is not None:
+            record["lam"], record["w"] = (None, None) if self.lambdas is None else self.lambdas[self.i]
+        return record
 
-def _noise(
-    solver: Solver, steps: list[Step], x: Tensor, sigmas: Tensor, sampler: NoiseSampler | None, state: State
-) -> Callable[[int], Noise]:
-    """noise(i)(k): the k-th noise of step i, from the user's sampler or from a grid drawn here for the whole run.
-    Seeds drawn here are put into `state`. Where no step adds noise, no random number is consumed."""
-    pairs = [pair for step in steps for pair in step.noises]
-    if sampler is None and pairs:
-        if "seeds" not in state:
-            if "step" in state:
-                raise ValueError("the state holds no seeds: pass the noise_sampler the run began with, or seeds")
-            state["seeds"] = torch.tensor(random_seeds(len(x)))
-        grid = noise_grid(solver.noise, x, check_seeds(state["seeds"], len(x)), pairs)
-
-    offsets = list(accumulate((len(step.noises) for step in steps), initial=0))
-
-    def of_step(i: int) -> Noise:
-        def noise(k: int) -> Tensor:
-            if sampler is None:
-                return grid[offsets[i] + k]
-            drawn = sampler(*(sigmas.new_full((), sigma) for sigma in steps[i].noises[k]))
-            if drawn.shape != x.shape:
-                raise ValueError(f"noise_sampler must return noise like x {list(x.shape)}, got {list(drawn.shape)}")
-            return drawn.to(x)
-
-        return noise
-
-    return of_step
+    def raise_if_not_finite(self) -> None:
+        """Reads the counts, which waits for the device once; ValueError names the first bad evaluation."""
+        if not self.counts:
+            return
+        found = torch.stack([count for *_, count in self.counts]).tolist()
+        for (i, sigma, _), count in zip(self.counts, found):
+            if count:
+                raise ValueError(
+                    f"the model returned {count} NaN or Inf values at step {i} of {len(self.sigmas) - 1} "
+                    f"(sigma {sigma:g}); a float16 network may have overflowed: try float32"
+                )
+        self.counts.clear()

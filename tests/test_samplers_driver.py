@@ -27,7 +27,7 @@ from ella_kd.samplers import (
     sample_heun,
     without_history,
 )
-from ella_kd.samplers.driver import RESERVED
+from ella_kd.samplers.state import RESERVED
 from mixtures import Guided, Mixture, Pointwise, named, randn
 
 SOLVERS: list[tuple[Solver, bool]] = [
