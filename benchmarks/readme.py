@@ -42,13 +42,14 @@ def paper(sampler: Sampler) -> str:
 
 def measured_table(systems: dict[str, Any]) -> str:
     """What each system draws of two and of three things, from `systems` in score.json."""
-    lines = ["| | two things: score | all right | three things: score | all right |", "|---|---|---|---|---|"]
-    rows = {name: [systems[things][name]["right"] for things in ("two", "three")] for name in systems["two"]}
+    counts = [things for things in ("two", "three") if things in systems]
+    lines = ["| | " + " | ".join(f"{things} things: score | all right" for things in counts) + " |"]
+    lines.append("|---" * (1 + 2 * len(counts)) + "|")
+    rows = {name: [systems[things][name]["right"] for things in counts] for name in systems["one"]}
     rows["ELLA flexible, pictures of other prompts (chance)"] = [
-        systems[things]["ELLA flexible, dense prompt"]["shuffled"] for things in ("two", "three")]
-    for name, found in rows.items():
-        cells = [f"{row['score']:.1f} | {row['all_right']:.1f} %" for row in found]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        systems[things]["ELLA flexible, dense prompt"]["shuffled"] for things in counts]
+    lines += [f"| {name} | " + " | ".join(f"{row['score']:.1f} | {row['all_right']:.1f} %" for row in found) + " |"
+              for name, found in rows.items()]
     return "\n".join(lines)
 
 

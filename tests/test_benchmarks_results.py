@@ -1,10 +1,10 @@
 """Benchmarks write where they are told, to committed tables on request only; and what is on file is what they wrote."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -99,12 +99,12 @@ def test_forms_say_what_their_rows_promise() -> None:
 
 
 @pytest.mark.parametrize(("main", "options"), [(samplers.main, ["--rounds", "1"]), (readme.main, [])])
-def test_the_other_commands_write_to_a_folder_too(main: Callable[..., Any], options: list[str], tmp_path: Path,
+def test_the_other_commands_write_to_a_folder_too(main: click.Command, options: list[str], tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samplers, "measure_orders", lambda: {})
     monkeypatch.setattr(samplers, "measure_overhead", lambda rounds: {})
     monkeypatch.setattr(plots, "orders", lambda *args: None)
-    done = CliRunner().invoke(main, [*options, "--out", str(tmp_path / "new")])  # type: ignore[arg-type]
+    done = CliRunner().invoke(main, [*options, "--out", str(tmp_path / "new")])
     assert done.exit_code == 0, done.output
     assert len(list((tmp_path / "new").glob("*.md"))) == 1
 
