@@ -16,8 +16,7 @@ from benchmarks.miniature import captions
 from benchmarks.miniature.questions import ask
 from benchmarks.miniature.scenes import PLACES, Scene, parse, random_scene
 from ella_kd import CFGDenoiser, ELLADenoiser, Pipeline, generate
-from ella_kd.draw import to_images
-from ella_kd.images import contact_sheet, save_image, save_png
+from ella_kd.images import contact_sheet, save_image, save_png, to_images
 from ella_kd.samplers import get_sigmas_karras, randn
 from ella_kd.samplers.upstream import k_diffusion
 

@@ -77,7 +77,8 @@ class Moments:
         numbers = [c[:, None, None, None] for c in (sigma, *model.get_scalings(sigma))]
         self.numbers = Point(*(c.to(like.device) for c in (*numbers, t)))
         parts = zip(*(number.split(1) for number in self.numbers), strict=True)
-        self.points = {(level,): Point(*point) for level, point in zip(levels, parts, strict=True)}
+        self.points: dict[Levels, Point] = {
+            (level,): Point(*point) for level, point in zip(levels, parts, strict=True)}
         times = tuple(t.tolist())
         if times not in plans:  # two denoisers of one schedule share it
             plans[times] = Plan(levels, self.numbers.t, times)

@@ -6,20 +6,21 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import click
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from ella_kd.generate import generate as draw
+from ella_kd.generation import generate as draw
 from ella_kd.guidance.text import known, parse
 from ella_kd.images import contact_sheet, save_image, save_png
-from ella_kd.pipeline import Mode, Pipeline
+from ella_kd.pipeline import Pipeline
+from ella_kd.request import MODES, Mode
 from ella_kd.samplers import SAMPLERS, SCHEDULES, get_sampler, get_schedule
 
 Command = Callable[..., Any]
-COLUMNS: dict[Mode, str] = {"plain": "plain SD", "fixed": "ELLA fixed", "flexible": "ELLA flexible"}
+COLUMNS: dict[Mode, str] = {"clip": "plain SD", "fixed": "ELLA fixed", "flexible": "ELLA flexible"}
 
 
 class Cli(click.Group):
@@ -119,7 +120,7 @@ def main(ctx: click.Context) -> None:
 @main.command()
 @click.argument("prompts", nargs=-1)
 @click.option("--prompts", "file", metavar="FILE", help="Read prompts from a text file too, one per line.")
-@click.option("--mode", type=click.Choice(get_args(Mode)), default="flexible", show_default=True,
+@click.option("--mode", type=click.Choice(MODES), default="flexible", show_default=True,
               help="flexible: ELLA, prompts of any length; fixed: ELLA on 128 tokens, as it was trained; "
                    "plain: CLIP, no ELLA.")
 @click.option("--seed", type=click.IntRange(min=0),
@@ -129,7 +130,7 @@ def main(ctx: click.Context) -> None:
               help="Where the pictures go; made if need be, nothing in it is overwritten.")
 @click.option("--enlarge", type=click.IntRange(1, 64), default=1, show_default=True, metavar="N",
               help="Save every pixel as N x N equal ones; the miniature's pictures are 32 px: try 8.")
-@click.option("--negative-mode", type=click.Choice(get_args(Mode)),
+@click.option("--negative-mode", type=click.Choice(MODES),
               help="How the negative prompt is read, if not as the prompt: plain leaves ELLA to the prompt alone.")
 @click.option("--tags", metavar="TEXT", help="A text for CLIP, whose tokens follow ELLA's: trigger words, styles.")
 @drawing_options
@@ -191,7 +192,7 @@ def samplers() -> None:
     click.echo(f"{'SAMPLER':<32}{'FAMILY':<21}{'ORDER':<7}{'CALLS A STEP':<14}NOTES")
     for sampler in SAMPLERS.values():
         notes = ["adds noise"] * sampler.stochastic + ["CFG++: --scale is lambda, 0 to 1"] * sampler.cfg_pp
-        click.echo(f"{sampler.name:<32}{sampler.family:<21}{sampler.order:<7}{sampler.evals:<14}{'; '.join(notes)}")
+        click.echo(f"{sampler.name:<32}{sampler.family:<21}{sampler.order!s:<7}{sampler.evals!s:<14}{'; '.join(notes)}")
     click.echo(f"\n{'SCHEDULE':<32}STEPS ARE")
     for schedule in SCHEDULES.values():
         click.echo(f"{schedule.name:<32}{schedule.description}")

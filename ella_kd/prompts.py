@@ -7,7 +7,22 @@ from pathlib import Path
 
 _AND = re.compile(r"\\AND\b|\\.|\bAND\b", re.DOTALL)
 _WEIGHT = re.compile(r"(?<!\\):\s*(?P<number>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))\s*$")
+_ADD_ON = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
 _WILDCARD = re.compile(r"__(?P<name>\w(?:[\w/-]*?\w)?)__")
+
+
+def check_text(name: str, text: object) -> str:
+    """A text that can be encoded and kept. TypeError for another type, ValueError for broken UTF-8 and for add-ons."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a string, got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {name} is not valid UTF-8 text, at character {error.start}: {text[:60]!a}") from error
+    if add_on := _ADD_ON.search(text):
+        raise ValueError(f"the {name} asks for the add-on {add_on[0]}, and LoRA files are not read yet: without it the "
+                         "picture would be another one; take it out of the text to draw that")
+    return text
 
 
 def split_and(prompt: str) -> list[tuple[str, float]]:

@@ -4,8 +4,8 @@ A new input of a network is a field of `Context` (or of a subclass of your own),
 network that reads it: how rows are taken, put one under the other and joined is the same for all of them.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, Self
 
 import torch
@@ -38,14 +38,15 @@ class Context:
 
     def take(self, rows: Tensor) -> Self:
         """These rows, int64 [n], of everything."""
-        return type(self)(**{name: None if x is None else x[rows] for name, x in vars(self).items()})
+        return self._with(lambda x: x[rows])
 
     def to(self, dtype: torch.dtype) -> Self:
         """Everything that is a float in this dtype, but for the mask."""
-        if all(x is None or x.dtype == dtype for name, x in vars(self).items() if name != "mask"):
-            return self
-        return type(self)(**{name: x if x is None or name == "mask" or not x.is_floating_point() else x.to(dtype)
-                             for name, x in vars(self).items()})
+        cast = self._with(lambda x: x.to(dtype) if x.is_floating_point() else x)
+        return replace(cast, mask=self.mask)
+
+    def _with(self, f: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, **{name: f(x) for name, x in vars(self).items() if x is not None})
 
     def beside_x(self, x: Tensor) -> Tensor:
         """x [B, C, h, w] with the channels after its own."""

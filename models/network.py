@@ -1,6 +1,6 @@
 """What a network is to everything else: `network(x, t, context, patches=()) -> out`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
@@ -66,7 +66,7 @@ class OfTokens:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        parameters = getattr(self.unet, "parameters", tuple)()
+        parameters: Iterable[Tensor] = getattr(self.unet, "parameters", tuple)()
         return next((p.dtype for p in parameters if p.is_floating_point()), None)
 
     def at(self, levels: Levels) -> Self:

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from ella_kd.samplers.solver import Step
 
-Scale = Literal["lam", "cfg / 12.5", "normalised"]
+ScaleMode = Literal["lam", "cfg / 12.5", "normalised"]
 REFERENCE_STEPS = 20
 
 
@@ -36,12 +36,12 @@ class CFGpp:
     """
 
     model: Any
-    scale: Scale = "lam"
+    scale: ScaleMode = "lam"
     gain: Callable[[Step], float] = _once
 
     def __post_init__(self) -> None:
-        if self.scale not in get_args(Scale):
-            raise ValueError(f"the CFG++ scale must be one of {get_args(Scale)}, got {self.scale!r}")
+        if self.scale not in get_args(ScaleMode):
+            raise ValueError(f"the CFG++ scale must be one of {get_args(ScaleMode)}, got {self.scale!r}")
 
     def lambdas(self, sigmas: Sequence[float], steps: Sequence[Step],
                 extra_args: Mapping[str, Any]) -> list[tuple[float, float]] | None:

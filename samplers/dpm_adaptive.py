@@ -19,7 +19,10 @@ from ella_kd.samplers.checks import check_latents
 from ella_kd.samplers.dpm_solver import stages
 from ella_kd.samplers.model import Callback, Model, NoiseSampler, bind, check_answer, rounded
 from ella_kd.samplers.noise import NormalNoise, check_seeds, random_seeds
+from ella_kd.samplers.registry import RANGE_SAMPLERS, Seeds, range_of, sampler
 from ella_kd.samplers.solver import ancestral_step, refuse_negative
+
+__all__ = ["sample_dpm_adaptive"]
 
 _CLOSE = 1e-5  # in log sigma: nearer than this to the end is there (k-diffusion)
 
@@ -204,3 +207,11 @@ def _noises(x: Tensor, seeds: Sequence[int] | None, sampler: NoiseSampler | None
         values = random_seeds(len(x)) if seeds is None else check_seeds(seeds, len(x))
         return [NormalNoise(x[k : k + 1], [seed]) for k, seed in enumerate(values)]
     return [lambda s, t, k=k: sampler(s, t)[k : k + 1] for k in range(len(x))]  # type: ignore[misc]
+
+
+@sampler(None, "DPM-Solver", name="dpm_adaptive", order=3, table=RANGE_SAMPLERS)
+def _dpm_adaptive(model: Model, x: Tensor, sigmas: Tensor, *args: Any, seeds: Seeds = None, **options: Any) -> Tensor:
+    """dpm_adaptive over the range of a schedule, as in ComfyUI."""
+    high, low = range_of(sigmas)
+    denoised: Tensor = sample_dpm_adaptive(model, x, low, high, *args, seeds=seeds, **options)
+    return denoised

@@ -193,7 +193,7 @@ def sample(
         state=state,
         stop=stop,
     )
-    with tqdm(total=run.total, initial=run.step, disable=disable) as progress:
+    with tqdm(total=run.total, initial=run.step, disable=disable, leave=None) as progress:
         try:
             while run.step < run.stop:
                 run.advance()

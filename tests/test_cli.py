@@ -178,7 +178,7 @@ def test_help_explains_with_an_example(run: Run, command: list[str]) -> None:
     (["generate", "--prompts", "missing.txt"], "no file of prompts at missing.txt"),
     (["generate", "--prompts", "empty.txt"], "empty.txt holds no prompt: expected one per line"),
     (["generate", "--prompts", "binary.txt"], "binary.txt is not a text file in UTF-8"),
-    (["generate", "a", "--sampler", "dpmpp2m"], "unknown sampler 'dpmpp2m': did you mean dpmpp_2m"),
+    (["generate", "a", "--sampler", "dpmpp_2n"], "unknown sampler 'dpmpp_2n': did you mean dpmpp_2m"),
     (["generate", "a", "--schedule", "caras"], "unknown schedule 'caras': did you mean karras"),
     (["generate", "a", "--mode", "loose"], "'loose' is not one of 'flexible', 'fixed', 'plain'."),
     (["generate", "a", "--steps", "0"], "Invalid value for '--steps': 0 is not in the range x>=1."),

@@ -31,7 +31,7 @@ from ella_kd.samplers import (
     sample_euler_cfg_pp,
     sample_heun_cfg_pp,
 )
-from ella_kd.samplers.cfg_pp_functions import COMFYUI
+from ella_kd.samplers.names import COMFYUI
 from mixtures import Guided, Mixture, Prediction, randn
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -188,7 +188,7 @@ def test_constant_denoised_adds_up_the_guidance(name: str) -> None:
     steps = SAMPLERS[name].solver.steps(sigmas.tolist())
     for i, (s, t) in enumerate(pairwise(sigmas.tolist())):
         if "paper" in name:
-            gain = 1 + steps[i].weights[2]
+            gain = 1 - steps[i].weights.to_denoised[1]
         elif "comfyui" in name:
             gain = t / s if 0 < i < 6 else 1.0
         x = t / s * x + (1 - t / s) * u + gain * g

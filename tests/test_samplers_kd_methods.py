@@ -12,6 +12,7 @@ from torch import Tensor
 from ella_kd.samplers import (
     LCM,
     LMS,
+    SAMPLERS,
     DPM2Ancestral,
     DPMpp3M,
     DPMppSDE,
@@ -34,7 +35,6 @@ from ella_kd.samplers import (
     sample_lms,
     sample_restart,
 )
-from ella_kd.samplers import functions_kd as functions
 from ella_kd.samplers.upstream import k_diffusion
 from mixtures import Guided, Mixture, Pointwise, randn
 
@@ -100,7 +100,7 @@ def test_trajectory_equals_k_diffusion(name: str, options: dict[str, Any], sched
     sigmas = torch.tensor(SCHEDULES[schedule])
     x = latents(sigmas)
     noise: dict[str, Any] = {} if name == "lms" else {"noise_sampler": given_noise}
-    function = getattr(functions, f"sample_{name}")
+    function = SAMPLERS[name].function
     if schedule == "ascending" and name != "lms" and options.get("eta") != 0.0:
         with pytest.raises(ValueError, match="ascending"):
             function(guided, x, sigmas, disable=True, **options, **noise)
@@ -152,7 +152,7 @@ def errors(solver: Solver, mixture: Mixture, counts: tuple[int, ...], exact_star
             if isinstance(solver, LMS):
                 state[f"slope_{k + 1}"] = (before - denoised) / sigma
             else:
-                state["denoised" if k == 0 else "denoised_2"] = denoised
+                state[f"denoised_{k + 1}"] = denoised
         x, _ = sample(solver, mixture, x, state=state, disable=True)
         found.append(float((x - flow(mixture, 0.05)).pow(2).mean().sqrt()))
     return found
@@ -400,7 +400,7 @@ def test_sde_moments_are_the_data_s(function: Any, n: int) -> None:
     [
         (lambda: DPMppSDE(r=0.0), "r must be above 0 and at most 1, got 0.0"),
         (lambda: DPMppSDE(r=1.5), "at most 1"),
-        (lambda: LMS(0), "order must be an integer of at least 1, got 0"),
+        (lambda: LMS(0), "a whole number of at least 1, got 0"),
         (lambda: LMS(2.0), "got 2.0"),  # type: ignore[arg-type]
         (lambda: LCM(s_noise=-1.0), "s_noise must be"),
         (lambda: DPMpp3M(eta=-1.0), "eta must be"),

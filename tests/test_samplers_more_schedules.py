@@ -37,8 +37,8 @@ from ella_kd.samplers.compatible_schedules import (
     get_sigmas_ddim_uniform_comfyui,
     get_sigmas_kl_optimal_a1111,
 )
+from ella_kd.samplers.registry import COMPATIBLE_SCHEDULES
 from ella_kd.samplers.schedules import vp_betas
-from ella_kd.samplers.tables import COMPATIBLE_SCHEDULES
 from ella_kd.samplers.upstream import k_diffusion
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -3,7 +3,7 @@
 import math
 from dataclasses import fields, replace
 from itertools import islice
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ class With(Combination):
     def _check_rows(self, rows: list[int]) -> None:
         super()._check_rows([*rows, *map(len, self.inputs.values())])
 
-    def of(self, parts: tuple[Conditioning, ...]) -> Self:
+    def of(self, parts: tuple[Any, ...]) -> Self:
         return type(self)(*parts, **self.inputs)
 
     @property
@@ -139,7 +139,7 @@ class With(Combination):
         return Context.beside([seen, own])
 
     def repeat(self, n: int) -> Self:
-        part = self.parts[0]
+        part: Any = self.parts[0]
         inputs = {name: x.repeat_interleave(n, 0) if len(x) == self.rows else x for name, x in self.inputs.items()}
         return type(self)(part.repeat(n) if part.rows == self.rows else part, **inputs)
 

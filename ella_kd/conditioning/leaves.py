@@ -10,7 +10,7 @@ from torch import Tensor
 from ella_kd.conditioning.base import Conditioning, to_batch
 from ella_kd.conditioning.plan import Plan, Planned
 from ella_kd.models.context import Context
-from ella_kd.models.text import TextFeatures
+from ella_kd.models.text import TextFeatures, check_features
 from ella_kd.models.tsc import TSC
 
 
@@ -21,7 +21,7 @@ class Constant(Conditioning):
     features: TextFeatures
 
     def __post_init__(self) -> None:
-        _check(self.features)
+        check_features(self.features)
 
     @property
     def rows(self) -> int:
@@ -49,7 +49,7 @@ class ELLA(Conditioning):
     prompt: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check(self.features)
+        check_features(self.features)
         prompt = self.prompt
         if prompt is not None and (prompt.ndim != 1 or prompt.dtype != torch.int64 or not len(prompt)):
             raise ValueError("prompt must be int64 [rows], which of the features' prompts each row shows, got "
@@ -87,7 +87,7 @@ class Features(Conditioning):
     features: TextFeatures
 
     def __post_init__(self) -> None:
-        _check(self.features)
+        check_features(self.features)
 
     @property
     def rows(self) -> int:
@@ -125,15 +125,3 @@ def _all_rows(features: TextFeatures) -> Tensor:
 
 def _take(features: TextFeatures, rows: Tensor) -> TextFeatures:
     return TextFeatures(features.tokens[rows], None if features.mask is None else features.mask[rows])
-
-
-def _check(features: TextFeatures) -> None:
-    tokens, mask = features.tokens, features.mask
-    if tokens.ndim != 3 or 0 in tokens.shape or not tokens.is_floating_point():
-        raise ValueError(f"text features must be floats [B, L, D] with B and L at least 1, got {tokens.dtype} "
-                         f"{list(tokens.shape)}")
-    if mask is not None and (not (mask.dtype == torch.bool or mask.is_floating_point())
-                             or mask.shape != tokens.shape[:2]):
-        raise ValueError(f"the mask of features {list(tokens.shape)} must be bool {list(tokens.shape[:2])}, True at "
-                         f"real tokens, or floats, the factors of their attention; got {mask.dtype} "
-                         f"{list(mask.shape)}")

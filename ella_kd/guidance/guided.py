@@ -97,8 +97,8 @@ class GuidedDenoiser(Denoiser):
         """x [B, C, h, w], sigma [B] -> the guided denoised. Raises ValueError for a condition that the rule lacks."""
         return self.predict(x, sigma, cond=cond, uncond=uncond, **others).denoised
 
-    def bind(self, x: Tensor, sigmas: Sequence[float] | Tensor | None = None, *,  # type: ignore[override]
-             need_uncond: bool = False, **conditions: Condition | None) -> GuidedRun:
+    def bind(self, x: Tensor, sigmas: Sequence[float] | Tensor | None = None, *, need_uncond: bool = False,
+             **conditions: Condition | None) -> GuidedRun:
         if "cond_scale" in conditions:
             raise TypeError(f"the scale belongs to the rule, here {self.guidance}; a CFGDenoiser takes cond_scale")
         return self._bind(self._own_rule, x, sigmas, need_uncond, conditions)
