@@ -50,7 +50,7 @@ def drawn_by_k_diffusion(pipeline: Pipeline, prompt: str, seed: int) -> Image.Im
 
 
 @click.command(help=__doc__)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("out/demo"), show_default=True)
 def main(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     disable_progress_bar()
