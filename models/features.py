@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ella_kd.models.checkpoint import read_tensors, write_tensors
 from ella_kd.models.devices import check_device
+from ella_kd.models.tensors import read_tensors, write_tensors
 from ella_kd.models.text import TextFeatures, check_features
 
 FeatureMode = Literal["flexible", "fixed", "clip"]

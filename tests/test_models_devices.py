@@ -16,8 +16,9 @@ DOORS: list[Callable[..., Any]] = [load_checkpoint, load_tsc, T5TextEncoder.from
 
 @pytest.mark.parametrize("name", ["meta", "nope", "", "cuda:99", "privateuseone", "vulkan"])
 def test_a_device_that_is_not_there_is_a_clear_error(name: str, tmp_path: Path) -> None:
-    doors = [check_device, *(lambda device, door=door: door(tmp_path / "gone", device=device) for door in DOORS),
-             lambda device: load_features(tmp_path / "gone", device=device)]
+    doors: list[Callable[[Any], Any]] = [
+        check_device, *(lambda device, door=door: door(tmp_path / "gone", device=device) for door in DOORS),
+        lambda device: load_features(tmp_path / "gone", device=device)]
     for door in doors:
         with pytest.raises(ValueError, match=rf"(has no )?device '{name}' .*choose cpu"):
             door(name)
