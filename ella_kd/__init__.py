@@ -3,6 +3,7 @@
 What a script needs is here; the rest is one level down: `ella_kd.samplers`, `.models`, `.guidance`, `.conditioning`.
 """
 
+import ella_kd.clone  # noqa: F401
 from ella_kd.adapters import DiffusersUNet
 from ella_kd.conditioning import ELLA as ELLA
 from ella_kd.conditioning import And, Box, Concat, Lerp, Mask, Regions, Stack, Switch, window

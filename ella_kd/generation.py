@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import torch
 from tqdm.auto import tqdm
@@ -47,7 +47,7 @@ def generate(
     batch_size: int = 8,
     callback: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
-    **unknown: Any,
+    **unknown: Never,
 ) -> list[Picture]:
     """Draw `count` pictures of every prompt, prompt by prompt.
 
@@ -122,6 +122,8 @@ def rows(prompts: str | Sequence[str], negative: str | Sequence[str], seeds: int
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts must be a string or a sequence of strings, at least one, got {prompts[:3]}")
+    if not isinstance(negative, Iterable):
+        raise TypeError(f"negative must be a string, or one per prompt, got {negative!r}")
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
     if len(negatives) != len(prompts):
         raise ValueError(f"negative must be one string, or one per prompt: expected {len(prompts)}, got "

@@ -70,8 +70,10 @@ def read(text: str) -> tuple[dict[str, Any], list[str]]:
     found["syntax"] = given.pop("ELLA syntax", "" if ours else "on") == "on"
     if "Sampler" in given:
         found["sampler"], schedule = sampler_named(given.pop("Sampler"))
-        label = given.pop("Schedule type", schedule or "Automatic")
-        if label == "Automatic":
+        label = given.pop("Schedule type", schedule)
+        if label is None:
+            found["schedule"] = "normal"  # before it had schedule types
+        elif label == "Automatic":
             found["schedule"] = AUTOMATIC.get(found["sampler"], "normal")
         else:
             name = schedule_named(label)

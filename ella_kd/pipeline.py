@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ella_kd.conditioning import ELLA, Conditioning, Constant
@@ -16,12 +16,14 @@ from ella_kd.denoiser import ELLADenoiser, LDMDenoiser
 from ella_kd.guidance import CFG, CFGDenoiser, Guidance, GuidedDenoiser
 from ella_kd.models import TSC, AutoencoderKL, NoiseSchedule, fast_on_cpu
 from ella_kd.models.checkpoint import load_checkpoint, load_tsc
+from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.text import CLIPTextEncoder, T5TextEncoder, TextFeatures
 from ella_kd.request import Mode, mode_named
 from ella_kd.scale import Scale
 
 File = str | Path
 M = TypeVar("M", bound=nn.Module)
+MINIATURE = Path(str(files("ella_kd.models") / "miniature"))
 FIXED_LENGTH = 128  # the T5 tokens that ELLA was trained on, padding included
 
 
@@ -51,16 +53,17 @@ class Pipeline:
         t5: File | None = None,
         clip_tokenizer: File | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
     ) -> "Pipeline":
         """Read a single-file Stable Diffusion checkpoint and, for ELLA, the connector's file and the T5 folder.
 
         clip_tokenizer, a tokenizer folder, is needed for plain Stable Diffusion only. device None: cuda if there is
-        one, else the CPU; dtype None: fp16 on a GPU, fp32 on a CPU. The size is the first number of
-        `modelspec.resolution` in the file's metadata if it is there, otherwise 64 latents (512 px for SD1.5).
+        one, else the CPU; dtype (torch.float16 or "float16") None: fp16 on a GPU, fp32 on a CPU. The size is the first
+        number of `modelspec.resolution` in the file's metadata, otherwise 64 latents (512 px for SD1.5).
         Raises FileNotFoundError, or ValueError for files that do not hold what they should.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = check_device(device)
+        dtype = check_dtype(dtype, device)
         if (tsc is None) != (t5 is None):
             raise ValueError("ELLA takes both the connector (tsc) and the T5 it was trained with (t5), "
                              f"got tsc={tsc} and t5={t5}")
@@ -72,16 +75,16 @@ class Pipeline:
             clip=None if clip_tokenizer is None else parts.text_encoder,
             tsc=None if tsc is None else load_tsc(tsc, dtype=dtype, device=device),
             t5=None if t5 is None else T5TextEncoder.from_folder(t5, dtype=dtype, device=device),
-            size=_image_size(Path(checkpoint)) or 64 * parts.vae.factor,
+            size=image_size(Path(checkpoint)) or 64 * parts.vae.factor,
             name=Path(checkpoint).stem,
         )
 
     @classmethod
-    def miniature(cls, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> "Pipeline":
+    def miniature(cls, *, device: str | torch.device | None = None,
+                  dtype: str | torch.dtype = torch.float32) -> "Pipeline":
         """The small system that comes with the package: coloured shapes in 32 px, every part of the real one."""
-        folder = Path(str(files("ella_kd.models") / "miniature"))
-        pipeline = cls.load(folder / "sd.safetensors", tsc=folder / "tsc.safetensors", t5=folder / "t5",
-                            clip_tokenizer=folder / "clip", device=device, dtype=dtype)
+        pipeline = cls.load(MINIATURE / "sd.safetensors", tsc=MINIATURE / "tsc.safetensors", t5=MINIATURE / "t5",
+                            clip_tokenizer=MINIATURE / "clip", device=device, dtype=dtype)
         return replace(pipeline, name="miniature")
 
     def fast_on_cpu(self) -> "Pipeline":
@@ -100,12 +103,14 @@ class Pipeline:
             return CFGDenoiser(inner)
         return GuidedDenoiser(inner, guidance if isinstance(guidance, Guidance) else CFG(guidance))
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
+    def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> "Pipeline":
         """The same system on another device or in another dtype; None leaves one as it is.
 
         This pipeline stays as it is: what has to be moved or cast is copied, the rest is shared. An encoder that is
         not ours (a `FeatureCache`) stays as it is.
         """
+        device = None if device is None else check_device(device)
+        dtype = None if dtype is None else check_dtype(dtype, device or self.device)
         clip, t5 = self.clip, self.t5
         return replace(
             self,
@@ -173,10 +178,14 @@ def _count(part: object) -> str:
     return f"{sum(x.numel() for x in part.parameters()) / 1e6:.3g} M"
 
 
-def _image_size(path: Path) -> int | None:
+def image_size(path: Path) -> int | None:
+    """The side that a file's `modelspec.resolution` names. ValueError for a file that is not whole."""
     if path.suffix != ".safetensors":
         return None
-    with safe_open(path, framework="pt") as file:
-        resolution = (file.metadata() or {}).get("modelspec.resolution", "")
+    try:
+        with safe_open(path, framework="pt") as file:
+            resolution = (file.metadata() or {}).get("modelspec.resolution", "")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
     side = resolution.partition("x")[0]
     return int(side) if side.isdecimal() else None

@@ -169,7 +169,7 @@ class Request:
             else:
                 raise ValueError("it carries no settings: expected a PNG with the text `ella_kd` or `parameters`")
         except (ValueError, TypeError) as error:
-            raise type(error)(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {error}") from error
         if request.version not in ("", VERSION):
             warnings.warn(f"{path} was drawn by ella_kd {request.version}, this is {VERSION}: pictures may differ",
                           stacklevel=2)

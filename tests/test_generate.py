@@ -225,7 +225,7 @@ def test_bad_arguments_are_refused(pipeline: Pipeline, arguments: dict[str, Any]
     ({"seeds": 1.5}, "a seed must be a whole number, got 1.5"),
     ({"seeds": "12"}, "a seed must be a whole number, got '12'"),
     ({"scale": "7"}, "scale must be a number, got '7'"),
-    ({"negative": 3}, "'int' object is not iterable"),
+    ({"negative": 3}, "negative must be a string, or one per prompt, got 3"),
     ({"tags": ["a"]}, "tags must be a string, got list"),
 ])
 def test_arguments_of_the_wrong_kind_are_refused(pipeline: Pipeline, arguments: dict[str, Any], message: str) -> None:

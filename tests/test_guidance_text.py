@@ -60,6 +60,11 @@ def test_rules_nest() -> None:
     ("CFG('7')", "CFG: .*must be a number.*'7'"),
     ("Interval(7)", "Interval: .*wraps a guidance rule.*got 7"),
     ("AutoGuidance(CFG(7), 3)", "takes a second model, which a text cannot name"),
+    ("CFG(scale=2, scale=3)", "CFG takes each argument once, by its name"),
+    ("CFG(**{'scale': 3})", "CFG takes each argument once, by its name"),
+    ("-" * 20000 + "1", "not a guidance rule: '-----"),
+    ("Interval(" * 3000 + "CFG(7)" + ")" * 3000, "not a guidance rule: 'Interval"),
+    ("CFG(\udcff)", "not a guidance rule"),
     ("Interval(CFG(7), 3, 2)", "sigma_lo < sigma_hi, got 3 and 2"),
 ])
 def test_bad_text_is_refused(text: str, message: str) -> None:

@@ -112,7 +112,18 @@ def test_elsewhere_is_a_copy_that_shares_what_stays(pipeline: Pipeline) -> None:
     assert same(draw(pipeline, pipeline.encode("a"), uncond=pipeline.encode(""), steps=1), before)
     there = pipeline.to("cpu", torch.float32)
     assert next(there.unet.parameters()).data_ptr() == next(pipeline.unet.parameters()).data_ptr()
-    assert there.to("meta").device.type == "meta"
+    with pytest.raises(ValueError, match="device 'meta' holds no numbers"):
+        there.to("meta")
+
+
+def test_device_and_dtype_are_named_as_text(tiny_files: dict[str, str]) -> None:
+    sd = Pipeline.load(tiny_files["checkpoint"], device="cpu", dtype="bfloat16")
+    assert (sd.dtype, sd.to(dtype="float32").dtype) == (torch.bfloat16, torch.float32)
+    for make in (Pipeline.miniature, lambda device: Pipeline.load(tiny_files["checkpoint"], device=device)):
+        with pytest.raises(ValueError, match="has no device 'cuda:99'"):
+            make(device="cuda:99")
+    with pytest.raises(ValueError, match="float16, bfloat16, float32, float64, got dtype 'half'"):
+        Pipeline.miniature(dtype="half")
 
 
 def test_a_pipeline_is_shown_in_a_line(pipeline: Pipeline) -> None:

@@ -44,6 +44,7 @@ def read_a1111(text: str) -> dict[str, str]:
     {"mode": "clip", "negative": "a blue ring", "sampler": "euler_ancestral", "schedule": "ays", "clip_skip": 2},
     {"guidance": Interval(PAG(Rescale(CFG(4), 0.7), 0.5, "output_blocks.3.1"), 0.3), "width": 40, "height": 24},
     {"syntax": True, "prompts": "a (red:1.4) heart AND a ring :-0.3", "tags": "night", "negative_mode": "clip"},
+    {"syntax": True, "prompts": "[a red heart:a blue ring:0.5]", "negative": "[night|snow]", "tags": "[red:blue:1]"},
     {"sampler": "dpmpp_2m_cfg_pp", "scale": 0.6, "mode": "fixed"},
 ])
 def test_a_picture_is_drawn_again_from_its_png(arguments: dict[str, Any], tmp_path: Path) -> None:
@@ -86,10 +87,11 @@ Clip skip: 2, Version: v1.9.4"""
 
 @pytest.mark.parametrize(("sampler", "schedule", "ours"), [
     ("DPM++ 2M", "Karras", ("dpmpp_2m", "karras")),
+    ("DPM++ 2M", "Align Your Steps", ("dpmpp_2m", "ays_a1111")),
     ("DPM++ 2M SDE", "Automatic", ("dpmpp_2m_sde", "exponential")),
     ("Euler a", "Automatic", ("euler_ancestral", "normal")),
     ("DPM++ 2M Karras", "", ("dpmpp_2m", "karras")),
-    ("Euler", "", ("euler", "normal")),
+    ("DPM++ 2M", "", ("dpmpp_2m", "normal")),
 ])
 def test_the_web_uis_pictures_are_read_and_what_is_not_understood_is_named(tmp_path: Path, sampler: str, schedule: str,
                                                                            ours: tuple[str, str]) -> None:
