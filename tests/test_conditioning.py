@@ -90,7 +90,7 @@ def test_answers_of_the_past_are_given_up_when_there_are_too_many(monkeypatch: p
     one = ELLA(tsc, features(4, 4))  # type: ignore[arg-type]
     for t in range(40):
         assert torch.equal(planned_at(one, plan, t)(timesteps(t, t)).tokens, one(timesteps(t, t)).tokens)
-        assert len(plan.table(tsc).answers) <= 10  # type: ignore[arg-type]
+        assert len(plan.table(tsc).answers) <= 10
 
 
 def test_many_pictures_of_one_prompt_cost_one_row_per_timestep() -> None:

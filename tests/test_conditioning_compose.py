@@ -80,7 +80,7 @@ def check(inner: ELLADenoiser, spec: Spec, scale: float, together: bool, sigma: 
     u = inner(X, sigma, empty)
     c = torch.stack([naive(spec, [a[i] for a in alone], u[i], float(sigma[i])) for i in range(2)])
     guided = GuidedDenoiser(inner, CFG(scale), together)
-    args = {"cond": build(spec, prompts), "uncond": empty}
+    args: dict[str, Any] = {"cond": build(spec, prompts), "uncond": empty}
     for got in (guided.predict(X, sigma, need_uncond=True, **args), planned(guided, X, sigma, True, **args)):
         size = max(float(a.double().norm()) for a in (*alone, u))
         assert float((got.cond - c).norm()) < 1e-5 * size * 4  # weights above 1 magnify rounding
@@ -193,7 +193,7 @@ def test_switches_inside_are_decided_and_plans_cover_all_parts() -> None:
     cond = Regions((Switch(spy.a, spy.b, at=1.0), LEFT), background=And((Switch(spy.c, spy.a, at=1.0), 0.8)))
     first = Regions((spy.a, LEFT), background=And((spy.c, 0.8)))
     second = Regions((spy.b, LEFT), background=And((spy.a, 0.8)))
-    args = {"cond": cond, "uncond": spy.empty}
+    args: dict[str, Any] = {"cond": cond, "uncond": spy.empty}
     tsc: Any = spy.inner.tsc
     tsc.calls.clear()
     ready = planned(spy.guided, X, SIGMA, **args)

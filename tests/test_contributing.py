@@ -15,7 +15,8 @@ BLOCKS = dict(re.findall(r"### (A[^\n]*)\n.*?```python\n(.*?)```", PAGE, re.DOTA
 
 @pytest.fixture
 def tables() -> Iterator[None]:
-    before = [(table, dict(table)) for table in (SAMPLERS, SCHEDULES)]
+    both: tuple[dict[str, Any], ...] = SAMPLERS, SCHEDULES
+    before = [(table, dict(table)) for table in both]
     yield
     for table, rows in before:
         table.clear()

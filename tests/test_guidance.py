@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -41,7 +43,7 @@ def test_guided_batch_equals_single_runs_planned_or_not() -> None:
     denoiser = CFGDenoiser(ELLADenoiser(tiny_unet(), tiny_tsc()))
     cond, uncond = features(7, 1, 3, 5), features(1, seed=9)
     x, sigma = noise(4, 4, 8, 8) * 4, torch.tensor([0.1, 1.0, 5.0, 14.0])
-    args = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
+    args: dict[str, Any] = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
     batch = denoiser(x, sigma, **args)
     assert relative(planned(denoiser, x, sigma, **args).denoised, batch) < 1e-5
     for i in range(4):
@@ -52,7 +54,7 @@ def test_guided_batch_equals_single_runs_planned_or_not() -> None:
 @given(LENGTHS, st.floats(-2, 15))
 def test_planned_equals_unplanned_bitwise_for_a_pointwise_model(lengths: list[int], scale: float) -> None:
     denoiser, _, tsc = pointwise()
-    args = {"cond": features(*lengths), "uncond": features(1, seed=9), "cond_scale": scale}
+    args: dict[str, Any] = {"cond": features(*lengths), "uncond": features(1, seed=9), "cond_scale": scale}
     exact = denoiser(X, SIGMA, **args)
     tsc.calls.clear()
     assert torch.equal(planned(denoiser, X, SIGMA, **args).denoised, exact)

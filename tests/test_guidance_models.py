@@ -109,7 +109,9 @@ def test_autoguidance_of_scale_1_is_its_base_bitwise_and_leaves_the_weak_model_a
 
 def test_the_weak_model_sees_the_same_x_at_its_own_timestep_once() -> None:
     weak = LDMDenoiser(PointwiseUNet(), NoiseSchedule(torch.linspace(0.9, 0.1, 500)))
-    inner, seen = LDMDenoiser(PointwiseUNet()), weak.inner_model.t
+    inner, network = LDMDenoiser(PointwiseUNet()), weak.inner_model
+    assert isinstance(network, PointwiseUNet)
+    seen = network.t
     x, sigma = noise(2, 4, 8, 8) * 5, torch.tensor([2.5, 0.4])
     cond, uncond = features(3, 2), features(1, seed=9)
     c, u, w = inner(x, sigma, cond), inner(x, sigma, uncond), weak(x, sigma, cond)

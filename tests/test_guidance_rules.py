@@ -46,7 +46,7 @@ def test_one_call_equals_separate_calls_for_any_two_conditionings(cond: tuple[Sp
     spec, sigmas = cond
     spec = spec[1] if spec[0] == "channels" else spec
     inner, x, sigma = NETWORK.inner_model, X[:1].repeat(len(sigmas), 1, 1, 1), torch.tensor(sigmas)
-    args = {"cond": build(spec, counting_tsc()), "uncond": build(uncond, counting_tsc())}
+    args: dict[str, Any] = {"cond": build(spec, counting_tsc()), "uncond": build(uncond, counting_tsc())}
     c, u = (inner(x, sigma, condition) for condition in args.values())
     rows: list[int] = []
     hook = inner.inner_model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
@@ -213,7 +213,8 @@ def test_an_evaluation_whose_levels_are_known_waits_for_no_device(sigmas: tuple[
 def test_a_run_makes_one_connector_call_for_all_conditions() -> None:
     denoiser, _ = spied(CFG(3.0))
     tsc: Any = denoiser.inner_model.tsc
-    args = {"cond": And((COND_TEXT, 0.5), (EMPTY, 0.2)), "uncond": EMPTY, "image": features(2, seed=4), "other": None}
+    args: dict[str, Any] = {"cond": And((COND_TEXT, 0.5), (EMPTY, 0.2)), "uncond": EMPTY,
+                            "image": features(2, seed=4), "other": None}
     exact = denoiser(X, SIGMA, **args)
     tsc.calls.clear()
     assert torch.equal(planned(denoiser, X, SIGMA, **args).denoised, exact)

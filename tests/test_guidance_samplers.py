@@ -133,7 +133,12 @@ def test_the_level_is_the_evaluations_sigma_in_every_stage() -> None:
         def bind(self, x: Tensor, sigmas: Any = None, **extra_args: Any) -> Any:
             bound = super().bind(x, sigmas, **extra_args)
             seen.append(sigmas)
-            return lambda x, levels, scale=None: (seen.append(levels), bound(x, levels, scale))[1]
+
+            def noting(x: Tensor, levels: float, scale: float | None = None) -> Any:
+                seen.append(levels)
+                return bound(x, levels, scale)
+
+            return noting
 
     run(Noting(inner, CFG(0.6)), SAMPLERS["dpm_2"].function, conditions(inner))
     planned, *levels = seen

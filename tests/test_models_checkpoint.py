@@ -249,7 +249,8 @@ def test_weights_are_floats(saved: Path, tmp_path: Path, dtype: torch.dtype) -> 
     tensors[name] = tensors[name].to(dtype)
     torch.save(tensors, tmp_path / "sd.ckpt")
     if dtype.is_floating_point:
-        assert torch.equal(load_checkpoint(tmp_path / "sd.ckpt").vae.decoder.conv_out.bias, tensors[name].float())
+        bias = load_checkpoint(tmp_path / "sd.ckpt").vae.decoder.conv_out.bias
+        assert bias is not None and torch.equal(bias, tensors[name].float())
         return
     kind = str(dtype).removeprefix("torch.")
     with pytest.raises(ValueError, match=rf"sd\.ckpt: the weights {name} are {kind}, expected floats"):

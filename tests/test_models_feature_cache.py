@@ -16,7 +16,7 @@ PROMPTS = ["a red circle", "blue square on the left", ""]
 
 @pytest.fixture
 def t5(tiny_files: dict[str, str]) -> T5TextEncoder:
-    encoder = Pipeline.load(**tiny_files).t5  # type: ignore[arg-type]
+    encoder = Pipeline.load(**tiny_files).t5
     assert encoder is not None
     return encoder
 

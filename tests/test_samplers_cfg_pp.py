@@ -289,7 +289,7 @@ def test_every_fixed_grid_sampler_has_its_cfg_pp() -> None:
 def test_scales_refuse_and_warn(guided: Guided) -> None:
     sigmas = get_sigmas_karras(2, 0.03, 14.6)
     with pytest.raises(ValueError, match=r"one of .*'lam', 'cfg / 12.5', 'normalised'.*, got 'kappa'"):
-        sample_euler_cfg_pp(guided, latents(), sigmas, {"cond_scale": LAM}, disable=True, scale="kappa")
+        sample_euler_cfg_pp(guided, latents(), sigmas, {"cond_scale": LAM}, disable=True, scale="kappa")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="'normalised' needs a number as cond_scale, got None"):
         sample_euler_cfg_pp(guided, latents(), sigmas, disable=True, scale="normalised")
     with pytest.warns(UserWarning, match=r"12\.5 lambda, usually 0 to 12\.5; 30 is above 25"):

@@ -89,9 +89,9 @@ def test_eval_sigmas_and_evals_are_what_the_model_sees(name: str, sigmas: list[f
     to_zero = 1 if sigmas[-1] == 0 else 0
     if name in UNEVEN:
         long = row.solver.steps(get_sigmas_karras(50, 0.03, 14.6).tolist())
-        assert max(len(step.evals) for step in long) == row.evals + (18 if name == "restart" else 0)
+        assert max(len(step.evals) for step in long) == row.solver.evals + (18 if name == "restart" else 0)
     else:
-        assert len(guided.seen) == row.evals * (len(sigmas) - 1 - to_zero) + to_zero
+        assert len(guided.seen) == row.solver.evals * (len(sigmas) - 1 - to_zero) + to_zero
     (plan,) = guided.plans
     assert set(guided.seen) == set(plan)
     assert len(set(plan)) == len(plan)

@@ -62,7 +62,7 @@ def networks(network: str, dtype: torch.dtype, device: torch.device) -> Networks
     """The miniature's weights, or random ones in the shape of Stable Diffusion 1.5: speed does not depend on them."""
     if network == "miniature":
         pipeline = Pipeline.miniature()
-        assert pipeline.tsc is not None
+        assert pipeline.tsc is not None and isinstance(pipeline.unet, UNet)
         unet, tsc = pipeline.unet, pipeline.tsc
     else:
         torch.manual_seed(0)

@@ -127,7 +127,7 @@ class With(Combination):
         super()._check_rows([*rows, *map(len, self.inputs.values())])
 
     def of(self, parts: tuple[Any, ...]) -> Self:
-        return type(self)(*parts, **self.inputs)
+        return type(self)(parts[0], **self.inputs)
 
     @property
     def rows(self) -> int:
