@@ -1,7 +1,5 @@
 """Multistep on slopes in sigma: LMS, DEIS (2204.13902), iPNDM (2202.09778) and gradient estimation (2306.04848)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ella_kd.samplers.multistep import Array, SlopeMultistep, integrate, lagrange, used_order
-from ella_kd.samplers.registry import Args, Callback, Model, Seeds, cfg_pp_form, sample, sampler
+from ella_kd.samplers.registry import Args, Callback, Model, Seeds, cfg_pp_form, sampler, walk
 from ella_kd.samplers.solver import refuse_order, refuse_other
 
 __all__ = [
@@ -99,7 +97,7 @@ def sample_lms(
 ) -> Tensor:
     """Linear multistep through the last `order` slopes. Order 4 from an exact start, falling towards 2 from Euler's,
     which is a run's. One evaluation per step."""
-    return sample(LMS(order), model, x, sigmas, extra_args, callback, disable, seeds=seeds)[0]
+    return walk(LMS(order), model, x, sigmas, extra_args, callback, disable, seeds)
 
 
 sample_lms_cfg_pp = cfg_pp_form(sample_lms)
@@ -111,7 +109,7 @@ def sample_deis(
     disable: bool | None = None, max_order: int = 3, variable: Variable = "log_sigma", *, seeds: Seeds = None,
 ) -> Tensor:
     """DEIS (2204.13902), polynomial in log sigma, sigma or VP time. Order 3 (max_order), one evaluation per step."""
-    return sample(DEIS(max_order, variable), model, x, sigmas, extra_args, callback, disable, seeds=seeds)[0]
+    return walk(DEIS(max_order, variable), model, x, sigmas, extra_args, callback, disable, seeds)
 
 
 sample_deis_cfg_pp = cfg_pp_form(sample_deis)
@@ -141,7 +139,7 @@ def sample_ipndm(
     disable: bool | None = None, max_order: int = 4, *, seeds: Seeds = None,
 ) -> Tensor:
     """iPNDM (2202.09778), the weights of an even grid. Order 2 on uneven grids, one evaluation per step."""
-    return sample(IPNDM(max_order), model, x, sigmas, extra_args, callback, disable, seeds=seeds)[0]
+    return walk(IPNDM(max_order), model, x, sigmas, extra_args, callback, disable, seeds)
 
 
 sample_ipndm_cfg_pp = cfg_pp_form(sample_ipndm)
@@ -155,7 +153,7 @@ def sample_ipndm_v(
     """iPNDM with the weights of the real grid: Adams-Bashforth in sigma, which is LMS. One evaluation per step.
 
     ComfyUI's weights of three and four terms are exact on even grids alone; these are exact on every grid."""
-    return sample(DEIS(max_order, "sigma"), model, x, sigmas, extra_args, callback, disable, seeds=seeds)[0]
+    return walk(DEIS(max_order, "sigma"), model, x, sigmas, extra_args, callback, disable, seeds)
 
 
 sample_ipndm_v_cfg_pp = cfg_pp_form(sample_ipndm_v)
@@ -186,7 +184,7 @@ def sample_gradient_estimation(
     disable: bool | None = None, ge_gamma: float = 2.0, *, seeds: Seeds = None,
 ) -> Tensor:
     """Gradient estimation (2306.04848). Order 1 (2 at ge_gamma 1.5 on even grids), one evaluation per step."""
-    return sample(GradientEstimation(ge_gamma), model, x, sigmas, extra_args, callback, disable, seeds=seeds)[0]
+    return walk(GradientEstimation(ge_gamma), model, x, sigmas, extra_args, callback, disable, seeds)
 
 
 sample_gradient_estimation_cfg_pp = cfg_pp_form(sample_gradient_estimation)

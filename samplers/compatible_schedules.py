@@ -4,8 +4,6 @@ Each returns what the program returns, so the number of values may not be n + 1 
 where the program's own result cannot be walked (a value repeated, or a division by 0).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

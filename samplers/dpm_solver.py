@@ -1,7 +1,5 @@
 """DPM-Solver (2206.00927) in one to three stages, and DPM-Solver-fast, which spends a budget of evaluations."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +17,8 @@ from ella_kd.samplers.registry import (
     NoiseSampler,
     Seeds,
     range_of,
-    sample,
     sampler,
+    walk,
 )
 from ella_kd.samplers.solver import Ancestral, Evaluate, Noise, State, Step, ancestral_step, linear, pairs
 
@@ -110,7 +108,7 @@ def sample_dpm_fast(
         raise ValueError(f"sigma_min and sigma_max must be above 0 and finite, got {low} and {high}")
     places = torch.linspace(math.log(high), math.log(low), len(orders(n)) + 1, dtype=torch.float64)
     sigmas = places.exp().to(x.dtype)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+    return walk(solver, model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler)
 
 
 @sampler(None, "DPM-Solver", name="dpm_fast", order=3, table=RANGE_SAMPLERS)

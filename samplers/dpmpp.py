@@ -1,7 +1,5 @@
 """DPM-Solver++ (2211.01095): 2S ancestral and its SDE form, 2M and 3M with theirs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from ella_kd.samplers.multistep import DataMultistep, DataWeights
-from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sample, sampler
+from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sampler, walk
 from ella_kd.samplers.solver import Ancestral, Step, pairs, refuse_other
 from ella_kd.samplers.stages import LAND, Stage, Staged, Stages
 
@@ -32,16 +30,14 @@ class DPMpp2SAncestral(Staged, Ancestral[Stages]):
     order = 2
     evals = 2
 
-    def steps(self, sigmas: Sequence[float]) -> list[Step[Stages]]:
-        steps: list[Step[Stages]] = []
-        for s, t in pairwise(sigmas):
-            down, up = self.down_up(s, t)
-            mid = (s * down) ** 0.5
-            trial, end = Stage(mid / s, ((s - mid) / s,)), Stage(down / s, (0.0, (s - down) / s), up)
-            land = Stage(0.0, (1.0,), up)
-            evals, stages = ((s, mid), (trial, end)) if down > 0 else ((s,), (land,))
-            steps.append(Step(evals, stages, pairs(up, s, t)))
-        return steps
+    def between(self, s: float, t: float, n: int) -> Step[Stages]:
+        down, up = self.down_up(s, t)
+        noises = pairs(up, s, t)
+        if down == 0:
+            return Step((s,), (Stage(0.0, (1.0,), up),), noises)
+        mid = (s * down) ** 0.5
+        stages = Stage(mid / s, ((s - mid) / s,)), Stage(down / s, (0.0, (s - down) / s), up)
+        return Step((s, mid), stages, noises)
 
 
 @sampler(DPMpp2SAncestral(), "DPM-Solver++")
@@ -51,8 +47,7 @@ def sample_dpmpp_2s_ancestral(
     *, seeds: Seeds = None,
 ) -> Tensor:
     """DPM-Solver++(2S) (2211.01095) with noise put back. Order 2 at eta 0, two evaluations per step."""
-    solver = DPMpp2SAncestral(eta, s_noise)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+    return walk(DPMpp2SAncestral(eta, s_noise), model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler)
 
 
 sample_dpmpp_2s_ancestral_cfg_pp = cfg_pp_form(sample_dpmpp_2s_ancestral)
@@ -75,10 +70,9 @@ class DPMppSDE(Staged, Ancestral[Stages]):
         if not 0 < self.r <= 1:
             raise ValueError(f"r must be above 0 and at most 1, got {self.r}")
 
-    def steps(self, sigmas: Sequence[float]) -> list[Step[Stages]]:
-        return [self._step(s, t) if t > 0 else Step((s,), LAND) for s, t in pairwise(sigmas)]
-
-    def _step(self, s: float, t: float) -> Step[Stages]:
+    def between(self, s: float, t: float, n: int) -> Step[Stages]:
+        if t == 0:
+            return Step((s,), LAND)
         m, mix = s ** (1 - self.r) * t**self.r, 1 / (2 * self.r)
         (down_m, up_m), (down, up) = (self.down_up(s, to) for to in (m, t))
         trial = Stage(down_m / s, ((s - down_m) / s,), up_m)
@@ -94,8 +88,7 @@ def sample_dpmpp_sde(
     r: float = 0.5, *, seeds: Seeds = None,
 ) -> Tensor:
     """DPM-Solver++(2S) SDE (2211.01095), Brownian noise at both stages. Order 2 at eta 0, two evaluations per step."""
-    solver = DPMppSDE(eta, s_noise, r)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+    return walk(DPMppSDE(eta, s_noise, r), model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler)
 
 
 sample_dpmpp_sde_cfg_pp = cfg_pp_form(sample_dpmpp_sde)
@@ -141,7 +134,7 @@ def sample_dpmpp_2m(
     disable: bool | None = None, *, seeds: Seeds = None,
 ) -> Tensor:
     """DPM-Solver++(2M) (2211.01095). Order 2, one evaluation per step."""
-    return sample(DPMpp2M(), model, x, sigmas, extra_args, callback, disable, seeds=seeds)[0]
+    return walk(DPMpp2M(), model, x, sigmas, extra_args, callback, disable, seeds)
 
 
 sample_dpmpp_2m_cfg_pp = cfg_pp_form(sample_dpmpp_2m)
@@ -155,8 +148,10 @@ def sample_dpmpp_2m_sde(
     solver_type: Literal["midpoint", "heun"] = "midpoint", *, seeds: Seeds = None,
 ) -> Tensor:
     """DPM-Solver++(2M) SDE, Brownian noise. Order 2 at eta 0, one evaluation per step."""
-    solver = DPMpp2M(eta, s_noise, solver_type)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+    return walk(
+        DPMpp2M(eta, s_noise, solver_type),
+        model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler,
+    )
 
 
 sample_dpmpp_2m_sde_cfg_pp = cfg_pp_form(sample_dpmpp_2m_sde)
@@ -204,8 +199,7 @@ def sample_dpmpp_3m_sde(
 ) -> Tensor:
     """DPM-Solver++(3M) SDE, Brownian noise. One evaluation per step. Order 2 at eta 0 as in k-diffusion; corrected:
     with the factor 2 that its third-order term lacks there, order 3 from an exact start."""
-    solver = DPMpp3M(eta, s_noise, corrected)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+    return walk(DPMpp3M(eta, s_noise, corrected), model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler)
 
 
 sample_dpmpp_3m_sde_cfg_pp = cfg_pp_form(sample_dpmpp_3m_sde)

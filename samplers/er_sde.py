@@ -1,7 +1,5 @@
 """Extended reverse-time SDE (2309.06169) on past denoised."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ella_kd.samplers.multistep import Array, DataMultistep, DataWeights, integrate, padded
-from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sample, sampler
+from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sampler, walk
 from ella_kd.samplers.solver import Step, pairs, refuse_ascending, refuse_negative, refuse_order
 
 __all__ = ["ERSDE", "sample_er_sde", "sample_er_sde_cfg_pp"]
@@ -100,8 +98,10 @@ def sample_er_sde(
 ) -> Tensor:
     """Extended reverse-time SDE (2309.06169); noise_scaler(sigma) of one's own. Order 2, or 3 corrected, without noise;
     one evaluation per step."""
-    solver = ERSDE(s_noise, noise_scaler or er_sde_scaler, max_stage, corrected)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+    return walk(
+        ERSDE(s_noise, noise_scaler or er_sde_scaler, max_stage, corrected),
+        model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler,
+    )
 
 
 sample_er_sde_cfg_pp = cfg_pp_form(sample_er_sde)

@@ -1,17 +1,13 @@
 """First order: Euler, Euler ancestral, and their other names DDIM and DDPM."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ella_kd.samplers.multistep import DataMultistep, DataWeights
-from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sample, sampler
+from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sampler, walk
 from ella_kd.samplers.solver import Ancestral, Churned, Evaluate, Noise, State, Step, linear, pairs
 
 __all__ = [
@@ -36,12 +32,9 @@ class Euler(Churned[EulerWeights]):
     order = 1
     evals = 1
 
-    def steps(self, sigmas: Sequence[float]) -> list[Step[EulerWeights]]:
-        steps = []
-        for s, t in pairwise(sigmas):
-            hat, churn = self.churn(s, t, len(sigmas) - 1)
-            steps.append(Step((hat,), EulerWeights(churn, t / hat, (hat - t) / hat), pairs(churn, s, hat)))
-        return steps
+    def between(self, s: float, t: float, n: int) -> Step[EulerWeights]:
+        hat, churn = self.churn(s, t, n)
+        return Step((hat,), EulerWeights(churn, t / hat, (hat - t) / hat), pairs(churn, s, hat))
 
     def step(
         self, c: Step[EulerWeights], x: Tensor, state: State, evaluate: Evaluate, noise: Noise
@@ -58,8 +51,7 @@ def sample_euler(
     s_noise: float = 1.0, *, seeds: Seeds = None,
 ) -> Tensor:
     """Euler steps (2206.00364, Algorithm 2 without its correction). Order 1, one evaluation per step."""
-    solver = Euler(s_churn, s_tmin, s_tmax, s_noise)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds)[0]
+    return walk(Euler(s_churn, s_tmin, s_tmax, s_noise), model, x, sigmas, extra_args, callback, disable, seeds)
 
 
 sample_euler_cfg_pp = cfg_pp_form(sample_euler)
@@ -71,12 +63,9 @@ class EulerAncestral(DataMultistep, Ancestral[DataWeights]):
 
     order = 1
 
-    def steps(self, sigmas: Sequence[float]) -> list[Step[DataWeights]]:
-        steps = []
-        for s, t in pairwise(sigmas):
-            down, up = self.down_up(s, t)
-            steps.append(Step((s,), DataWeights(down / s, ((s - down) / s,), up), pairs(up, s, t)))
-        return steps
+    def between(self, s: float, t: float, n: int) -> Step[DataWeights]:
+        down, up = self.down_up(s, t)
+        return Step((s,), DataWeights(down / s, ((s - down) / s,), up), pairs(up, s, t))
 
 
 @sampler(EulerAncestral(), "Euler")
@@ -86,8 +75,7 @@ def sample_euler_ancestral(
     *, seeds: Seeds = None,
 ) -> Tensor:
     """Euler steps with noise put back after each. Order 1 at eta 0, one evaluation per step."""
-    solver = EulerAncestral(eta, s_noise)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+    return walk(EulerAncestral(eta, s_noise), model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler)
 
 
 sample_euler_ancestral_cfg_pp = cfg_pp_form(sample_euler_ancestral)
@@ -101,8 +89,7 @@ def sample_ddim(
 ) -> Tensor:
     """DDIM (2010.02502, eq. 12 and 16), which is Euler ancestral: eta 0 is Euler, eta 1 DDPM. Order 1 at eta 0, one
     evaluation per step."""
-    solver = EulerAncestral(eta, s_noise)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+    return walk(EulerAncestral(eta, s_noise), model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler)
 
 
 sample_ddim_cfg_pp = cfg_pp_form(sample_ddim)
@@ -116,8 +103,7 @@ def sample_ddpm(
 ) -> Tensor:
     """DDPM's ancestral sampling (2006.11239, Algorithm 2, the smaller variance) on any schedule: DDIM with eta 1. One
     evaluation per step."""
-    solver = EulerAncestral(s_noise=s_noise)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+    return walk(EulerAncestral(s_noise=s_noise), model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler)
 
 
 sample_ddpm_cfg_pp = cfg_pp_form(sample_ddpm)

@@ -1,17 +1,13 @@
 """SEEDS (2305.14267) in data prediction: exponential Runge-Kutta steps with the exact noise of each stage."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
 
-from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sample, sampler
+from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sampler, walk
 from ella_kd.samplers.solver import Ancestral, Step, refuse_ascending, refuse_other
 from ella_kd.samplers.stages import LAND, Stage, Staged, Stages
 
@@ -34,29 +30,23 @@ class _SEEDS(Staged, Ancestral[Stages]):
     noise = "brownian"
 
     @abstractmethod
-    def fractions(self) -> tuple[float, ...]:
-        """Where the stages after the first lie in the step."""
+    def tableau(self, H: float) -> list[tuple[float, list[float]]]:
+        """Where each further stage and the end lie in the step, and the weights of the D before it; H = (1 + eta) h."""
 
-    @abstractmethod
-    def tableau(self, H: float) -> list[list[float]]:
-        """For each further stage and for the end, the weights of the D before it; H = (1 + eta) h."""
-
-    def steps(self, sigmas: Sequence[float]) -> list[Step[Stages]]:
+    def between(self, s: float, t: float, n: int) -> Step[Stages]:
         if self.eta:
-            refuse_ascending(sigmas[0], sigmas[1])
-        return [self._step(s, t) if t > 0 else Step((s,), LAND) for s, t in pairwise(sigmas)]
-
-    def _step(self, s: float, t: float) -> Step[Stages]:
-        h, places = math.log(s / t), (0.0, *self.fractions(), 1.0)
-        levels = [s, *(s ** (1 - r) * t**r if r < 1 else t for r in places[1:])]
-        stages, noises = [], []
-        ends = zip(pairwise(places), pairwise(levels), self.tableau(h * (1 + self.eta)))
-        for (before, r), (level_before, level), row in ends:
+            refuse_ascending(s, t)
+        if t == 0:
+            return Step((s,), LAND)
+        h, before, levels, stages, noises = math.log(s / t), 0.0, [s], list[Stage](), list[tuple[float, float]]()
+        for r, row in self.tableau(h * (1 + self.eta)):
+            levels.append(s ** (1 - r) * t**r if r < 1 else t)
             decay = -self.eta * (r - before) * h
-            fresh = level * math.sqrt(-math.expm1(2 * decay)) * self.s_noise
-            kept = level / level_before * math.exp(decay) if self.s_noise else 0.0
-            stages.append(Stage(math.exp(-self.eta * r * h) * level / s, row, fresh, kept))
-            noises += [(level_before, level)] if fresh else []
+            fresh = levels[-1] * math.sqrt(-math.expm1(2 * decay)) * self.s_noise
+            kept = levels[-1] / levels[-2] * math.exp(decay) if self.s_noise else 0.0
+            stages.append(Stage(math.exp(-self.eta * r * h) * levels[-1] / s, row, fresh, kept))
+            noises += [(levels[-2], levels[-1])] if fresh else []
+            before = r
         return Step(tuple(levels[:-1]), tuple(stages), tuple(noises))
 
 
@@ -79,12 +69,9 @@ class SEEDS2(_SEEDS):
             raise ValueError(f"r must be above 0 and not above 1, got {self.r}")
         refuse_other("solver_type", self.solver_type, "phi_1", "phi_2")
 
-    def fractions(self) -> tuple[float, ...]:
-        return (self.r,)
-
-    def tableau(self, H: float) -> list[list[float]]:
+    def tableau(self, H: float) -> list[tuple[float, list[float]]]:
         later = _phi_1(H) / (2 * self.r) if self.solver_type == "phi_1" else _phi_2(H) / self.r
-        return [[_phi_1(self.r * H)], [_phi_1(H) - later, later]]
+        return [(self.r, [_phi_1(self.r * H)]), (1.0, [_phi_1(H) - later, later])]
 
 
 @sampler(SEEDS2(eta=0.0, r=1.0, solver_type="phi_2"), "SEEDS")
@@ -93,8 +80,7 @@ def sample_exp_heun_2_x0(
     disable: bool | None = None, solver_type: Literal["phi_1", "phi_2"] = "phi_2", *, seeds: Seeds = None,
 ) -> Tensor:
     """Exponential Heun in data prediction: SEEDS-2 at eta 0 and r 1. Order 2, two evaluations per step."""
-    solver = SEEDS2(0.0, 0.0, 1.0, solver_type)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds)[0]
+    return walk(SEEDS2(0.0, 0.0, 1.0, solver_type), model, x, sigmas, extra_args, callback, disable, seeds)
 
 
 sample_exp_heun_2_x0_cfg_pp = cfg_pp_form(sample_exp_heun_2_x0)
@@ -107,8 +93,10 @@ def sample_exp_heun_2_x0_sde(
     solver_type: Literal["phi_1", "phi_2"] = "phi_2", *, seeds: Seeds = None,
 ) -> Tensor:
     """Exponential Heun with noise: SEEDS-2 at r 1. Order 2 at eta 0, two evaluations per step."""
-    solver = SEEDS2(eta, s_noise, 1.0, solver_type)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+    return walk(
+        SEEDS2(eta, s_noise, 1.0, solver_type),
+        model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler,
+    )
 
 
 sample_exp_heun_2_x0_sde_cfg_pp = cfg_pp_form(sample_exp_heun_2_x0_sde)
@@ -121,8 +109,10 @@ def sample_seeds_2(
     r: float = 0.5, solver_type: Literal["phi_1", "phi_2"] = "phi_1", *, seeds: Seeds = None,
 ) -> Tensor:
     """SEEDS-2 (2305.14267), Brownian noise. Order 2 at eta 0, two evaluations per step."""
-    solver = SEEDS2(eta, s_noise, r, solver_type)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+    return walk(
+        SEEDS2(eta, s_noise, r, solver_type),
+        model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler,
+    )
 
 
 sample_seeds_2_cfg_pp = cfg_pp_form(sample_seeds_2)
@@ -144,13 +134,13 @@ class SEEDS3(_SEEDS):
         if not 0 < self.r_1 < self.r_2 < 1:
             raise ValueError(f"0 < r_1 < r_2 < 1 must hold, got r_1 = {self.r_1}, r_2 = {self.r_2}")
 
-    def fractions(self) -> tuple[float, ...]:
-        return self.r_1, self.r_2
-
-    def tableau(self, H: float) -> list[list[float]]:
-        second = self.r_2 / self.r_1 * _phi_2(self.r_2 * H)
-        third = _phi_2(H) / self.r_2
-        return [[_phi_1(self.r_1 * H)], [_phi_1(self.r_2 * H) - second, second], [_phi_1(H) - third, 0.0, third]]
+    def tableau(self, H: float) -> list[tuple[float, list[float]]]:
+        second, third = self.r_2 / self.r_1 * _phi_2(self.r_2 * H), _phi_2(H) / self.r_2
+        return [
+            (self.r_1, [_phi_1(self.r_1 * H)]),
+            (self.r_2, [_phi_1(self.r_2 * H) - second, second]),
+            (1.0, [_phi_1(H) - third, 0.0, third]),
+        ]
 
 
 def _phi_1(H: float) -> float:
@@ -172,8 +162,7 @@ def sample_seeds_3(
     r_1: float = 1 / 3, r_2: float = 2 / 3, *, seeds: Seeds = None,
 ) -> Tensor:
     """SEEDS-3 (2305.14267), Brownian noise. Order 3 at eta 0, three evaluations per step."""
-    solver = SEEDS3(eta, s_noise, r_1, r_2)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+    return walk(SEEDS3(eta, s_noise, r_1, r_2), model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler)
 
 
 sample_seeds_3_cfg_pp = cfg_pp_form(sample_seeds_3)

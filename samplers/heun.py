@@ -1,17 +1,13 @@
 """Second order in one step, in sigma: Heun, and DPM-Solver-2 with its ancestral form."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sample, sampler
+from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sampler, walk
 from ella_kd.samplers.solver import Ancestral, Churned, Evaluate, Noise, Solver, State, Step, linear, pairs
 
 __all__ = [
@@ -59,18 +55,14 @@ class _Mixed(TwoSlopes, Churned[SlopesWeights]):
     def middle(self, s: float, t: float) -> tuple[float, float]:
         """(m, mix) for a step from s to t > 0."""
 
-    def steps(self, sigmas: Sequence[float]) -> list[Step[SlopesWeights]]:
-        steps = []
-        for s, t in pairwise(sigmas):
-            hat, churn = self.churn(s, t, len(sigmas) - 1)
-            evals: tuple[float, ...] = (hat,)
-            weights = SlopesWeights(0.0, 1.0, churn=churn)
-            if t > 0:
-                m, mix = self.middle(hat, t)
-                slopes = (t - hat) * (1 - mix) / hat, (t - hat) * mix / m
-                evals, weights = (hat, m), SlopesWeights(m / hat, (hat - m) / hat, *slopes, churn)
-            steps.append(Step(evals, weights, pairs(churn, s, hat)))
-        return steps
+    def between(self, s: float, t: float, n: int) -> Step[SlopesWeights]:
+        hat, churn = self.churn(s, t, n)
+        noises = pairs(churn, s, hat)
+        if t == 0:
+            return Step((hat,), SlopesWeights(0.0, 1.0, churn=churn), noises)
+        m, mix = self.middle(hat, t)
+        slopes = (t - hat) * (1 - mix) / hat, (t - hat) * mix / m
+        return Step((hat, m), SlopesWeights(m / hat, (hat - m) / hat, *slopes, churn), noises)
 
 
 @dataclass(frozen=True)
@@ -90,8 +82,7 @@ def sample_heun(
     s_noise: float = 1.0, *, seeds: Seeds = None,
 ) -> Tensor:
     """Heun steps (2206.00364, Algorithm 2). Order 2, two evaluations per step."""
-    solver = Heun(s_churn, s_tmin, s_tmax, s_noise)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds)[0]
+    return walk(Heun(s_churn, s_tmin, s_tmax, s_noise), model, x, sigmas, extra_args, callback, disable, seeds)
 
 
 sample_heun_cfg_pp = cfg_pp_form(sample_heun)
@@ -114,8 +105,7 @@ def sample_dpm_2(
     s_noise: float = 1.0, *, seeds: Seeds = None,
 ) -> Tensor:
     """DPM-Solver-2 (2206.00927). Order 2, two evaluations per step."""
-    solver = DPM2(s_churn, s_tmin, s_tmax, s_noise)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds)[0]
+    return walk(DPM2(s_churn, s_tmin, s_tmax, s_noise), model, x, sigmas, extra_args, callback, disable, seeds)
 
 
 sample_dpm_2_cfg_pp = cfg_pp_form(sample_dpm_2)
@@ -128,17 +118,13 @@ class DPM2Ancestral(TwoSlopes, Ancestral[SlopesWeights]):
     Order 2 at eta 0, two evaluations per step; one where sigma_down is 0. There, with sigma_next above 0 (eta above 1),
     k-diffusion adds no noise and goes on with an x of no noise at all; this adds it."""
 
-    def steps(self, sigmas: Sequence[float]) -> list[Step[SlopesWeights]]:
-        steps = []
-        for s, t in pairwise(sigmas):
-            down, up = self.down_up(s, t)
-            evals: tuple[float, ...] = (s,)
-            weights = SlopesWeights(0.0, 1.0, up=up)
-            if down > 0:
-                m = (s * down) ** 0.5
-                evals, weights = (s, m), SlopesWeights(m / s, (s - m) / s, second=(down - s) / m, up=up)
-            steps.append(Step(evals, weights, pairs(up, s, t)))
-        return steps
+    def between(self, s: float, t: float, n: int) -> Step[SlopesWeights]:
+        down, up = self.down_up(s, t)
+        noises = pairs(up, s, t)
+        if down == 0:
+            return Step((s,), SlopesWeights(0.0, 1.0, up=up), noises)
+        m = (s * down) ** 0.5
+        return Step((s, m), SlopesWeights(m / s, (s - m) / s, second=(down - s) / m, up=up), noises)
 
 
 @sampler(DPM2Ancestral(), "DPM-Solver")
@@ -148,8 +134,7 @@ def sample_dpm_2_ancestral(
     *, seeds: Seeds = None,
 ) -> Tensor:
     """DPM-Solver-2 (2206.00927) with noise put back. Order 2 at eta 0, two evaluations per step."""
-    solver = DPM2Ancestral(eta, s_noise)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+    return walk(DPM2Ancestral(eta, s_noise), model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler)
 
 
 sample_dpm_2_ancestral_cfg_pp = cfg_pp_form(sample_dpm_2_ancestral)

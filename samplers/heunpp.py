@@ -1,7 +1,5 @@
 """Heun++ 2, a heuristic with three slopes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ella_kd.samplers.registry import Args, Callback, Model, Seeds, cfg_pp_form, sample, sampler
+from ella_kd.samplers.registry import Args, Callback, Model, Seeds, cfg_pp_form, sampler, walk
 from ella_kd.samplers.solver import Churned, Evaluate, Noise, State, Step, linear, pairs
 
 __all__ = ["HeunPP2", "sample_heunpp2", "sample_heunpp2_cfg_pp"]
@@ -72,8 +70,7 @@ def sample_heunpp2(
     s_noise: float = 1.0, *, seeds: Seeds = None,
 ) -> Tensor:
     """Heun++, a heuristic of three slopes. Order 1, three evaluations per step."""
-    solver = HeunPP2(s_churn, s_tmin, s_tmax, s_noise)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds)[0]
+    return walk(HeunPP2(s_churn, s_tmin, s_tmax, s_noise), model, x, sigmas, extra_args, callback, disable, seeds)
 
 
 sample_heunpp2_cfg_pp = cfg_pp_form(sample_heunpp2)

@@ -1,15 +1,11 @@
 """The sampler of consistency models: denoise, and add the next sigma's noise anew."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from torch import Tensor
 
 from ella_kd.samplers.multistep import DataMultistep, DataWeights
-from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sample, sampler
+from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sampler, walk
 from ella_kd.samplers.solver import Step, pairs, refuse_ascending, refuse_negative
 
 __all__ = ["LCM", "sample_lcm", "sample_lcm_cfg_pp"]
@@ -28,13 +24,10 @@ class LCM(DataMultistep):
     def __post_init__(self) -> None:
         refuse_negative(s_noise=self.s_noise)
 
-    def steps(self, sigmas: Sequence[float]) -> list[Step[DataWeights]]:
-        steps = []
-        for s, t in pairwise(sigmas):
-            refuse_ascending(s, t)
-            up = t * self.s_noise
-            steps.append(Step((s,), DataWeights(0.0, (1.0,), up), pairs(up, s, t)))
-        return steps
+    def between(self, s: float, t: float, n: int) -> Step[DataWeights]:
+        refuse_ascending(s, t)
+        up = t * self.s_noise
+        return Step((s,), DataWeights(0.0, (1.0,), up), pairs(up, s, t))
 
 
 @sampler(LCM(), "consistency")
@@ -44,8 +37,7 @@ def sample_lcm(
     *, s_noise: float = 1.0, seeds: Seeds = None,
 ) -> Tensor:
     """Multistep consistency sampling (2303.01469, 2310.04378), for models distilled for it. One evaluation per step."""
-    solver = LCM(s_noise)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+    return walk(LCM(s_noise), model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler)
 
 
 sample_lcm_cfg_pp = cfg_pp_form(sample_lcm)

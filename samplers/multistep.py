@@ -6,8 +6,6 @@ Gauss-Legendre quadrature, which has none of the cancellation that closed forms 
 kept is as long as the weights.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

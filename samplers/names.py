@@ -4,8 +4,6 @@ Letter case, spaces, hyphens and underscores do not count, nor do a leading "k_"
 "++" is pp and " a" ancestral. A name may end in a schedule's, as the web UI's older ones do: "DPM++ 2M Karras".
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable, Mapping

@@ -4,8 +4,6 @@ A sampler's file registers it where it stands: `@sampler(Solver(), "family")` ab
 its CFG++ form's. So does anyone's own, which `draw`, the command and `get_sampler` then know.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -150,6 +148,14 @@ def cfg_pp_form(function: Function, variant: str = "") -> CFGppForm:
     return cast(CFGppForm, SAMPLERS[name].function)
 
 
+def walk(
+    solver: Solver[Any], model: Model, x: Tensor, sigmas: Tensor, extra_args: Args, callback: Callback | None,
+    disable: bool | None, seeds: Seeds, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:
+    """x at the end of the whole schedule: what a `sample_NAME` returns of `sample`."""
+    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+
+
 def range_of(sigmas: Tensor) -> tuple[float, float]:
     """The first of a schedule's sigmas and the last above 0."""
     *_, low = (sigma for sigma in sigmas.tolist() if sigma > 0)
@@ -171,8 +177,8 @@ def _function_of(solver: Solver[Any]) -> Function:
         model: Model, x: Tensor, sigmas: Tensor, extra_args: Args = None, callback: Callback | None = None,
         disable: bool | None = None, *, noise_sampler: NoiseSampler | None = None, seeds: Seeds = None, **options: Any,
     ) -> Tensor:
-        own, noise = replace(solver, **options), noise_sampler
-        return sample(own, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise)[0]
+        own = replace(solver, **options)
+        return walk(own, model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler)
 
     function.__module__, function.__doc__ = type(solver).__module__, type(solver).__doc__
     return function

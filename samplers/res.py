@@ -1,7 +1,5 @@
 """RES multistep (2308.02157), and its ancestral form."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from ella_kd.samplers.dpmpp import DPMpp2M
 from ella_kd.samplers.multistep import DataMultistep, DataWeights
-from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sample, sampler
+from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sampler, walk
 from ella_kd.samplers.solver import Ancestral, Step, pairs
 
 __all__ = [
@@ -32,8 +30,7 @@ def sample_res_multistep(
     disable: bool | None = None, *, seeds: Seeds = None,
 ) -> Tensor:
     """RES multistep (2308.02157), which is DPM-Solver++(2M) "heun". Order 2, one evaluation per step."""
-    solver = DPMpp2M(solver_type="heun")
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds)[0]
+    return walk(DPMpp2M(solver_type="heun"), model, x, sigmas, extra_args, callback, disable, seeds)
 
 
 sample_res_multistep_cfg_pp = cfg_pp_form(sample_res_multistep)
@@ -70,8 +67,10 @@ def sample_res_multistep_ancestral(
     *, seeds: Seeds = None,
 ) -> Tensor:
     """RES multistep (2308.02157) with noise put back. Order 2 at eta 0, one evaluation per step."""
-    solver = ResMultistepAncestral(eta, s_noise)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+    return walk(
+        ResMultistepAncestral(eta, s_noise),
+        model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler,
+    )
 
 
 sample_res_multistep_ancestral_cfg_pp = cfg_pp_form(sample_res_multistep_ancestral)

@@ -1,7 +1,5 @@
 """Restart sampling: Heun's method, which now and then goes back up with fresh noise."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,7 +7,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from ella_kd.samplers.heun import Heun, SlopesWeights
-from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sample, sampler
+from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sampler, walk
 from ella_kd.samplers.solver import Evaluate, Noise, Solver, State, Step, refuse_negative
 
 __all__ = ["Restart", "sample_restart", "sample_restart_cfg_pp"]
@@ -88,8 +86,7 @@ def sample_restart(
     step, and the restarts' on top: the schedule is not shortened for them, as A1111 does."""
     listed = {0.1: (10, 1, 2.0)} if restart_list is None else restart_list
     intervals = tuple((float(low), int(n) - 1, int(times), float(high)) for low, (n, times, high) in listed.items())
-    solver = Restart(intervals, s_noise)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+    return walk(Restart(intervals, s_noise), model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler)
 
 
 sample_restart_cfg_pp = cfg_pp_form(sample_restart)

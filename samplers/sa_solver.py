@@ -1,7 +1,5 @@
 """SA-Solver (2309.05019): stochastic Adams-Bashforth and Adams-Moulton on past denoised."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ella_kd.samplers.multistep import DataMultistep, DataWeights, integrate, lagrange, padded, pushed, used, used_order
-from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sample, sampler
+from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sampler, walk
 from ella_kd.samplers.solver import (
     Evaluate,
     Noise,
@@ -116,8 +114,10 @@ def sample_sa_solver(
 ) -> Tensor:
     """SA-Solver (2309.05019); tau_func(sigma), by default 1 in the middle of SD1.5's range. Order 4 at tau 0, one
     evaluation per step."""
-    solver = SASolver(tau_func or tau_of_the_middle, s_noise, predictor_order, corrector_order, simple_order_2)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+    return walk(
+        SASolver(tau_func or tau_of_the_middle, s_noise, predictor_order, corrector_order, simple_order_2),
+        model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler,
+    )
 
 
 sample_sa_solver_cfg_pp = cfg_pp_form(sample_sa_solver)
@@ -161,8 +161,10 @@ def sample_sa_solver_pece(
     simple_order_2: bool = False, *, seeds: Seeds = None,
 ) -> Tensor:
     """SA-Solver (2309.05019) that evaluates the corrected x again. Order 4 at tau 0, two evaluations per step."""
-    solver = SASolverPECE(tau_func or tau_of_the_middle, s_noise, predictor_order, corrector_order, simple_order_2)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
+    return walk(
+        SASolverPECE(tau_func or tau_of_the_middle, s_noise, predictor_order, corrector_order, simple_order_2),
+        model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler,
+    )
 
 
 sample_sa_solver_pece_cfg_pp = cfg_pp_form(sample_sa_solver_pece)

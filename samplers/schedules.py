@@ -4,8 +4,6 @@ They are computed in float64 and rounded once to torch's default dtype, as k-dif
 walk a model's timesteps are in `ella_kd.samplers.timestep_schedules`.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -8,12 +8,11 @@ Notation: s = sigma_i, t = sigma_{i+1}, D = denoised. A first-order step is x' =
 and, at the same time, DPM-Solver++'s exponential step: e^-h = t/s with h = log(s/t).
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -49,9 +48,13 @@ class Solver(ABC, Generic[Weights]):
     evals: ClassVar[int]
     noise: ClassVar[Literal["normal", "brownian"]] = "normal"
 
-    @abstractmethod
     def steps(self, sigmas: Sequence[float]) -> list[Step[Weights]]:
         """All steps of a schedule of n + 1 sigmas: n of them; ValueError if the method cannot walk it."""
+        return [self.between(s, t, len(sigmas) - 1) for s, t in pairwise(sigmas)]
+
+    def between(self, s: float, t: float, n: int) -> Step[Weights]:
+        """The step from s to t of a run of n, where it depends on nothing else; a method whose steps do has `steps`."""
+        raise NotImplementedError(f"{type(self).__name__} has neither `steps` nor `between`")
 
     @abstractmethod
     def step(

@@ -1,7 +1,5 @@
 """One-step methods with stages on denoised: exponential Runge-Kutta, with the noise of each stage."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count

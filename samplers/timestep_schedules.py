@@ -5,8 +5,6 @@ said otherwise. Those that visit whole timesteps only take n up to N and say so;
 raise TypeError for anything without such a table, and ValueError for an n that does not fit.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """UniPC (2302.04867) in data prediction."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ella_kd.samplers.multistep import DataMultistep, DataWeights, integrate, padded, used_order
-from ella_kd.samplers.registry import Args, Callback, Model, Seeds, cfg_pp_form, sample, sampler
+from ella_kd.samplers.registry import Args, Callback, Model, Seeds, cfg_pp_form, sampler, walk
 from ella_kd.samplers.solver import Step, refuse_order, refuse_other
 
 __all__ = ["UniPC", "sample_uni_pc", "sample_uni_pc_bh2", "sample_uni_pc_bh2_cfg_pp", "sample_uni_pc_cfg_pp"]
@@ -78,8 +76,7 @@ def sample_uni_pc(
     lower_order_final: bool = True, *, seeds: Seeds = None,
 ) -> Tensor:
     """UniPC (2302.04867), B(h) = h. Order max_order + 1, one evaluation per step."""
-    solver = UniPC(variant, max_order, lower_order_final)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds)[0]
+    return walk(UniPC(variant, max_order, lower_order_final), model, x, sigmas, extra_args, callback, disable, seeds)
 
 
 sample_uni_pc_cfg_pp = cfg_pp_form(sample_uni_pc)
@@ -91,8 +88,7 @@ def sample_uni_pc_bh2(
     disable: bool | None = None, max_order: int = 3, lower_order_final: bool = True, *, seeds: Seeds = None,
 ) -> Tensor:
     """UniPC (2302.04867), B(h) = e^h - 1. Order max_order + 1, one evaluation per step."""
-    solver = UniPC("bh2", max_order, lower_order_final)
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds)[0]
+    return walk(UniPC("bh2", max_order, lower_order_final), model, x, sigmas, extra_args, callback, disable, seeds)
 
 
 sample_uni_pc_bh2_cfg_pp = cfg_pp_form(sample_uni_pc_bh2)
