@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -118,16 +119,28 @@ class Run(Iterator[Record]):
         self.advance()
         return self._evaluate.record()
 
-    def advance(self) -> None:
-        """Takes one step. Reads the counts of NaN and Inf at the last one; ValueError names the first."""
-        i, x, history = self._at
-        self._evaluate.begin(i)
-        x, history = self._solver.step(self._steps[i], x, history, self._evaluate, self._noise(i))
-        if self._evaluate.guidance is not None:
-            x = x + self._evaluate.guidance
-        if i + 1 == self.stop:
-            self._evaluate.raise_if_not_finite()
-        self._at = i + 1, x, history
+    def advance(self, steps: int = 1, progress: tqdm | None = None) -> None:
+        """Takes so many steps. Reads the counts of NaN and Inf at the last one; ValueError names the first."""
+        for _ in range(steps):
+            i, x, history = self._at
+            self._evaluate.begin(i)
+            x, history = self._solver.step(self._steps[i], x, history, self._evaluate, self._noise(i))
+            if self._evaluate.guidance is not None:
+                x = x + self._evaluate.guidance
+            if i + 1 == self.stop:
+                self._evaluate.raise_if_not_finite()
+            self._at = i + 1, x, history
+            if progress is not None:
+                progress.update()
+
+    @contextmanager
+    def bar(self, disable: bool | None) -> Iterator[tqdm]:
+        """A bar of the run's steps; Ctrl-C within becomes `Interrupted`."""
+        with tqdm(total=self.total, initial=self.step, disable=disable, leave=None) as progress:
+            try:
+                yield progress
+            except KeyboardInterrupt as error:
+                raise Interrupted(self.x, self.state, self.total) from error
 
 
 @torch.no_grad()
@@ -177,14 +190,22 @@ def sample(
         state=state,
         stop=stop,
     )
-    with tqdm(total=run.total, initial=run.step, disable=disable, leave=None) as progress:
-        try:
-            while run.step < run.stop:
-                run.advance()
-                progress.update()
-        except KeyboardInterrupt as error:
-            raise Interrupted(run.x, run.state, run.total) from error
+    with run.bar(disable) as progress:
+        run.advance(len(run), progress)
     return run.x, run.state
+
+
+@torch.no_grad()
+def walk(
+    solver: Solver, model: Model | CFGpp, x: Tensor, sigmas: Tensor, extra_args: Mapping[str, Any] | None,
+    callback: Callback | None, disable: bool | None, seeds: Sequence[int] | None,
+    noise_sampler: NoiseSampler | None = None,
+) -> Tensor:
+    """x at the end of the whole schedule: what every `sample_NAME` returns."""
+    run = Run(solver, model, x, sigmas, extra_args, callback, seeds=seeds, noise_sampler=noise_sampler)
+    with run.bar(disable) as progress:
+        run.advance(len(run), progress)
+    return run.x
 
 
 class Evaluations:

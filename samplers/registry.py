@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 from torch import Tensor
 
 from ella_kd.samplers.cfg_pp import CFGpp, ScaleMode
-from ella_kd.samplers.driver import sample
+from ella_kd.samplers.driver import walk
 from ella_kd.samplers.model import Callback, Model, NoiseSampler
 from ella_kd.samplers.noise import NOISES
 from ella_kd.samplers.solver import Solver, Step
@@ -146,14 +146,6 @@ def cfg_pp_form(function: Function, variant: str = "") -> CFGppForm:
     """The CFG++ form of a registered `sample_NAME`, or one of its variants."""
     name = f"{function.__name__.removeprefix('sample_')}{variant and '_' + variant}_cfg_pp"
     return cast(CFGppForm, SAMPLERS[name].function)
-
-
-def walk(
-    solver: Solver[Any], model: Model, x: Tensor, sigmas: Tensor, extra_args: Args, callback: Callback | None,
-    disable: bool | None, seeds: Seeds, noise_sampler: NoiseSampler | None = None,
-) -> Tensor:
-    """x at the end of the whole schedule: what a `sample_NAME` returns of `sample`."""
-    return sample(solver, model, x, sigmas, extra_args, callback, disable, seeds=seeds, noise_sampler=noise_sampler)[0]
 
 
 def range_of(sigmas: Tensor) -> tuple[float, float]:
