@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
-from ella_kd.samplers.registry import COMPATIBLE_SCHEDULES, SAMPLERS, SCHEDULES, Sampler, Schedule
+from ella_kd.samplers.registry import COMPATIBLE_SCHEDULES, RANGE_SAMPLERS, SAMPLERS, SCHEDULES, Sampler, Schedule
 
 __all__ = [
     "COMFYUI", "a1111_sampler", "a1111_schedule", "get_sampler", "get_schedule", "sampler_named", "schedule_named",
@@ -32,6 +32,8 @@ A1111_SAMPLERS = {
     "ddim": "DDIM",
     "ddim_cfg_pp": "DDIM CFG++",
     "uni_pc": "UniPC",
+    "dpm_fast": "DPM fast",
+    "dpm_adaptive": "DPM adaptive",
 }
 A1111_SCHEDULES = {
     "karras": "Karras",
@@ -63,11 +65,12 @@ COMFYUI = {
 
 
 def get_sampler(name: str) -> Sampler:
-    """The row of SAMPLERS that `sampler_named` finds; ValueError where there is none, or a schedule in the name."""
+    """The row of SAMPLERS or RANGE_SAMPLERS that `sampler_named` finds; ValueError where there is none, and where the
+    name holds a schedule."""
     found, schedule = sampler_named(name)
     if schedule is not None:
         raise ValueError(f"{name!r} names a schedule too: give sampler {found!r} and schedule {schedule!r}")
-    return SAMPLERS[found]
+    return {**SAMPLERS, **RANGE_SAMPLERS}[found]
 
 
 def get_schedule(name: str) -> Schedule:
@@ -115,7 +118,7 @@ def _key(text: object) -> str:
 
 def _samplers() -> dict[str, str]:
     shorter = {name: name.replace("_ancestral", "_a") for name in SAMPLERS}
-    return _by_key(SAMPLERS, shorter, A1111_SAMPLERS)
+    return _by_key((*SAMPLERS, *RANGE_SAMPLERS), shorter, A1111_SAMPLERS)
 
 
 def _schedules() -> dict[str, str]:

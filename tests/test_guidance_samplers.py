@@ -22,7 +22,7 @@ from ella_kd.samplers import (
     sample_euler_cfg_pp,
 )
 from ella_kd.samplers.upstream import k_diffusion
-from test_samplers_driver import Functions, Operations
+from oracles import Functions, Operations
 from tiny import WIDTH, PointwiseTSC, PointwiseUNet, features, noise, relative, tiny_tsc, tiny_unet
 
 LOW, HIGH = LDMDenoiser(PointwiseUNet()).sigma_min, LDMDenoiser(PointwiseUNet()).sigma_max

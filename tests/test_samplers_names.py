@@ -17,6 +17,8 @@ NAMES: list[tuple[str, str, str | None]] = [
     ("UniPC", "uni_pc", None),
     ("DDIM CFG++", "ddim_cfg_pp", None),
     ("k_euler", "euler", None),
+    ("DPM adaptive", "dpm_adaptive", None),
+    ("dpm_fast", "dpm_fast", None),
     ("k_dpmpp_2s_a", "dpmpp_2s_ancestral", None),
     ("sample_heun", "heun", None),
     ("dpmpp_2m_sde_gpu", "dpmpp_2m_sde", None),

@@ -1,6 +1,5 @@
 """A run step by step: the iterator, its records, files, branches, Ctrl-C, and the warnings' and counts' truth."""
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ from mixtures import Guided, Pointwise, randn
 
 SIGMAS = get_sigmas_karras(6, 0.03, 14.6)
 ARGS = {"cond_scale": 0.7}
-GRID = [row for row in SAMPLERS.values() if "sigmas" in inspect.signature(row.function).parameters]
-each_sampler = pytest.mark.parametrize("row", GRID, ids=[row.name for row in GRID])
+ROWS = [SAMPLERS[name] for name in ("dpmpp_2m_sde", "lms", "sa_solver_pece", "uni_pc", "restart", "heun_cfg_pp")]
+each_sampler = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 
 
 def latents(rows: int = 2) -> Tensor:
@@ -40,30 +39,6 @@ def latents(rows: int = 2) -> Tensor:
 
 def start(row: Sampler, model: Any, **options: Any) -> Run:
     return Run(row.solver, model, latents(), SIGMAS, ARGS, seeds=[7, 8], cfg_pp=row.cfg_pp, **options)
-
-
-@each_sampler
-def test_iterating_is_sampling_and_the_records_are_true(row: Sampler, guided: Guided) -> None:
-    whole, end = sample(row.solver, guided, latents(), SIGMAS, ARGS, disable=True, seeds=[7, 8], cfg_pp=row.cfg_pp)
-    guided.seen.clear()
-    run = start(row, guided)
-    before, seen = run.x, 0
-    counts = [len(step.evals) for step in row.solver.steps(SIGMAS.tolist())]
-    for i, record in enumerate(run):
-        assert (record["i"], run.step, len(run)) == (i, i + 1, 5 - i)
-        if torch.equal(record["sigma_hat"], record["sigma"]):  # no churn
-            assert torch.equal(record["x"], before)
-        assert record["x"] is not run.x
-        assert torch.equal(record["sigma"], SIGMAS[i])
-        sigma = record["sigma_hat"].expand(2)
-        assert torch.equal(record["denoised"], guided.predict(record["x"], sigma, False, ARGS["cond_scale"]).denoised)
-        guided.seen.pop()
-        assert record["nfe"] == len(guided.seen) == sum(counts[: i + 1]) > seen
-        before, seen = run.x, record["nfe"]
-        assert ("w" in record) == ("lam" in record) == row.cfg_pp
-    assert torch.equal(run.x, whole)
-    assert run.state.keys() == end.keys() and all(torch.equal(run.state[key], end[key]) for key in end)
-    assert next(run, None) is None
 
 
 @each_sampler
