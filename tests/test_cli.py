@@ -67,13 +67,6 @@ def test_fast_draws_the_same_and_is_for_a_cpu(run: Run, tmp_path: Path) -> None:
     assert refused.exit_code == 2 and "float32 or bfloat16 on the CPU, got float16 on cpu" in refused.output
 
 
-def test_a_mistake_at_the_real_command_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "ella_kd", "generate", "a", "--checkpoint", "missing.safetensors"],
-                          cwd=tmp_path, text=True, capture_output=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "Error: no checkpoint at missing.safetensors: --checkpoint takes a file\n"
-
-
 def test_the_command_is_installed() -> None:
     [command] = entry_points(group="console_scripts", name="ella-kd")
     assert command.load() is cli.main

@@ -39,6 +39,11 @@ def read_a1111(text: str) -> dict[str, str]:
     return {"Prompt": "\n".join(lines[:at]), "Negative prompt": negative, **fields}
 
 
+@pytest.fixture(scope="module")
+def miniature() -> Pipeline:
+    return Pipeline.miniature(device="cpu")
+
+
 @pytest.mark.parametrize("arguments", [
     {},
     {"mode": "clip", "negative": "a blue ring", "sampler": "euler_ancestral", "schedule": "ays", "clip_skip": 2},
@@ -47,8 +52,7 @@ def read_a1111(text: str) -> dict[str, str]:
     {"syntax": True, "prompts": "[a red heart:a blue ring:0.5]", "negative": "[night|snow]", "tags": "[red:blue:1]"},
     {"sampler": "dpmpp_2m_cfg_pp", "scale": 0.6, "mode": "fixed"},
 ])
-def test_a_picture_is_drawn_again_from_its_png(arguments: dict[str, Any], tmp_path: Path) -> None:
-    miniature = Pipeline.miniature(device="cpu")
+def test_a_picture_is_drawn_again_from_its_png(miniature: Pipeline, arguments: dict[str, Any], tmp_path: Path) -> None:
     options: dict[str, Any] = {"prompts": PROMPT, "scale": 3.0, "steps": 2, "seeds": 2**40 + 1, **arguments}
     [picture] = generate(miniature, progress=False, **options)
     picture.save(tmp_path / "a.png")
