@@ -39,7 +39,7 @@ def tables() -> Iterator[None]:
     yield
     for table in (SAMPLERS, SCHEDULES):
         for name in [name for name in table if name not in before]:
-            table.pop(name)  # type: ignore[attr-defined]
+            table.pop(name)
 
 
 @dataclass(frozen=True)
