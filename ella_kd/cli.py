@@ -125,7 +125,7 @@ def generate(prompts: tuple[str, ...], file: str | None, count: int, out: Path, 
     modes = {"--mode " + options["mode"]: options["mode"], "--tags": options["tags"] and "clip",
              f"--negative-mode {options['negative_mode']}": options["negative_mode"]}
     pipeline, number, total = load(options, modes.items()), last_number(out), len(texts) * count
-    work = ((text, torch.randint(0, 2**32, ()).item() if seed is None else seed + i)
+    work = ((text, int(torch.randint(0, 2**32, ())) if seed is None else seed + i)
             for text in texts for i in range(count))
     saved = 0
     try:

@@ -110,15 +110,21 @@ def start_given(noise: Tensor | None, latents: Tensor | None) -> Tensor | None:
 
 def seed_rows(seeds: int | Sequence[int], rows: int | None = None) -> list[int]:
     """One seed per row; of rows that are given, a single number is the first's, and the next ones follow."""
-    if isinstance(seeds, str) or not (isinstance(seeds, Iterable) and getattr(seeds, "ndim", 1)):
+    if not several(seeds):
         first = seed_number(seeds)
         return [first + i for i in range(rows or 1)]
+    assert isinstance(seeds, Iterable)
     values = [seed_number(seed) for seed in seeds]
     if not values:
         raise ValueError("seeds is empty: give one per picture, at least one")
     if rows not in (None, len(values)):
         raise ValueError(f"there are {len(values)} seeds and {rows} rows to start from: give one per row, or one")
     return values
+
+
+def several(seeds: object) -> bool:
+    """Whether they are a sequence or an array of seeds, rather than one."""
+    return isinstance(seeds, Iterable) and not isinstance(seeds, str) and getattr(seeds, "ndim", None) != 0
 
 
 def latent_shape(pipeline: Pipeline, width: int | None, height: int | None, rows: int,

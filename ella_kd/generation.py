@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ella_kd.conditioning import And, Concat, Conditioning, Switch
 from ella_kd.denoiser import Condition
-from ella_kd.drawing import draw, innermost_scale, picture_size, refuse_unknown, seed_rows
+from ella_kd.drawing import draw, innermost_scale, picture_size, refuse_unknown, seed_rows, several
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import parse
 from ella_kd.images import Picture
@@ -167,8 +167,7 @@ def _chunks(requests: list[Request], size: int) -> list[list[Request]]:
 def _seeds(seeds: int | Sequence[int] | None, prompts: int, count: int) -> list[int]:
     if seeds is None:  # 32 bits: what torch's CPU generator uses of a seed, and what other tools can read back
         return torch.randint(0, 2**32, (prompts * count,)).tolist()
-    several = isinstance(seeds, Iterable) and getattr(seeds, "ndim", 1)
-    found = seed_rows(seeds) if several else seed_rows(seeds, count) * prompts
+    found = seed_rows(seeds) if several(seeds) else seed_rows(seeds, count) * prompts
     if len(found) != prompts * count:
         raise ValueError(f"seeds must be one number, or one per picture: expected {prompts * count}, got {len(found)}")
     return found

@@ -38,7 +38,7 @@ def mode_named(mode: object) -> Mode:
         return "clip"
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: choose {', '.join(MODES)}")
-    return mode  # type: ignore[return-value]
+    return mode
 
 
 @dataclass(frozen=True)

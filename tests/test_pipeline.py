@@ -39,7 +39,7 @@ def test_a_v_prediction_pipeline_is_drawn_as_one(pipeline: Pipeline) -> None:
     sd = replace(pipeline, noise_schedule=NoiseSchedule.sd2_v())
     denoiser = sd.denoiser()
     sigmas = get_sigmas_karras(3, denoiser.sigma_min, denoiser.sigma_max)
-    args = {"cond": sd.encode("a circle"), "uncond": sd.encode(""), "cond_scale": 3.0}
+    args: dict[str, Any] = {"cond": sd.encode("a circle"), "uncond": sd.encode(""), "cond_scale": 3.0}
     latents = sample_dpmpp_2m(denoiser, randn((1, 4, 4, 4), [5]) * sigmas[0], sigmas, extra_args=args, disable=True)
     [picture] = generate(sd, "a circle", scale=3.0, steps=3, seeds=5)
     drawn = draw(sd, args["cond"], uncond=args["uncond"], guidance=3.0, latents=latents, sigmas=torch.tensor([1e-4, 0]))

@@ -74,7 +74,8 @@ def test_editing_is_a_switch_at_the_schedules_sigmas(pipeline: Pipeline) -> None
     }
     drawn = {}
     for prompt, (more, cond, uncond) in wanted.items():
-        [picture] = generate(pipeline, prompt, syntax=True, scale=3.0, **options, **more)
+        asked: dict[str, Any] = {**options, **more}
+        [picture] = generate(pipeline, prompt, syntax=True, scale=3.0, **asked)
         [expected] = draw(pipeline, cond, uncond=uncond, guidance=3.0, **options)
         drawn[prompt] = np.asarray(picture.image, int)
         assert np.abs(drawn[prompt] - np.asarray(expected, int)).max() <= 1, prompt
