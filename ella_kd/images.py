@@ -1,14 +1,14 @@
 """Pictures on disk: PNGs that say how they were made, and contact sheets."""
 
 import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+
+from ella_kd.files import writing
 
 # The labels by which the AUTOMATIC1111 web UI knows these methods; what it does not know keeps our name.
 A1111_SAMPLERS = {
@@ -114,17 +114,8 @@ def save_png(picture: Picture, path: str | Path, enlarge: int = 1) -> None:
 
 def save_image(image: Image.Image, path: str | Path, info: PngInfo | None = None) -> None:
     """Write an image as PNG, whole or not at all. Raises OSError naming the file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            image.save(file, "PNG", pnginfo=info)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}; free some space or choose another "
-                                   "folder") from error
+    with writing(path) as temporary, open(temporary, "wb") as file:
+        image.save(file, "PNG", pnginfo=info)
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str]) -> Image.Image:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ella_kd.models.layers import Shapes, count_of, shape_of
-from ella_kd.models.noise_schedule import NoiseSchedule, Prediction
-from ella_kd.models.text import CLIPTextEncoder, default_dtype, load_tokenizer
+from ella_kd.files import write_safetensors
+from ella_kd.models.devices import check_device, check_dtype
+from ella_kd.models.noise_schedule import NoiseSchedule, PredictionType
+from ella_kd.models.shapes import Shapes, count_of, shape_of
+from ella_kd.models.text import CLIPTextEncoder, load_tokenizer
 from ella_kd.models.tsc import TSC
 from ella_kd.models.unet import UNet, UNetConfig
 from ella_kd.models.vae import AutoencoderKL, VAEConfig
@@ -57,14 +58,16 @@ class Checkpoint:
         return CLIPTextEncoder(self.text_model, self.clip_tokenizer)
 
 
-def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
-                    clip_tokenizer: str | Path | None = None, prediction: Prediction | None = None) -> Checkpoint:
+def load_checkpoint(path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu",
+                    clip_tokenizer: str | Path | None = None, prediction: PredictionType | None = None) -> Checkpoint:
     """Read a Stable Diffusion 1.x single file (`model.diffusion_model.*`, `first_stage_model.*`, `cond_stage_model.*`).
 
     dtype None: fp32 on a CPU, fp16 elsewhere, whatever the file holds. clip_tokenizer: a tokenizer folder.
     prediction: what the network returns, "eps" or "v"; None: as the file's metadata says, else "eps".
     Raises FileNotFoundError, or ValueError naming the first tensors that are missing, extra or misshapen.
     """
+    device = check_device(device)
+    dtype = check_dtype(dtype, device)
     tokenizer = None if clip_tokenizer is None else load_tokenizer(clip_tokenizer, "CLIP")
     tensors, metadata = read_tensors(path)
     config = _config(metadata, path)
@@ -82,7 +85,6 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, devic
                 for name, x in model.state_dict().items()}
     _refuse(expected, {prefix + name: x.shape for prefix in groups for name, x in groups[prefix].items()} | extra, path)
 
-    dtype = dtype or default_dtype(device)
     _assign(unet, groups[UNET], dtype, device)
     _assign(vae, groups[VAE], dtype, device)
     _assign(text_model, {clip_names[name]: x for name, x in groups[CLIP].items()}, dtype, device)
@@ -112,18 +114,20 @@ def save_checkpoint(path: str | Path, unet: UNet, vae: AutoencoderKL, text_model
                                   CONFIG: json.dumps(config), **(metadata or {})})
 
 
-def load_tsc(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> TSC:
+def load_tsc(path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> TSC:
     """Read a connector, such as `ella-sd1.5-tsc-t5xl.safetensors`, in eval mode and without gradients.
 
     dtype None: fp32 on a CPU, fp16 elsewhere. The heads are not in the shapes: the file's metadata, else 8.
     Raises FileNotFoundError, or ValueError naming the first tensors that are missing, extra or misshapen.
     """
+    device = check_device(device)
+    dtype = check_dtype(dtype, device)
     tensors, metadata = read_tensors(path)
     heads = _config(metadata, path).get("heads", 8)
     with torch.device("meta"):
         tsc = _build(lambda shapes: TSC(**TSC.arguments_from_shapes(shapes), heads=heads), tensors, "", path)
     _refuse({name: x.shape for name, x in tsc.state_dict().items()}, _shapes(tensors), path)
-    _assign(tsc, tensors, dtype or default_dtype(device), device)
+    _assign(tsc, tensors, dtype, device)
     return tsc
 
 
@@ -220,7 +224,7 @@ def _refuse(expected: Shapes, got: Shapes, path: str | Path) -> None:
         raise ValueError(f"{path} is not what this loads:\n  " + "\n  ".join(problems[:5]) + more)
 
 
-def _assign(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str | torch.device) -> None:
+def _assign(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
     model.load_state_dict({name: x.to(device, dtype) for name, x in tensors.items()}, assign=True)
     model.eval().requires_grad_(False)
 
@@ -235,7 +239,7 @@ def _config(metadata: Mapping[str, str], path: str | Path) -> dict[str, Any]:
     return config
 
 
-def _prediction(metadata: Mapping[str, str], path: str | Path) -> Prediction:
+def _prediction(metadata: Mapping[str, str], path: str | Path) -> PredictionType:
     said = metadata.get(PREDICTION, "epsilon")
     if said == "epsilon":
         return "eps"
@@ -244,7 +248,7 @@ def _prediction(metadata: Mapping[str, str], path: str | Path) -> Prediction:
     raise ValueError(f'{path} says {PREDICTION} = {said!r}, known are "epsilon" and "v": pass prediction="eps" or "v"')
 
 
-def _noise_schedule(table: Tensor | None, prediction: Prediction) -> NoiseSchedule:
+def _noise_schedule(table: Tensor | None, prediction: PredictionType) -> NoiseSchedule:
     """The file's own schedule, if it differs from Stable Diffusion's by more than rounding.
 
     Files carry the table in fp32, pruned ones in fp16, where sigma_min is off by 15 %: the exact one replaces both.
@@ -258,14 +262,6 @@ def _noise_schedule(table: Tensor | None, prediction: Prediction) -> NoiseSchedu
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a .safetensors file that appears whole or not at all."""
-    path = Path(path)
-    if path.suffix != ".safetensors":
+    if Path(path).suffix != ".safetensors":
         raise ValueError(f"tensors are written as .safetensors, got {path}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} to")
-    part = path.with_name(path.name + ".part")
-    try:
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, part, dict(metadata))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_safetensors(path, tensors, metadata)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from ella_kd.models.context import pile
+from ella_kd.models.devices import check_device
 from ella_kd.models.features import FeatureMode, load_features, save_features
 from ella_kd.models.text import T5TextEncoder, TextFeatures
-from ella_kd.models.tokens import pile
 
 
 class FeatureCache:
@@ -29,7 +30,7 @@ class FeatureCache:
                  device: str | torch.device = "cpu") -> None:
         if not encoder.strip():
             raise ValueError(f'name the encoder, such as "flan-t5-xl", got {encoder!r}')
-        self.folder, self.encoder, self.device = Path(folder), encoder, device
+        self.folder, self.encoder, self.device = Path(folder), encoder, check_device(device)
         self._load = load
 
     @cached_property

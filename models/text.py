@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ella_kd.models.attention import check_mask
+from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.emphasis import Piece, chunks, parse
 
 if TYPE_CHECKING:  # transformers takes seconds to import: it is loaded when a text encoder is
@@ -24,11 +26,20 @@ class TextFeatures:
     """What a text encoder says about prompts: tokens [B, L, D] and which of them are seen, and how strongly.
 
     mask [B, L]: bool, True at positions that are seen; or floats >= 0, the factor by which the attention to a position
-    is multiplied (0 unseen, 1 plain; see `ella_kd.models.layers.attend`). None: every position is seen.
+    is multiplied (0 unseen, 1 plain; see `ella_kd.models.attention.attend`). None: every position is seen.
     """
 
     tokens: Tensor
     mask: Tensor | None = None
+
+
+def check_features(features: TextFeatures) -> None:
+    """Raises ValueError unless tokens are floats [B, L, D], none of the three 0, and the mask fits (`check_mask`)."""
+    tokens = features.tokens
+    if tokens.ndim != 3 or 0 in tokens.shape or not tokens.is_floating_point():
+        raise ValueError("text features must be floats [B, L, D] with B and L at least 1, got "
+                         f"{tokens.dtype} {list(tokens.shape)}")
+    check_mask(features.mask, tokens)
 
 
 class T5TextEncoder:
@@ -39,7 +50,7 @@ class T5TextEncoder:
         self.tokenizer = tokenizer
 
     @classmethod
-    def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = None,
+    def from_folder(cls, folder: str | Path, dtype: str | torch.dtype | None = None,
                     device: str | torch.device = "cpu") -> "T5TextEncoder":
         """Read a T5 folder (config.json, weights, tokenizer), the encoder alone or the whole model; nothing is fetched.
 
@@ -49,11 +60,13 @@ class T5TextEncoder:
         """
         from transformers import T5EncoderModel
 
+        device = check_device(device)
+        kind = check_dtype(dtype, device)
         path = Path(folder)
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"no T5 model in {path}: expected a folder with config.json, the weights and the "
                                     "tokenizer, such as a copy of google/flan-t5-xl")
-        if dtype == torch.bfloat16:
+        if kind == torch.bfloat16:
             warnings.warn("T5 in bf16 changes ELLA's pictures visibly: it was trained on fp16 features", stacklevel=2)
         tokenizer = load_tokenizer(path, "T5")
         if not any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
@@ -69,7 +82,7 @@ class T5TextEncoder:
         if wrong:
             raise ValueError(f"the weights in {path} are not the T5 that its config.json describes: missing, misshapen "
                              f"or unexpected are {', '.join(wrong[:5])}" + ", ..." * (len(wrong) > 5))
-        return cls(model.to(device, dtype or default_dtype(device)).eval().requires_grad_(False), tokenizer)
+        return cls(model.to(device, kind).eval().requires_grad_(False), tokenizer)
 
     def __call__(self, prompts: str | Sequence[str], max_length: int | None = None) -> TextFeatures:
         """Prompts -> features [B, L, D].
@@ -208,11 +221,6 @@ def load_tokenizer(folder: str | Path, kind: str) -> "PreTrainedTokenizerBase":
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
-
-
-def default_dtype(device: str | torch.device) -> torch.dtype:
-    """fp32 on a CPU, fp16 elsewhere."""
-    return torch.float32 if torch.device(device).type == "cpu" else torch.float16
 
 
 def _as_list(prompts: str | Sequence[str]) -> list[str]:

@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ella_kd.models.layers import Shapes, attend, check_mask, count_of, shape_of, timestep_embedding
+from ella_kd.models.attention import attend, check_mask
+from ella_kd.models.shapes import Shapes, count_of, shape_of
+from ella_kd.models.timestep import timestep_embedding
 
 
 class AdaLayerNorm(nn.Module):

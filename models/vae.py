@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ella_kd.models.layers import Shapes, attend, count_of, shape_of
+from ella_kd.models.attention import attend
+from ella_kd.models.shapes import Shapes, count_of, shape_of
 
 
 @dataclass(frozen=True)

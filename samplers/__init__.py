@@ -41,7 +41,7 @@ from ella_kd.samplers.dpm_adaptive import sample_dpm_adaptive
 from ella_kd.samplers.dpm_solver import DPMFast
 from ella_kd.samplers.dpmpp import DPMpp2M, DPMpp2SAncestral
 from ella_kd.samplers.dpmpp_sde import DPMpp3M, DPMppSDE
-from ella_kd.samplers.driver import Interrupted, Run, sample
+from ella_kd.samplers.driver import Interrupted, Run, sample, without_history
 from ella_kd.samplers.euler import Euler, EulerAncestral
 from ella_kd.samplers.functions import (
     sample_dpm_2,
@@ -86,6 +86,7 @@ from ella_kd.samplers.functions_stochastic import (
 from ella_kd.samplers.heunpp import HeunPP2
 from ella_kd.samplers.lcm import LCM
 from ella_kd.samplers.lms import LMS
+from ella_kd.samplers.model import Prediction, bind
 from ella_kd.samplers.noise import BrownianNoise, NormalNoise, randn
 from ella_kd.samplers.restart import Restart
 from ella_kd.samplers.saving import load_run, save_run
@@ -144,6 +145,7 @@ __all__ = [
     "HeunPP2",
     "Interrupted",
     "NormalNoise",
+    "Prediction",
     "ResMultistepAncestral",
     "Restart",
     "Run",
@@ -154,6 +156,7 @@ __all__ = [
     "Solver",
     "Step",
     "UniPC",
+    "bind",
     "get_sampler",
     "get_schedule",
     "get_sigmas_ays",
@@ -244,4 +247,5 @@ __all__ = [
     "sample_uni_pc_bh2_cfg_pp",
     "sample_uni_pc_cfg_pp",
     "save_run",
+    "without_history",
 ]

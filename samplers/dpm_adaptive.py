@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ella_kd.samplers.checks import check_latents
 from ella_kd.samplers.dpm_solver import stages
-from ella_kd.samplers.driver import Callback, Model, NoiseSampler
+from ella_kd.samplers.model import Callback, Model, NoiseSampler, bind, check_answer, rounded
 from ella_kd.samplers.noise import NormalNoise, check_seeds, random_seeds
 from ella_kd.samplers.solver import ancestral_step, refuse_negative
 
@@ -114,17 +114,19 @@ def sample_dpm_adaptive(
     powers = ((pcoeff + icoeff + dcoeff) / span, -(pcoeff + 2 * dcoeff) / span, dcoeff / span)
     h = math.copysign(abs(h_init), high - low)
     rows = [Row(-math.log(high), h, -math.log(low), powers, accept_safety) for _ in range(len(x))]
+    bound = bind(model, x, None, extra_args=extra_args)
     x_prev, tries = x, 0
     with tqdm(disable=disable) as progress:
         while any(row.active for row in rows):
             plans = [_plan(row, order, eta) for row in rows]
             at, slopes = x, []
             for k in range(order):
-                sigma = x.new_tensor([plan.evals[k] for plan in plans])
-                denoised = _evaluate(model, at, sigma, extra_args or {})
+                levels = tuple(rounded(plan.evals[k], x.dtype) for plan in plans)
+                denoised = bound(at, levels).denoised
+                check_answer("denoised", denoised, x)
                 if k == 0:
                     first = denoised
-                slopes.append((at - denoised) / sigma.view(-1, 1, 1, 1))
+                slopes.append((at - denoised) / x.new_tensor(levels).view(-1, 1, 1, 1))
                 at = _stage(x, slopes, [plan.rows[k] for plan in plans])
             x_low = _stage(x, slopes, [plan.low for plan in plans])
             delta = torch.clamp(torch.maximum(x_low.abs(), x_prev.abs()) * rtol, min=atol)
@@ -194,14 +196,6 @@ def _stage(x: Tensor, slopes: Sequence[Tensor], weights: Sequence[Sequence[float
 
 def _accept(old: Tensor, new: Tensor, accepted: Sequence[bool]) -> Tensor:
     return torch.where(torch.tensor(accepted, device=old.device).view(-1, 1, 1, 1), new, old)
-
-
-def _evaluate(model: Model, x: Tensor, sigma: Tensor, extra_args: Mapping[str, Any]) -> Tensor:
-    denoised = model(x, sigma, **extra_args)
-    if not isinstance(denoised, Tensor) or denoised.shape != x.shape or denoised.dtype != x.dtype:
-        got = f"{list(denoised.shape)} {denoised.dtype}" if isinstance(denoised, Tensor) else type(denoised).__name__
-        raise ValueError(f"the model must return denoised like x, {list(x.shape)} {x.dtype}, got {got}")
-    return denoised
 
 
 def _noises(x: Tensor, seeds: Sequence[int] | None, sampler: NoiseSampler | None) -> list[NoiseSampler]:

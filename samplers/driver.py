@@ -7,6 +7,7 @@ once, and NaN or Inf from the model is counted on the device and read when a cal
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -18,15 +19,13 @@ from tqdm.auto import tqdm
 
 from ella_kd.samplers.cfg_pp import CFGpp
 from ella_kd.samplers.checks import check_latents, check_sigmas
-from ella_kd.samplers.evaluations import Callback, Evaluations, Model, Record
-from ella_kd.samplers.noise import check_seeds, draw, random_seeds
+from ella_kd.samplers.evaluations import Evaluations
+from ella_kd.samplers.model import Callback, Model, NoiseSampler, Record, bind
+from ella_kd.samplers.noise import check_seeds, noise_grid, random_seeds
 from ella_kd.samplers.saving import save_run
 from ella_kd.samplers.solver import Noise, Solver, State, Step
 
-NoiseSampler = Callable[[Tensor, Tensor], Tensor]
-"""noise_sampler(sigma, sigma_next) -> [B, C, h, w] of unit variance; the sigmas are 0-dim tensors (k-diffusion)."""
-
-RESERVED = ("sigmas", "step", "seeds")  # the driver's own keys of a run's state; the rest is the method's history
+RESERVED = ("sigmas", "step", "seeds", "like", "solver")  # the driver's own keys of a state; the rest is history
 
 __all__ = [
     "Callback",
@@ -77,16 +76,12 @@ class Run(Iterator[Record]):
         check_latents(x)
         guidance = model if isinstance(model, CFGpp) else CFGpp(model) if cfg_pp else None
         model = model.model if isinstance(model, CFGpp) else model
-        if not callable(model):
-            raise TypeError(f"model must be callable as model(x, sigma, **extra_args), got {type(model).__name__}")
         if extra_args is not None and not isinstance(extra_args, Mapping):
             raise TypeError(f"extra_args must be a dict of keyword arguments for the model, got {extra_args!r}")
         if seeds is not None and noise_sampler is not None:
             raise ValueError("give seeds or a noise_sampler, not both: a noise_sampler has seeds of its own")
-        self._kept, sigmas, start = _begin(x, sigmas, seeds, state)
+        self._kept, sigmas, start = _begin(solver, x, sigmas, seeds, state)
         values = check_sigmas(sigmas, x.dtype)
-        if guidance is not None:
-            guidance.check(values, extra_args or {})
         self._solver, self._steps = solver, solver.steps(values)
         self.stop = len(self._steps) if stop is None else operator.index(stop)
         if not start < self.stop <= len(self._steps):
@@ -94,12 +89,10 @@ class Run(Iterator[Record]):
                 f"a run of {len(self._steps)} steps that starts before step {start} "
                 f"cannot stop before step {self.stop}"
             )
-        evals = [sigma for step in self._steps for sigma in step.evals]
-        self._evaluate = Evaluations(model, dict(extra_args or {}), guidance, callback, sigmas, values, self._steps)
-        planned = getattr(model, "planned", None)
-        if planned is not None:
-            distinct = torch.tensor(list(dict.fromkeys(evals)), dtype=x.dtype, device=x.device)
-            self._evaluate.plan(planned, distinct)
+        lambdas = None if guidance is None else guidance.lambdas(values, self._steps, extra_args or {})
+        evals = tuple(dict.fromkeys(sigma for step in self._steps for sigma in step.evals))
+        bound = bind(model, x, evals, guidance is not None, extra_args)
+        self._evaluate = Evaluations(bound, guidance, lambdas, callback, sigmas, values, self._steps, x.dtype)
         self._noise = _noise(solver, self._steps, x, sigmas, noise_sampler, self._kept)
         history = {key: value.to(x.device) for key, value in self._kept.items() if key not in RESERVED}
         self._kept = {key: value for key, value in self._kept.items() if key in RESERVED}
@@ -211,13 +204,15 @@ def sample(
 
 
 def _begin(
-    x: Tensor, sigmas: Tensor | None, seeds: Sequence[int] | None, state: State | None
+    solver: Solver, x: Tensor, sigmas: Tensor | None, seeds: Sequence[int] | None, state: State | None
 ) -> tuple[State, Tensor, int]:
     """The run's state, its whole schedule, and the step it starts at."""
+    name = re.sub(r" at 0x[0-9a-f]+", "", repr(solver))  # of a function the address, another in every process
+    own = {"like": x.new_empty((0, *x.shape)), "solver": torch.tensor(list(name.encode()), dtype=torch.uint8)}
     if state is None:
         if sigmas is None:
             raise TypeError("sigmas is missing: a run starts from a schedule, or resumes from a state")
-        state, start = ({"sigmas": sigmas.detach().clone()} if isinstance(sigmas, Tensor) else {}), 0
+        state, start = ({"sigmas": sigmas.detach().clone(), **own} if isinstance(sigmas, Tensor) else {}), 0
     else:
         if "sigmas" not in state or "step" not in state:
             raise ValueError(f"not a run's state: expected the keys 'sigmas' and 'step', got {sorted(state)}")
@@ -225,10 +220,35 @@ def _begin(
             raise ValueError("a resumed run keeps its own schedule: pass sigmas=None together with state")
         if seeds is not None and "seeds" in state:
             raise ValueError("a resumed run keeps its own seeds: pass seeds=None together with state")
-        state, sigmas, start = dict(state), state["sigmas"], int(state["step"])
+        _check_resumed(state, own)
+        state, sigmas, start = {**state, **own}, state["sigmas"], int(state["step"])
     if seeds is not None:
         state["seeds"] = torch.tensor(check_seeds(seeds, len(x)))
     return state, sigmas, start
+
+
+def without_history(state: State) -> State:
+    """A run's state as another method can take it over: schedule, step and seeds, as after a first step."""
+    return {key: value for key, value in state.items() if key in RESERVED}
+
+
+def _check_resumed(state: State, own: State) -> None:
+    """Raises ValueError for x or a method that is not what the state was made with."""
+    before, now = state.get("like", own["like"]), own["like"]
+    if before.shape != now.shape or before.dtype != now.dtype:
+        raise ValueError(
+            f"the state is of a run with x {list(before.shape[1:])} {before.dtype}, got x {list(now.shape[1:])} "
+            f"{now.dtype}: resume with the x that came with it"
+        )
+    if state["step"].numel() != 1 or int(state["step"]) < 0:
+        raise ValueError(f"a state's step counts the steps done, 0 or more, got {state['step'].tolist()}")
+    begun, solver = (bytes(s.get("solver", own["solver"]).tolist()).decode() for s in (state, own))
+    history = sorted(state.keys() - set(RESERVED))
+    if history and begun != solver:
+        raise ValueError(
+            f"the state holds the history ({', '.join(history)}) of {begun}, got {solver}: resume with the same "
+            "method, or go on with another from state=without_history(state)"
+        )
 
 
 def _noise(
@@ -242,7 +262,7 @@ def _noise(
             if "step" in state:
                 raise ValueError("the state holds no seeds: pass the noise_sampler the run began with, or seeds")
             state["seeds"] = torch.tensor(random_seeds(len(x)))
-        grid = draw(solver.noise, x, check_seeds(state["seeds"], len(x)), pairs)
+        grid = noise_grid(solver.noise, x, check_seeds(state["seeds"], len(x)), pairs)
 
     offsets = list(accumulate((len(step.noises) for step in steps), initial=0))
 
@@ -253,7 +273,7 @@ def _noise(
             drawn = sampler(*(sigmas.new_full((), sigma) for sigma in steps[i].noises[k]))
             if drawn.shape != x.shape:
                 raise ValueError(f"noise_sampler must return noise like x {list(x.shape)}, got {list(drawn.shape)}")
-            return drawn
+            return drawn.to(x)
 
         return noise
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ella_kd.samplers.cfg_pp import CFGpp
+from ella_kd.samplers.model import Bound, Callback, Record, check_answer, rounded
 from ella_kd.samplers.solver import Step
-
-Model = Callable[..., Any]
-"""model(x, sigma [B], **extra_args) -> denoised; for CFG++ model.predict too; model.planned where it has one."""
-Record = dict[str, Any]
-"""x (as it was evaluated), i, sigma, sigma_hat, denoised, nfe (evaluations so far); with CFG++ also lam and w."""
-Callback = Callable[[Record], object]
 
 
 class Evaluations:
@@ -24,46 +18,37 @@ class Evaluations:
 
     def __init__(
         self,
-        model: Model,
-        extra_args: dict[str, Any],
+        bound: Bound,
         cfg_pp: CFGpp | None,
+        lambdas: list[tuple[float, float]] | None,
         callback: Callback | None,
         sigmas: Tensor,
         values: Sequence[float],
         steps: Sequence[Step],
+        dtype: torch.dtype,
     ) -> None:
-        self.model, self.extra_args, self.cfg_pp = model, extra_args, cfg_pp
+        self.bound, self.cfg_pp, self.lambdas = bound, cfg_pp, lambdas
         self.callback, self.sigmas, self.values, self.steps = callback, sigmas, values, steps
         self.before = list(accumulate((len(step.evals) for step in steps), initial=0))
+        self.levels = {sigma: rounded(sigma, dtype) for step in steps for sigma in step.evals}
         self.counts: list[tuple[int, float, Tensor]] = []  # (step, sigma, how many values are NaN or Inf)
         self.guidance: Tensor | None = None
-        scale = extra_args.get("cond_scale")
-        self.lambdas: list[tuple[float, float]] | None = None
-        if cfg_pp is not None and isinstance(scale, (int, float)):
-            self.lambdas = cfg_pp.lambdas(values, steps, scale)
-
-    def plan(self, planned: Callable[..., dict[str, Any]], sigmas: Tensor) -> None:
-        """Lets the model prepare for all the sigmas of the run. A `level` among what it returns is asked for: each
-        evaluation fills in its sigma as a number, so that the model need not read it back from the device."""
-        self.extra_args = planned(sigmas, self.extra_args)
 
     def begin(self, i: int) -> None:
         """Starts step i."""
         self.i, self.calls, self.guidance = i, 0, None
-        if self.cfg_pp is not None and self.cfg_pp.scale != "lam" and self.lambdas is not None:
-            self.extra_args = {**self.extra_args, "cond_scale": self.lambdas[i][0]}
+        rescaled = self.cfg_pp is not None and self.cfg_pp.scale != "lam" and self.lambdas is not None
+        self.scale = self.lambdas[i][0] if rescaled and self.lambdas else None
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         assert sigma in self.steps[self.i].evals, f"evaluated at sigma {sigma}, which eval_sigmas does not list"
-        sigma_in = x.new_full((len(x),), sigma)
-        extra_args = {**self.extra_args, "level": sigma} if "level" in self.extra_args else self.extra_args
+        prediction = self.bound(x, self.levels[sigma], self.scale)
+        denoised = used = prediction.denoised
+        check_answer("denoised", denoised, x)
         if self.cfg_pp is not None:
-            prediction = self.model.predict(x, sigma_in, need_uncond=True, **extra_args)  # type: ignore[attr-defined]
-            denoised, used = prediction.denoised, prediction.uncond
-            _check("uncond", used, x)
-        else:
-            denoised = used = self.model(x, sigma_in, **extra_args)
-        _check("denoised", denoised, x)
+            check_answer("uncond", prediction.uncond, x)
+            assert prediction.uncond is not None
+            used = prediction.uncond
         # NaN and Inf less themselves are NaN, which is not 0; isfinite takes five times as long on a CPU.
         self.counts.append((self.i, sigma, torch.count_nonzero(denoised - denoised)))
         self.calls += 1
@@ -100,9 +85,3 @@ class Evaluations:
                     f"(sigma {sigma:g}); a float16 network may have overflowed: try float32"
                 )
         self.counts.clear()
-
-
-def _check(what: str, value: Any, x: Tensor) -> None:
-    if not isinstance(value, Tensor) or value.shape != x.shape or value.dtype != x.dtype:
-        got = f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"the model must return {what} like x, {list(x.shape)} {x.dtype}, got {got}")

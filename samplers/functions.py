@@ -15,8 +15,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ella_kd.samplers.dpmpp import DPMpp2M, DPMpp2SAncestral
-from ella_kd.samplers.driver import Callback, Model, NoiseSampler, sample
+from ella_kd.samplers.driver import sample
 from ella_kd.samplers.euler import Euler, EulerAncestral
+from ella_kd.samplers.model import Callback, Model, NoiseSampler
 from ella_kd.samplers.second_order import DPM2, Heun
 
 Args = Mapping[str, Any] | None

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ella_kd.samplers.adams import DEIS, IPNDM, GradientEstimation, Variable
 from ella_kd.samplers.dpmpp import DPMpp2M
-from ella_kd.samplers.driver import Callback, Model, NoiseSampler, sample
+from ella_kd.samplers.driver import sample
 from ella_kd.samplers.functions import Args, Seeds
+from ella_kd.samplers.model import Callback, Model, NoiseSampler
 from ella_kd.samplers.unipc import ResMultistepAncestral, UniPC
 
 

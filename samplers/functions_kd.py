@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ella_kd.samplers.dpm_solver import DPMFast, orders
 from ella_kd.samplers.dpmpp_sde import DPMpp3M, DPMppSDE
-from ella_kd.samplers.driver import Callback, Model, NoiseSampler, sample
+from ella_kd.samplers.driver import sample
 from ella_kd.samplers.euler import EulerAncestral
 from ella_kd.samplers.functions import Args, Seeds
 from ella_kd.samplers.heunpp import HeunPP2
 from ella_kd.samplers.lcm import LCM
 from ella_kd.samplers.lms import LMS
+from ella_kd.samplers.model import Callback, Model, NoiseSampler
 from ella_kd.samplers.restart import Restart
 from ella_kd.samplers.second_order import DPM2Ancestral
 

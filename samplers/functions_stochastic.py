@@ -10,8 +10,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from ella_kd.samplers.driver import Callback, Model, NoiseSampler, sample
+from ella_kd.samplers.driver import sample
 from ella_kd.samplers.functions import Args, Seeds
+from ella_kd.samplers.model import Callback, Model, NoiseSampler
 from ella_kd.samplers.seeds import SEEDS2, SEEDS3
 from ella_kd.samplers.stochastic_multistep import (
     ERSDE,

@@ -98,7 +98,7 @@ class BrownianNoise:
 NOISES: dict[str, type[NormalNoise] | type[BrownianNoise]] = {"normal": NormalNoise, "brownian": BrownianNoise}
 
 
-def draw(kind: str, x: Tensor, seeds: Sequence[int], pairs: Sequence[tuple[float, float]]) -> Tensor:
+def noise_grid(kind: str, x: Tensor, seeds: Sequence[int], pairs: Sequence[tuple[float, float]]) -> Tensor:
     """The noise of a whole run, [len(pairs), B, C, h, w] like x: drawn on the CPU and uploaded once."""
     sampler = NOISES[kind](torch.empty(x.shape, dtype=torch.float32), seeds)
     return torch.stack([sampler(s, t) for s, t in pairs]).to(x)

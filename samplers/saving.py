@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ella_kd.files import write_safetensors
 from ella_kd.samplers.solver import State
 
 FORMAT = "ella_kd run 1"
@@ -21,21 +19,14 @@ def save_run(path: str | Path, x: Tensor, state: State) -> None:
     """Writes what `sample` returned, or a Run's x and state. The file appears whole or not at all.
 
     What is not a tensor (the method and its options, the model, its extra_args, a noise_sampler) is not in it: resume
-    with the same ones, or with others to branch. ValueError for a state that no run can go on from."""
+    with the same ones, or with others to branch. ValueError for a state that no run can go on from, OSError that names
+    the file where it cannot be written."""
     missing = {"sigmas", "step"} - state.keys()
     if missing:
         raise ValueError(f"not a run's state: expected the keys 'sigmas' and 'step', got {sorted(state)}")
     tensors = {_X: x, **{_STATE + key: value for key, value in state.items()}}
     copies = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(copies, temporary, {"format": FORMAT})
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    write_safetensors(path, copies, {"format": FORMAT})
 
 
 def load_run(path: str | Path, device: torch.device | str = "cpu") -> tuple[Tensor, State]:

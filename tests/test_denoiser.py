@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 
 from ella_kd import ELLA, CFGDenoiser, Constant, ELLADenoiser, LDMDenoiser, NoiseSchedule
-from ella_kd.conditioning import Planned
 from ella_kd.models.text import TextFeatures
 from ella_kd.samplers.upstream import k_diffusion
 from tiny import (
@@ -186,18 +185,25 @@ def test_missing_condition() -> None:
         LDMDenoiser(PointwiseUNet())(X, torch.ones(2))
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, torch.nan, torch.inf])
-def test_a_plan_refuses_what_is_no_noise_level(bad: float) -> None:
+@pytest.mark.parametrize("bad", [-1.0, torch.nan, torch.inf])
+def test_a_run_refuses_what_is_no_noise_level(bad: float) -> None:
+    denoiser = ELLADenoiser(PointwiseUNet(), tiny_tsc())
     with pytest.raises(ValueError, match="finite sigmas above 0"):
-        ELLADenoiser(PointwiseUNet(), tiny_tsc()).planned(torch.tensor([1.0, bad]), {"cond": features(3)})
+        denoiser.bind(X, torch.tensor([1.0, bad, 0.0]), cond=features(3))
+    with pytest.raises(ValueError, match="finite sigmas above 0"):
+        denoiser.bind(X, cond=features(3))(X, bad)
 
 
-def test_plan_keeps_other_arguments() -> None:
-    denoiser, args = ELLADenoiser(PointwiseUNet(), tiny_tsc()), {"cond": features(3), "other": 5}
-    planned = denoiser.planned(torch.ones(1), args)
-    assert planned["other"] == 5
-    assert isinstance(args["cond"], TextFeatures)
-    assert denoiser.planned(torch.ones(1), {"other": 5}) == {"other": 5}
+def test_levels_are_one_or_one_per_row_and_rounded_as_x_is() -> None:
+    denoiser = ELLADenoiser(tiny_unet(), tiny_tsc())
+    bound = denoiser.bind(X, [0.1, 2.0, 0.0], cond=features(3))
+    exact = denoiser(X, torch.tensor([0.1, 2.0]), features(3))
+    assert relative(bound(X, (0.1, 2.0)).denoised, exact) < 1e-5
+    assert relative(bound(X, float(torch.tensor(0.1))).denoised[:1], exact[:1]) < 1e-5
+    with pytest.raises(ValueError, match="one per sample, so 2, got 3"):
+        bound(X, (0.1, 2.0, 3.0))
+    with pytest.raises(TypeError, match="has no guidance scale"):
+        bound(X, 2.0, 7.5)
 
 
 def test_nothing_in_an_evaluation_waits_for_the_device() -> None:
@@ -205,16 +211,8 @@ def test_nothing_in_an_evaluation_waits_for_the_device() -> None:
     denoiser = ELLADenoiser(tiny_unet(), tiny_tsc()).to("meta")
     text = features(5, 2)
     there = TextFeatures(text.tokens.to("meta"), None if text.mask is None else text.mask.to("meta"))
-    x, sigma = X.to("meta"), torch.ones(2, device="meta")
-    assert denoiser(x, sigma, there).shape == x.shape
-    assert denoiser(x, sigma, Planned(sigma, torch.ones(2, 2, 3, WIDTH, device="meta"), sigma.long())).shape == x.shape
-    assert CFGDenoiser(denoiser)(x, sigma, cond=there, uncond=there, cond_scale=3.0).shape == x.shape
-
-
-@pytest.mark.parametrize("bad", [0.0, -1.0, torch.nan, torch.inf])
-def test_where_a_bad_sigma_cannot_be_read_its_row_is_nan(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ella_kd.denoiser._positive", lambda sigma: sigma)
-    denoiser, sigma = LDMDenoiser(PointwiseUNet()), torch.tensor([bad, 1.0])
-    for got in (denoiser(X, sigma, noise(1, 1, 2)), denoiser.loss(X, X, sigma, noise(1, 1, 2))):
-        assert got[0].isnan().all()
-        assert got[1].isfinite().all()
+    x = X.to("meta")
+    for sigmas in (None, (1.0, 0.5)):
+        assert denoiser.bind(x, sigmas, cond=there)(x, 1.0).denoised.shape == x.shape
+        guided = CFGDenoiser(denoiser).bind(x, sigmas, cond=there, uncond=there, cond_scale=3.0)
+        assert guided(x, 0.5).denoised.shape == x.shape

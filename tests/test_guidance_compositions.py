@@ -29,7 +29,7 @@ from ella_kd.guidance import (
     Rescale,
 )
 from ella_kd.models.patches import Recorder
-from tiny import features, noise, relative, tiny_tsc, tiny_unet
+from tiny import answer, features, noise, relative, tiny_tsc, tiny_unet
 
 X, SIGMA = noise(2, 4, 8, 8) * 5, torch.tensor([5.0, 0.6])
 LEVELS = tuple(SIGMA.tolist())
@@ -60,24 +60,22 @@ def test_a_rule_on_a_composition(rule: Guidance, name: str) -> None:
     composition, combine = COMPOSITIONS[name]
     decided = rule.at(LEVELS)
 
-    def answer(branch: Branch, x: Tensor = X) -> Tensor:
-        model = branch.model or INNER
-        patches = () if branch.patch is None else ((len(x), branch.patch),)
-        a, b, u = (model(x, SIGMA, part, patches=patches) for part in (A, B, EMPTY))
+    def of(branch: Branch, x: Tensor = X) -> Tensor:
+        a, b, u = (answer(branch.model or INNER, x, SIGMA, part, branch.patch) for part in (A, B, EMPTY))
         return u if branch.cond == "uncond" else combine(a, b, u)
 
     maps = {}
     for branch, place in decided.watched.items():
         assert branch == UNCOND
         recorder = Recorder(place)
-        INNER(X, SIGMA, EMPTY, patches=((2, recorder),))
+        answer(INNER, X, SIGMA, EMPTY, recorder)
         maps[branch] = recorder.map
-    answers = Answers(X, SIGMA[:, None, None, None], {b: answer(b) for b in {COND, *decided.branches}},
-                      lambda x, branch: answer(branch, x), maps)
+    answers = Answers(X, SIGMA[:, None, None, None], {b: of(b) for b in {COND, *decided.branches}},
+                      lambda x, branch: of(branch, x), maps)
     expected = decided(answers)
     args = {"cond": composition, "uncond": EMPTY}
     together, separate = GuidedDenoiser(INNER, rule), GuidedDenoiser(INNER, rule, together=False)
-    assert relative(together(X, SIGMA, **together.planned(SIGMA, args)), expected) < 2e-4
+    assert relative(together(X, SIGMA, **args), expected) < 2e-4
     assert relative(separate(X, SIGMA, **args), expected) < 2e-4
 
 

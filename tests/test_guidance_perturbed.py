@@ -23,7 +23,7 @@ from ella_kd.guidance.perturbed import PAG, SAG, SEG, SLG, Perturbed, attended_p
 from ella_kd.models.patches import BlurredQueries, IdentityAttention, Patch, Recorder, SkipAttention, SkipBlock
 from ella_kd.models.text import TextFeatures
 from ella_kd.samplers import get_sigmas_karras, randn, sample_euler
-from tiny import WIDTH, PointwiseUNet, features, noise, relative, row, sharp_unet
+from tiny import WIDTH, PointwiseUNet, answer, features, noise, relative, row, sharp_unet
 
 MIDDLE = ("middle_block.1",)
 PLACES = ("input_blocks.3.1", "middle_block.1")
@@ -107,7 +107,7 @@ def test_one_call_equals_separate_calls(name: str, base: CFG) -> None:
     assert rows == [4 if base.scale == 1 else 6]
     hook.remove()
     c, u = (inner(X, SIGMA, CONDITIONS[name]) for name in ("cond", "uncond"))
-    p = inner(X, SIGMA, CONDITIONS["cond"], patches=[(2, patch)])
+    p = answer(inner, X, SIGMA, CONDITIONS["cond"], patch)
     assert relative(got, u + base.scale * (c - u) + 3.0 * (c - p)) < 1e-12
     assert relative(got, base(Answers(X, SIGMA, {COND: c, UNCOND: u}, lambda x, b: x, {}))) > 1e-5
 
@@ -165,7 +165,7 @@ def test_sag_equals_separate_calls_in_eps(cfg: float, examined: str) -> None:
         return (x - inner(x, SIGMA, CONDITIONS[name])) / s
 
     s, recorder = SIGMA[:, None, None, None], Recorder(MIDDLE[0])
-    denoised = inner(X, SIGMA, CONDITIONS[examined], patches=[(2, recorder)])
+    denoised = answer(inner, X, SIGMA, CONDITIONS[examined], recorder)
     degraded = denoised.clone().numpy()
     for i in range(2):
         mask = naive_mask(recorder.map[i].numpy(), (12, 9), (6, 5), 1.0)

@@ -19,7 +19,7 @@ from benchmarks.miniature.scenes import Scene, parse, render, to_pictures
 from ella_kd import ELLADenoiser, Pipeline
 from ella_kd.denoiser import LDMDenoiser
 from ella_kd.guidance import CFG, Guidance, GuidedDenoiser, Interval
-from ella_kd.guidance.models import AutoGuidance
+from ella_kd.guidance.branches import AutoGuidance
 from ella_kd.guidance.projections import APG, TCFG, CFGZeroStar
 from ella_kd.guidance.thresholds import DynamicThreshold, MimicScale, Rescale
 from ella_kd.models.text import TextFeatures

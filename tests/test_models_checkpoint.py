@@ -285,7 +285,7 @@ def test_a_failed_write_leaves_the_old_file(networks: Networks, tmp_path: Path,
     path = tmp_path / "sd.safetensors"
     path.write_bytes(b"old")
     with monkeypatch.context() as patch:
-        patch.setattr("ella_kd.models.checkpoint.save_file", disk_is_full)
+        patch.setattr("ella_kd.files.save_file", disk_is_full)
         with pytest.raises(OSError, match="no space left"):
             save_checkpoint(path, *networks)
     assert path.read_bytes() == b"old"

@@ -8,8 +8,8 @@ from torch import nn
 
 from ella_kd import Pipeline
 from ella_kd.models import UNet, UNetConfig, cpu, fast_on_cpu
+from ella_kd.models.attention import attend
 from ella_kd.models.cpu import attend_in_blocks
-from ella_kd.models.layers import attend
 from ella_kd.models.products import ConvLinear, by_convolution
 from ella_kd.models.winograd import WinogradConv2d
 from tiny import features, noise, randomised, relative, tiny_tsc, tiny_unet

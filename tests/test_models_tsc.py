@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ella_kd.models import TSC, load_tsc
-from ella_kd.models.layers import attend
+from ella_kd.models.attention import attend
 
 DATA = Path(__file__).parent / "data"
 

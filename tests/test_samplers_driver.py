@@ -25,7 +25,9 @@ from ella_kd.samplers import (
     sample,
     sample_euler,
     sample_heun,
+    without_history,
 )
+from ella_kd.samplers.driver import RESERVED
 from mixtures import Guided, Mixture, Pointwise, named, randn
 
 SOLVERS: list[tuple[Solver, bool]] = [
@@ -87,7 +89,7 @@ def test_planning_covers_the_whole_schedule_after_a_resume(guided: Guided) -> No
     x, state = sample(DPM2(), guided, latents(), SIGMAS, disable=True, stop=4)
     sample(DPM2(), guided, x, state=state, disable=True)
     first, second = guided.plans
-    assert torch.equal(first, second)
+    assert first == second
     assert len(first) == len(DPM2().eval_sigmas(SIGMAS))
 
 
@@ -130,7 +132,7 @@ def test_inputs_are_not_modified_and_dtype_is_kept(solver: Solver, cfg_pp: bool,
         assert torch.equal(x, before)
         assert torch.equal(sigmas, SIGMAS)
         assert args == ARGS
-        assert all(value.dtype == dtype for key, value in state.items() if key not in ("sigmas", "step", "seeds"))
+        assert all(value.dtype == dtype for key, value in state.items() if key not in (*RESERVED, "like"))
 
 
 @each_solver
@@ -388,5 +390,24 @@ def test_bad_resumes(model: Pointwise) -> None:
         resume(state={"x": x})
     with pytest.raises(ValueError, match="holds no seeds"):
         resume(state={key: value for key, value in state.items() if key != "seeds"})
-    with pytest.raises(ValueError, match="one seed per row: expected 1, got 2"):
-        sample(EulerAncestral(), model, x[:1], extra_args=ARGS, disable=True, state=state)
+    for other in (x[:1], x[:, :, :1], x.double(), torch.cat([x, x])):
+        with pytest.raises(ValueError, match=r"the state is of a run with x \[2, 3, .* resume with the x"):
+            sample(EulerAncestral(), model, other, extra_args=ARGS, disable=True, state=state)
+    with pytest.raises(ValueError, match="counts the steps done, 0 or more, got -1"):
+        resume(state={**state, "step": torch.tensor(-1)})
+
+
+def test_another_method_goes_on_without_the_history(model: Pointwise) -> None:
+    x, state = sample(DPMpp2M(), model, latents(), SIGMAS, ARGS, disable=True, stop=3)
+    with pytest.raises(ValueError, match=r"history \(denoised\) of DPMpp2M\(eta=0.0, .* got DPMpp2M\(eta=1.0"):
+        sample(DPMpp2M(eta=1.0), model, x, None, ARGS, disable=True, state=state)
+    fresh, _ = sample(DPMpp2M(), model, x, SIGMAS[3:], ARGS, disable=True)
+    other, _ = sample(DPMpp2M(solver_type="heun"), model, x, None, ARGS, disable=True, state=without_history(state))
+    again, _ = sample(DPMpp2M(solver_type="heun"), model, x, SIGMAS[3:], ARGS, disable=True)
+    assert torch.allclose(other, again) and not torch.allclose(other, fresh)
+
+
+def test_a_noise_sampler_of_another_dtype_leaves_x_its_own(model: Pointwise) -> None:
+    out, _ = sample(EulerAncestral(), model, latents(), SIGMAS, ARGS, disable=True,
+                    noise_sampler=lambda s, t: torch.ones_like(latents(), dtype=torch.float64))
+    assert out.dtype == torch.float32

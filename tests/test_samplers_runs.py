@@ -23,6 +23,7 @@ from ella_kd.samplers import (
     sample,
     sample_euler,
     save_run,
+    without_history,
 )
 from ella_kd.samplers.cfg_pp import CFGpp
 from mixtures import Guided, Pointwise, randn
@@ -98,7 +99,7 @@ def test_callback_counts_evaluations_so_far(guided: Guided) -> None:
 def test_a_run_branches_without_touching_the_first(guided: Guided) -> None:
     run = Run(DPMpp2M(), guided, latents(), SIGMAS, ARGS)
     next(run), next(run)
-    branch = Run(Euler(), guided.cond, run.x, state=run.state)
+    branch = Run(Euler(), guided.cond, run.x, state=without_history(run.state))
     other = [record["denoised"] for record in branch]
     assert len(other) == 4
     *_, _ = run
@@ -137,10 +138,11 @@ def test_ctrl_c_leaves_a_state_that_resumes_bitwise(solver: Any, k: int) -> None
     assert int(error.state["step"]) == (k // 2 if isinstance(solver, Heun) else k)
     x, state = sample(solver, Pointwise(), error.x, None, ARGS, disable=True, state=error.state)
     assert torch.equal(x, whole) and all(torch.equal(state[key], end[key]) for key in end)
-    run = Run(solver, Stopped(k), latents(), SIGMAS, ARGS, seeds=[1, 2])
+    stopped = Stopped(k)
+    run = Run(solver, stopped, latents(), SIGMAS, ARGS, seeds=[1, 2])
     with pytest.raises(KeyboardInterrupt):
         list(run)
-    run._evaluate.model = Pointwise()  # the user lets go of the keys
+    stopped.k = 99  # the user lets go of the keys
     *_, _ = run
     assert torch.equal(run.x, whole)
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from benchmarks.speed.clock import Way
 from ella_kd import ELLA, CFGDenoiser, Conditioning, Constant, ELLADenoiser, Pipeline
 from ella_kd.models import TSC, TextFeatures, UNet, fast_on_cpu
-from ella_kd.models.layers import sharing
-from ella_kd.models.tokens import pile
+from ella_kd.models.context import pile
+from ella_kd.models.parameters import sharing
 from ella_kd.samplers import sample_dpmpp_2m
 from ella_kd.samplers.upstream import k_diffusion
 

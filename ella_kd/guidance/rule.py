@@ -4,33 +4,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ella_kd.bound import COND, UNCOND, Branch
 from ella_kd.conditioning import Levels, above
-from ella_kd.models.patches import Patch
 from ella_kd.scale import Scale, check_scale, resolve
-
-if TYPE_CHECKING:
-    from ella_kd.denoiser import LDMDenoiser
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One answer that a rule asks for.
-
-    cond: the name of the condition among those of the call ("cond", "uncond", "image"). patch: what its rows change in
-    the UNet. model: another denoiser than the guided one, which sees the same x, sigma and conditions.
-    """
-
-    cond: str = "cond"
-    patch: Patch | None = None
-    model: "LDMDenoiser | None" = None
-
-
-COND, UNCOND = Branch("cond"), Branch("uncond")
 
 
 @dataclass(frozen=True, eq=False)
