@@ -121,10 +121,11 @@ def collected(test_files: Iterable[str], run: Callable[[Items], Any]) -> Any:
 
 
 def outcomes(items: Items, names: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Runs the named tests in this order: (name, it has failed)."""
+    """Runs the named tests in this order: (name, it has failed). Hypothesis' complaint of slowness is no failure."""
     chosen = [items[name] for name in names if name in items]
     for item, following in zip(chosen, [*chosen[1:], None]):
-        yield item.nodeid, any(report.failed for report in runtestprotocol(item, log=False, nextitem=following))
+        reports = runtestprotocol(item, log=False, nextitem=following)
+        yield item.nodeid, any(r.failed and "FailedHealthCheck" not in str(r.longrepr) for r in reports)
 
 
 # Which test runs which line.
