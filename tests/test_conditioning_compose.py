@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
-from itertools import product
 from typing import Any
 
 import pytest
@@ -53,15 +52,10 @@ def naive(spec: Spec, answers: list[Tensor], uncond: Tensor, sigma: float) -> Te
     if spec[0] == "and":
         weights = [weight(sigma) if callable(weight) else weight for _, weight in spec[1]]
         return sum(w * part for w, part in zip(weights, parts)) + (1 - sum(weights)) * uncond
-    drawn = [area.draw(H, W, spec[3]).numpy() for _, area in spec[1]]
+    drawn = torch.stack([area.draw(H, W, spec[3]) for _, area in spec[1]])
+    shares = (drawn / drawn.sum(0).clamp(min=1)).to(uncond)
     rest = uncond if spec[2] is None else naive(spec[2], answers, uncond, sigma)
-    out = torch.empty_like(uncond)
-    for y, x in product(range(H), range(W)):
-        amounts = [float(m[y, x]) for m in drawn]
-        shares = [amount / max(1.0, sum(amounts)) for amount in amounts]
-        mixed = sum(share * part[:, y, x] for share, part in zip(shares, parts))
-        out[:, y, x] = mixed + (1 - sum(shares)) * rest[:, y, x]
-    return out
+    return sum(share * part for share, part in zip(shares, parts)) + (1 - shares.sum(0)) * rest
 
 
 def prompts_of(tsc: Any) -> list[Conditioning]:

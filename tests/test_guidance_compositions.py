@@ -1,5 +1,6 @@
 """Every rule on a composition is the rule on the weighted sum of what the network says to each prompt alone."""
 
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -54,8 +55,9 @@ COMPOSITIONS: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", COMPOSITIONS)
-@pytest.mark.parametrize("rule", RULES, ids=IDS)
+@pytest.mark.parametrize(("rule", "name"), [
+    *(pytest.param(rule, name, id=f"{own} {name}") for rule, own, name in zip(RULES, IDS, cycle(COMPOSITIONS))),
+    (RULES[-1], "regions"), (RULES[-1], "nested")])
 def test_a_rule_on_a_composition(rule: Guidance, name: str) -> None:
     composition, combine = COMPOSITIONS[name]
     decided = rule.at(LEVELS)

@@ -146,6 +146,10 @@ def test_the_mask_of_sag(h: int, w: int, halvings: int, heads: int, threshold: f
         assert (got[i, 0].numpy() == naive_mask(attention[i].numpy(), (h, w), grid, threshold)).all()
 
 
+def test_what_receives_the_average_is_not_attended() -> None:
+    assert not attended_pixels(torch.full((1, 2, 4, 4), 0.25), torch.zeros(1, 4, 2, 2), 1.0).any()
+
+
 @pytest.mark.parametrize(("cfg", "examined"), [(1.0, "cond"), (4.0, "uncond")])
 def test_sag_equals_separate_calls_in_eps(cfg: float, examined: str) -> None:
     inner = LDMDenoiser(sharp_unet())
