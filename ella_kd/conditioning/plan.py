@@ -12,7 +12,8 @@ from ella_kd.models.context import Context, pile
 from ella_kd.models.network import Levels
 from ella_kd.models.text import TextFeatures
 
-READ = 1 << 24  # numbers of features that one call reads: 64 prompts of 128 tokens of flan-t5-xl
+READ = 1 << 24  # numbers of features that one call reads: 64 rows of 128 tokens of flan-t5-xl
+ROWS = 1 << 10  # rows of one call at most: a small connector's layers are wider than its features
 KEPT = 1 << 26  # numbers of tokens kept for the steps to come: 256 MB in fp32
 
 
@@ -60,13 +61,13 @@ class Table:
     def _ask(self, first: int) -> None:
         """Answers for `first` and as many of the next timesteps as one call may read."""
         tokens, mask = pile(list(self.features))
-        prompts, rows = len(tokens), max(1, READ // tokens[0].numel())
+        prompts, rows = len(tokens), max(1, min(ROWS, READ // tokens[0].numel()))
         missing = [i for i in range(first, len(self.plan.timesteps)) if i not in self.answers]
         missing = missing[: max(1, rows // prompts)]
         n, times = len(missing), torch.cat([self.plan.timesteps[i : i + 1] for i in missing])
         args = [tokens.repeat(n, 1, 1), times.repeat_interleave(prompts)]
         args += [] if mask is None else [mask.repeat(n, 1)]
-        calls = zip(*(arg.split(max(rows, 1)) for arg in args), strict=True)
+        calls = zip(*(arg.split(rows) for arg in args), strict=True)
         found = torch.cat([self.connector(*call) for call in calls]).unflatten(0, (n, prompts))
         if found[0].numel() * (len(self.answers) + n) > KEPT:
             self.answers.clear()
