@@ -48,8 +48,11 @@ class Table:
 
     def add(self, features: TextFeatures) -> slice:
         """Takes prompts [P, L, D] in; which of the table's they are."""
-        start = max((part.stop for part in self.features.values()), default=0)
-        return self.features.setdefault(features, slice(start, start + len(features.tokens)))
+        if features not in self.features:
+            start = max((part.stop for part in self.features.values()), default=0)
+            self.features[features] = slice(start, start + len(features.tokens))
+            self.answers.clear()  # they lack these prompts
+        return self.features[features]
 
     def tokens(self, level: float) -> Tensor:
         """[all prompts, L, D] at one of the plan's levels."""
