@@ -6,7 +6,7 @@ What depends on sigma is decided on the host, from the levels as numbers; nothin
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +18,17 @@ from ella_kd.models.network import as_network
 from ella_kd.models.patches import Patch
 from ella_kd.samplers.model import Prediction
 
-if TYPE_CHECKING:
-    from ella_kd.denoiser import LDMDenoiser
-
 Conditions = Mapping[str, Conditioning]
+
+
+class Preconditioned(Protocol):
+    """A network with what its noise schedule says: an `LDMDenoiser`."""
+
+    inner_model: Any
+
+    def sigma_to_t(self, sigma: Tensor) -> Tensor: ...
+
+    def get_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Branch:
 
     cond: str = "cond"
     patch: Patch | None = None
-    model: "LDMDenoiser | None" = None
+    model: Preconditioned | None = None
 
 
 COND, UNCOND = Branch("cond"), Branch("uncond")
@@ -45,7 +52,7 @@ class Job(NamedTuple):
 
     cond: Conditioning
     patch: Patch | None
-    model: "LDMDenoiser"
+    model: Preconditioned
 
 
 class Work(NamedTuple):
@@ -71,7 +78,7 @@ class Moments:
     together: the levels are those of one call's rows, rather than of one call after another.
     """
 
-    def __init__(self, model: "LDMDenoiser", levels: Levels, together: bool, like: Tensor,
+    def __init__(self, model: Preconditioned, levels: Levels, together: bool, like: Tensor,
                  plans: dict[tuple[float, ...], Plan], leaves: Iterable[Conditioning]) -> None:
         self.network = as_network(model.inner_model)
         self.dtype = self.network.dtype or like.dtype
@@ -105,7 +112,7 @@ class BoundRun:
     the rows of an evaluation. This one answers `cond` alone; `GuidedRun` asks for what its rule wants.
     """
 
-    def __init__(self, denoiser: "LDMDenoiser", x: Tensor, levels: Levels, conditions: Conditions,
+    def __init__(self, denoiser: Preconditioned, x: Tensor, levels: Levels, conditions: Conditions,
                  together: bool = True) -> None:
         check_x(x)
         self.denoiser, self.conditions, self.together = denoiser, conditions, together
@@ -116,7 +123,7 @@ class BoundRun:
                 raise ValueError(f"{name} has {condition.rows} rows and the batch {self.rows}: give one row, or one "
                                  "per sample (conditioning.repeat(n) makes n samples of each prompt)")
         self.fixed = not any(condition.weights_vary for condition in conditions.values())
-        self._moments: dict[LDMDenoiser, Moments] = {}
+        self._moments: dict[Preconditioned, Moments] = {}
         self._plans: dict[tuple[float, ...], Plan] = {}
         self._works: dict[tuple[Branch, ...], Work] = {}
         self._repeated: dict[Conditioning, Conditioning] = {}
@@ -175,7 +182,7 @@ class BoundRun:
             raise ValueError(f"levels must be one sigma, or one per sample, so {len(x)}, got {len(levels)}")
         return check_levels(levels[:1] if len(set(levels)) == 1 else levels)
 
-    def _at(self, model: "LDMDenoiser", levels: Levels) -> Moments:
+    def _at(self, model: Preconditioned, levels: Levels) -> Moments:
         """A denoiser's moments, which are made for all the planned levels or, where these are others, for them."""
         found = self._moments.get(model)
         if found is None or levels not in found.points:

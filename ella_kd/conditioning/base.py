@@ -3,17 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
 
+from ella_kd.conditioning.plan import Plan
 from ella_kd.models.context import Context
 from ella_kd.models.network import Levels
 from ella_kd.models.text import TextFeatures
-
-if TYPE_CHECKING:
-    from ella_kd.conditioning.plan import Plan
 
 Weight = float | Tensor
 """How much an answer counts: a number, or on the CPU float64 [h, w], [B, 1, 1, 1] or [B, 1, h, w]."""
@@ -74,7 +72,7 @@ class Conditioning(ABC):
         """Of a leaf: itself, or `read(features)` where it is features that a denoiser has yet to read."""
         return self
 
-    def planned(self, plan: "Plan") -> "Conditioning":
+    def planned(self, plan: Plan) -> "Conditioning":
         """Of a leaf: the same function at the plan's noise levels only, evaluated with others in few large calls."""
         return self
 

@@ -1,5 +1,5 @@
-"""The conditionings that are not made of others: constant tokens, a prompt seen through ELLA, features yet to be read.
-"""
+"""The conditionings that are not made of others: constant tokens, a prompt seen through ELLA, or found in a plan, and
+features that nobody has read yet."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ella_kd.conditioning.base import Conditioning, to_batch
-from ella_kd.conditioning.plan import Plan, Planned
+from ella_kd.conditioning.plan import Plan, Table
 from ella_kd.models.context import Context
+from ella_kd.models.network import Levels
 from ella_kd.models.text import TextFeatures, check_features
 from ella_kd.models.tsc import TSC
 
@@ -75,9 +76,55 @@ class ELLA(Conditioning):
     def repeat(self, n: int) -> "ELLA":
         return ELLA(self.tsc, self.features, self.prompts.repeat_interleave(n))
 
-    def planned(self, plan: Plan) -> Planned:
+    def planned(self, plan: Plan) -> "Planned":
         table = plan.table(self.tsc)
-        return Planned(self, table, table.add(self.features), self.prompt)
+        return Planned(self, table, table.add(self.features))
+
+
+@dataclass(frozen=True, eq=False)
+class Planned(Conditioning):
+    """A prompt that is evaluated with the others of its table; at a noise level of the plan it is constant tokens."""
+
+    leaf: ELLA
+    table: Table
+    part: slice
+
+    @property
+    def rows(self) -> int:
+        return self.leaf.rows
+
+    @property
+    def varies(self) -> bool:
+        return True
+
+    def at(self, levels: Levels) -> Conditioning:
+        if len(levels) > 1:  # rows at several levels: no table has them side by side
+            return self.leaf
+        tokens = self.table.tokens(levels[0])[self.part]
+        return Shown(tokens if self.leaf.prompt is None else tokens[self.leaf.prompt])
+
+    def __call__(self, t: Tensor) -> Context:
+        raise ValueError("a planned prompt is found by sigma: call conditioning.at((sigma,))(t), as a denoiser does")
+
+    def repeat(self, n: int) -> "Planned":
+        return Planned(self.leaf.repeat(n), self.table, self.part)
+
+
+@dataclass(frozen=True, eq=False)
+class Shown(Conditioning):
+    """Tokens [rows, L, D] at one noise level."""
+
+    tokens: Tensor
+
+    @property
+    def rows(self) -> int:
+        return len(self.tokens)
+
+    def __call__(self, t: Tensor) -> Context:
+        return Context(to_batch(self.tokens, len(t)))
+
+    def repeat(self, n: int) -> "Shown":
+        return Shown(self.tokens.repeat_interleave(n, 0))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,15 +1,12 @@
 """The connector's answers at the noise levels of a run: asked for in few large calls, then only looked up."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ella_kd.conditioning.base import Conditioning, to_batch
-from ella_kd.models.context import Context, pile
-from ella_kd.models.network import Levels
+from ella_kd.models.context import pile
 from ella_kd.models.text import TextFeatures
 
 READ = 1 << 24  # numbers of features that one call reads: 64 rows of 128 tokens of flan-t5-xl
@@ -75,51 +72,3 @@ class Table:
         if found[0].numel() * (len(self.answers) + n) > KEPT:
             self.answers.clear()
         self.answers |= zip(missing, found)
-
-
-@dataclass(frozen=True, eq=False)
-class Planned(Conditioning):
-    """A prompt that is evaluated with the others of its table; at a noise level of the plan it is constant tokens."""
-
-    leaf: Conditioning
-    table: Table
-    part: slice
-    prompt: Tensor | None
-
-    @property
-    def rows(self) -> int:
-        return self.leaf.rows
-
-    @property
-    def varies(self) -> bool:
-        return True
-
-    def at(self, levels: Levels) -> Conditioning:
-        if len(levels) > 1:  # rows at several levels: no table has them side by side
-            return self.leaf
-        tokens = self.table.tokens(levels[0])[self.part]
-        return Shown(tokens if self.prompt is None else tokens[self.prompt])
-
-    def __call__(self, t: Tensor) -> Context:
-        raise ValueError("a planned prompt is found by sigma: call conditioning.at((sigma,))(t), as a denoiser does")
-
-    def repeat(self, n: int) -> "Planned":
-        repeated: Any = self.leaf.repeat(n)
-        return Planned(repeated, self.table, self.part, repeated.prompts)
-
-
-@dataclass(frozen=True, eq=False)
-class Shown(Conditioning):
-    """Tokens [rows, L, D] at one noise level."""
-
-    tokens: Tensor
-
-    @property
-    def rows(self) -> int:
-        return len(self.tokens)
-
-    def __call__(self, t: Tensor) -> Context:
-        return Context(to_batch(self.tokens, len(t)))
-
-    def repeat(self, n: int) -> "Shown":
-        return Shown(self.tokens.repeat_interleave(n, 0))
