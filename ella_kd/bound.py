@@ -19,6 +19,7 @@ from ella_kd.models.patches import Patch
 from ella_kd.samplers.model import Prediction
 
 Conditions = Mapping[str, Conditioning]
+Plans = dict[tuple[float, ...], Plan]  # by the timesteps that they are for
 
 
 class Preconditioned(Protocol):
@@ -79,7 +80,7 @@ class Moments:
     """
 
     def __init__(self, model: Preconditioned, levels: Levels, together: bool, like: Tensor,
-                 plans: dict[tuple[float, ...], Plan], leaves: Iterable[Conditioning]) -> None:
+                 plans: Plans, leaves: Iterable[Conditioning]) -> None:
         self.network = as_network(model.inner_model)
         self.dtype = self.network.dtype or like.dtype
         sigma = torch.tensor(levels, dtype=like.dtype)  # on the CPU: nothing is read back from the device
@@ -117,14 +118,15 @@ class BoundRun:
         check_x(x)
         self.denoiser, self.conditions, self.together = denoiser, conditions, together
         self.rows, self.size, self.like = len(x), (x.shape[2], x.shape[3]), x.new_empty(0)
-        self.planned = self.current = levels
+        self.planned, self._known = levels, frozenset(levels)
+        self._current: Levels = ()
         for name, condition in conditions.items():
             if condition.rows not in (1, self.rows):
                 raise ValueError(f"{name} has {condition.rows} rows and the batch {self.rows}: give one row, or one "
                                  "per sample (conditioning.repeat(n) makes n samples of each prompt)")
         self.fixed = not any(condition.weights_vary for condition in conditions.values())
-        self._moments: dict[Preconditioned, Moments] = {}
-        self._plans: dict[tuple[float, ...], Plan] = {}
+        # Of the planned levels, and of those of one call: each denoiser's moments, and the plans that they share.
+        self._found: dict[bool, tuple[dict[Preconditioned, Moments], Plans]] = {True: ({}, {}), False: ({}, {})}
         self._works: dict[tuple[Branch, ...], Work] = {}
         self._repeated: dict[Conditioning, Conditioning] = {}
 
@@ -152,7 +154,10 @@ class BoundRun:
         scale: in place of the run's guidance scale. only: answer this branch alone, unguided. ValueError for x or
         levels that cannot be, TypeError for a scale that nothing takes.
         """
-        check_x(x)
+        if (len(x), *x.shape[2:]) != (self.rows, *self.size) or x.dtype != self.like.dtype:
+            check_x(x)
+            raise ValueError(f"this run is bound to {self.rows} latents of {self.size} in {self.like.dtype}, got x "
+                             f"{list(x.shape)} {x.dtype}: bind the denoiser to x")
         levels = self._levels(x, levels)
         told, branches = self.asks(levels, scale) if only is None else (None, {only: only.patch})
         work = self._work(branches, levels)
@@ -177,21 +182,22 @@ class BoundRun:
         return self.finish(told, x, point.sigma.expand(len(x), 1, 1, 1), denoised)
 
     def _levels(self, x: Tensor, levels: float | Levels) -> Levels:
-        levels = (levels,) if isinstance(levels, float) else tuple(levels)
+        levels = tuple(levels) if isinstance(levels, (tuple, list)) else (float(levels),)
         if len(levels) not in (1, len(x)):
             raise ValueError(f"levels must be one sigma, or one per sample, so {len(x)}, got {len(levels)}")
         return check_levels(levels[:1] if len(set(levels)) == 1 else levels)
 
     def _at(self, model: Preconditioned, levels: Levels) -> Moments:
         """A denoiser's moments, which are made for all the planned levels or, where these are others, for them."""
-        found = self._moments.get(model)
-        if found is None or levels not in found.points:
-            wanted = self.planned if len(levels) == 1 and levels[0] in self.planned else levels
-            if wanted != self.current:
-                self._moments, self._plans, self.current = {}, {}, wanted
+        planned = len(levels) == 1 and levels[0] in self._known
+        if not planned and levels != self._current:
+            self._current, self._found[False] = levels, ({}, {})
+        moments, plans = self._found[planned]
+        if model not in moments:
             leaves = [leaf for condition in self.conditions.values() for leaf in condition.leaves()]
-            found = self._moments[model] = Moments(model, wanted, wanted is levels, self.like, self._plans, leaves)
-        return found
+            wanted = self.planned if planned else levels
+            moments[model] = Moments(model, wanted, not planned, self.like, plans, leaves)
+        return moments[model]
 
     def _work(self, branches: Mapping[Branch, Patch | None], levels: Levels) -> Work:
         key = tuple(branches)

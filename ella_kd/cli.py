@@ -16,12 +16,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from ella_kd.generation import generate as draw
+from ella_kd import generation
 from ella_kd.guidance.text import known, parse
 from ella_kd.images import Picture, contact_sheet, save_image
 from ella_kd.options import check_folder, load, model_options, read_prompts, request_options
 from ella_kd.prompts import expand_wildcards
-from ella_kd.request import Mode, Request
+from ella_kd.request import Mode, Request, seed_number
 from ella_kd.samplers import SAMPLERS, SCHEDULES
 
 COLUMNS: dict[Mode, str] = {"clip": "plain SD", "fixed": "ELLA fixed", "flexible": "ELLA flexible"}
@@ -121,6 +121,7 @@ def generate(prompts: tuple[str, ...], file: str | None, count: int, out: Path, 
     if not texts:
         raise ValueError("no prompt: give one in quotes, or a file of prompts with --prompts")
     check(texts, seed or 0, options)
+    seed_number((seed or 0) + count - 1)
     check_folder(out)
     modes = {"--mode " + options["mode"]: options["mode"], "--tags": options["tags"] and "clip",
              f"--negative-mode {options['negative_mode']}": options["negative_mode"]}
@@ -131,7 +132,7 @@ def generate(prompts: tuple[str, ...], file: str | None, count: int, out: Path, 
     try:
         with tqdm(total=total, unit="picture", disable=total <= batch) as bar:
             while some := list(islice(work, batch)):
-                pictures = draw(pipeline, [text for text, _ in some], seeds=[seed for _, seed in some],
+                pictures = generation.generate(pipeline, [text for text, _ in some], seeds=[seed for _, seed in some],
                                 batch_size=batch, **options)
                 for picture in pictures:
                     number, path = save(picture, out, number, enlarge)
@@ -164,7 +165,8 @@ def compare(prompts_file: str, out: Path, batch: int, seed: int, **options: Any)
         raise ValueError(f"--out takes the file of the sheet, and {out} is a folder: try {out / 'compare.png'}")
     check_folder(out.parent)
     pipeline = load(options, ((f"the column {COLUMNS[mode]}", mode) for mode in COLUMNS))
-    drawn = [draw(pipeline, texts, mode=mode, seeds=seed, batch_size=batch, **options) for mode in COLUMNS]
+    drawn = [generation.generate(pipeline, texts, mode=mode, seeds=seed, batch_size=batch, **options)
+             for mode in COLUMNS]
     rows = [(text, [picture.image for picture in row]) for text, *row in zip(texts, *drawn, strict=True)]
     save_image(contact_sheet(rows, list(COLUMNS.values())), out)
     click.echo(click.format_filename(out))

@@ -49,6 +49,12 @@ class Denoiser(nn.Module, ABC):
         bound = self.bind(x, None, need_uncond=need_uncond, **extra_args)
         return bound(x, levels_of(sigma.to(x.dtype)))
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._said()})"
+
+    def _said(self) -> str:
+        return type(self.inner_model).__name__
+
     @property
     def sigma_min(self) -> float:
         return self.schedule.sigma_min
@@ -170,7 +176,7 @@ class LDMDenoiser(Denoiser):
         network, t, conditioning = as_network(self.inner_model), self.sigma_to_t(sigma), self.lift(cond)
         dtype = network.dtype or x.dtype
         x_in = self.get_scalings(s)[2] * (x + s * noise)
-        out = network(x_in.to(dtype), t, conditioning.at(levels)(t).to(dtype)).to(x.dtype)
+        out = network.at(levels)(x_in.to(dtype), t, conditioning.at(levels)(t).to(dtype)).to(x.dtype)
         return (out - self.noise_schedule.target(x, noise, s)).square().flatten(1).mean(1)
 
 
@@ -199,5 +205,9 @@ def run_levels(sigmas: Sequence[float] | Tensor | None, x: Tensor) -> Levels:
 
 
 def lift_all(denoiser: LDMDenoiser, conditions: Mapping[str, Condition | None]) -> Conditions:
-    """The conditions that there are, lifted."""
+    """The conditions that there are, lifted. TypeError for an argument that is none."""
+    for name, value in conditions.items():
+        if name not in ("cond", "uncond") and not isinstance(value, (Conditioning, TextFeatures, Tensor, type(None))):
+            raise TypeError(f"unknown argument {name}: a denoiser takes cond, uncond and other conditions, got "
+                            f"{type(value).__name__}; a CFGDenoiser takes cond_scale too")
     return {name: denoiser.lift(condition) for name, condition in conditions.items() if condition is not None}

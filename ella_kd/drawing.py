@@ -38,7 +38,7 @@ def draw(
     seeds: int | Sequence[int] = 0,
     noise: Tensor | None = None,
     latents: Tensor | None = None,
-    sigmas: Tensor | None = None,
+    sigmas: Tensor | Sequence[float] | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
     **conditions: Condition,
@@ -64,7 +64,7 @@ def draw(
         extra_args["cond_scale"] = rule
     if sigmas is None:
         sigmas = get_schedule(schedule).sigmas(whole("steps", steps), denoiser)
-    sigmas = sigmas.to(pipeline.device)
+    sigmas = torch.as_tensor(sigmas).to(pipeline.device)
     if latents is None:
         latents = (randn(shape, rows) if noise is None else noise).to(pipeline.device) * sigmas[0]
     sample = SAMPLERS[sampler].function

@@ -119,7 +119,7 @@ def generate(
 def rows(prompts: str | Sequence[str], negative: str | Sequence[str], seeds: int | Sequence[int] | None, count: int,
          wildcards: str | Path | None) -> list[tuple[str, str, int]]:
     """Prompt, negative and seed of every picture, wildcards chosen. ValueError for counts that differ."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = [prompts] if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts must be a string or a sequence of strings, at least one, got {prompts[:3]}")
     if not isinstance(negative, Iterable):

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ella_kd.prompts import without_add_ons
 from ella_kd.samplers.names import a1111_sampler, a1111_schedule, sampler_named, schedule_named
 from ella_kd.samplers.registry import COMPATIBLE_SCHEDULES
 
@@ -88,7 +89,11 @@ def read(text: str) -> tuple[dict[str, Any], list[str]]:
             found[name] = kind(given.pop(key))
     if "CFG scale" not in text and found.get("guidance"):
         found["scale"] = None
-    return found, [f"{key}: {value}" for key, value in given.items()]
+    left_out = [f"{key}: {value}" for key, value in given.items()]
+    for name in ("prompt", "negative"):
+        found[name], add_ons = without_add_ons(found[name])
+        left_out += add_ons
+    return found, left_out
 
 
 def _quoted(value: str) -> str:

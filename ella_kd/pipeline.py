@@ -18,6 +18,7 @@ from ella_kd.models import TSC, AutoencoderKL, NoiseSchedule, fast_on_cpu
 from ella_kd.models.checkpoint import load_checkpoint, load_tsc
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.text import CLIPTextEncoder, T5TextEncoder, TextFeatures
+from ella_kd.models.winograd import WinogradConv2d
 from ella_kd.request import Mode, mode_named
 from ella_kd.scale import Scale
 
@@ -164,6 +165,11 @@ class Pipeline:
 
 def _moved(module: M, device: str | torch.device | None, dtype: torch.dtype | None) -> M:
     """A copy of the module there; tensors that need no change are shared, which stays below two copies in memory."""
+    if dtype is not None and any(isinstance(part, WinogradConv2d) and part.into.dtype != dtype
+                                 for part in module.modules()):
+        raise ValueError(f"the filters of a network that is fast_on_cpu are rounded once: cast it to {dtype} first, "
+                         "sd.to(dtype=...).fast_on_cpu()")
+
     def there(x: torch.Tensor) -> torch.Tensor:
         return x.to(device=device, dtype=dtype if x.is_floating_point() else None)
 

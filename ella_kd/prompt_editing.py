@@ -76,7 +76,8 @@ class _Bracket:
         when = _joined(self.fields[-1])
         if len(self.marks) not in (1, 2) or not isinstance(when, str) or not _NUMBER.fullmatch(when):
             return [_joined(["[", *self.flat(), "]"])]
-        last = int(float(when) * steps) if "." in when else int(when)
+        share = min(float(when[:99]), 1e9)
+        last = int(share * steps) if "." in when else int(share)
         before, after = self.fields[:2] if len(self.marks) == 2 else ([], self.fields[0])
         return [_each(steps, lambda i: before if i < last else after)]
 

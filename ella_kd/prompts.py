@@ -25,6 +25,11 @@ def check_text(name: str, text: object) -> str:
     return text
 
 
+def without_add_ons(text: str) -> tuple[str, list[str]]:
+    """A text of another program without the add-ons that it asks for, and these: ("a cat ", ["<lora:x:0.8>"])."""
+    return _ADD_ON.sub("", text), [found[0] for found in _ADD_ON.finditer(text)]
+
+
 def split_and(prompt: str) -> list[tuple[str, float]]:
     r"""The prompts between `AND`s and their weights: "a cat AND a dog :0.7" -> [("a cat", 1.0), ("a dog", 0.7)].
 

@@ -77,7 +77,7 @@ class Request:
     tags: str | None = field(default=None, metadata={
         "help": "A text for CLIP, whose tokens follow ELLA's: trigger words, styles.", "metavar": "TEXT"})
     syntax: bool = field(default=False, metadata={
-        "help": "Read (phrase:1.3), [phrase] and AND in prompts, as the AUTOMATIC1111 web UI does."})
+        "help": "Read (phrase:1.3), [phrase], [from:to:0.5], [a|b] and AND, as the AUTOMATIC1111 web UI does."})
     clip_skip: int = field(default=1, metadata={
         "help": "CLIP's layer, counted from the last.", "metavar": "N", "least": 1})
     dtype: str = ""

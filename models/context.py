@@ -93,6 +93,10 @@ def the_only(what: str, found: list[Tensor]) -> Tensor:
 def _joined(contexts: Sequence[Context], tokens: Tensor, mask: Tensor | None, join: Any) -> Context:
     """A context of these tokens, every other input joined from those that have it."""
     kind = max((type(context) for context in contexts), key=lambda kind: len(fields(kind)))
+    for other in {type(context) for context in contexts}:
+        if not issubclass(kind, other):
+            raise TypeError(f"{kind.__name__} and {other.__name__} are two contexts of their own, and one network sees "
+                            "one: put the fields of both in one subclass")
     inputs = {}
     for own in fields(kind)[2:]:
         found = [x for context in contexts if (x := getattr(context, own.name, None)) is not None]

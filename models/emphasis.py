@@ -13,8 +13,8 @@ that is never closed reaches to the end; round and square ones are paired apart,
 c 1 / 1.1. All this is A1111's reading, with three differences: a backslash before an ordinary character stays, BREAK
 works inside brackets, and text that looks like a number but is none ("1.2.3") is text.
 
-Prompt editing, `[from:to:0.5]`, `[to:0.5]`, `[from::0.5]` and `[a|b]`, is not part of it and is refused: here a prompt
-that changes with the noise level is a conditioning made of two.
+Prompt editing, `[from:to:0.5]`, `[to:0.5]`, `[from::0.5]` and `[a|b]`, is not part of it and is refused here:
+`ella_kd.prompt_editing` reads it first.
 """
 
 import math

@@ -21,7 +21,8 @@ class Network(Protocol):
     """What predicts eps, v or EDM's F; whoever keeps this composes with every denoiser, rule and sampler.
 
     Called with x [B, in_channels less the context's channels, h, w] and the context's floats in `dtype`, t [B] fp32
-    -> [B, out_channels, h, w]. places: where a patch can act, `()` if nowhere.
+    -> [B, out_channels, h, w]. places: where a patch can act, `()` if nowhere. A Pipeline's is an nn.Module
+    too, so that it can be moved, cast and compiled.
     """
 
     @property

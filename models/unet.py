@@ -39,6 +39,9 @@ class UNetConfig:
                              f"attention has {len(self.attention)}")
         if (self.num_heads is None) == (self.head_dim is None):
             raise ValueError(f"give num_heads or head_dim, not both: got {self.num_heads} and {self.head_dim}")
+        heads = self.num_heads if self.head_dim is None else self.head_dim
+        if type(heads) is not int or heads < 1:
+            raise ValueError(f"num_heads and head_dim are whole numbers of at least 1, got {heads!r}")
         for mult in self.channel_mult:
             channels = mult * self.model_channels
             if channels % 32 or channels % (self.num_heads or self.head_dim or 1):

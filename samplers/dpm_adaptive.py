@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ella_kd.samplers.checks import check_latents
 from ella_kd.samplers.dpm_solver import stages
 from ella_kd.samplers.model import Callback, Model, NoiseSampler, bind, check_answer, rounded
-from ella_kd.samplers.noise import NormalNoise, check_seeds, random_seeds
+from ella_kd.samplers.noise import NormalNoise, check_seeds, like, random_seeds
 from ella_kd.samplers.registry import RANGE_SAMPLERS, Seeds, range_of, sampler
 from ella_kd.samplers.solver import ancestral_step, refuse_negative
 
@@ -206,7 +206,7 @@ def _noises(x: Tensor, seeds: Sequence[int] | None, sampler: NoiseSampler | None
     if sampler is None:
         values = random_seeds(len(x)) if seeds is None else check_seeds(seeds, len(x))
         return [NormalNoise(x[k : k + 1], [seed]) for k, seed in enumerate(values)]
-    return [lambda s, t, k=k: sampler(s, t)[k : k + 1] for k in range(len(x))]  # type: ignore[misc]
+    return [lambda s, t, k=k: like(x, sampler(s, t))[k : k + 1] for k in range(len(x))]  # type: ignore[misc]
 
 
 @sampler(None, "DPM-Solver", name="dpm_adaptive", order=3, table=RANGE_SAMPLERS)

@@ -108,6 +108,13 @@ def noise_grid(kind: str, x: Tensor, seeds: Sequence[int], pairs: Sequence[tuple
     return torch.stack([sampler(s, t) for s, t in pairs]).to(x)
 
 
+def like(x: Tensor, drawn: Tensor) -> Tensor:
+    """What a noise_sampler returned, in x's dtype. Raises ValueError for another shape."""
+    if drawn.shape != x.shape:
+        raise ValueError(f"noise_sampler must return noise like x {list(x.shape)}, got {list(drawn.shape)}")
+    return drawn.to(x)
+
+
 def noise_of_steps(
     solver: Solver, steps: list[Step], x: Tensor, sigmas: Tensor, sampler: NoiseSampler | None, state: State
 ) -> Callable[[int], Noise]:
@@ -127,10 +134,7 @@ def noise_of_steps(
         def noise(k: int) -> Tensor:
             if sampler is None:
                 return grid[offsets[i] + k]
-            drawn = sampler(*(sigmas.new_full((), sigma) for sigma in steps[i].noises[k]))
-            if drawn.shape != x.shape:
-                raise ValueError(f"noise_sampler must return noise like x {list(x.shape)}, got {list(drawn.shape)}")
-            return drawn.to(x)
+            return like(x, sampler(*(sigmas.new_full((), sigma) for sigma in steps[i].noises[k])))
 
         return noise
 

@@ -93,8 +93,9 @@ def _check_resumed(state: State, own: State) -> None:
             f"the state is of a run with x {list(before.shape[1:])} {before.dtype}, got x {list(now.shape[1:])} "
             f"{now.dtype}: resume with the x that came with it"
         )
-    if state["step"].numel() != 1 or int(state["step"]) < 0:
-        raise ValueError(f"a state's step counts the steps done, 0 or more, got {state['step'].tolist()}")
+    step = state["step"]
+    if not isinstance(step, Tensor) or step.is_floating_point() or step.numel() != 1 or int(step) < 0:
+        raise ValueError(f"a state's step counts the steps done, a tensor of one whole number, 0 or more, got {step}")
     begun, solver = (bytes(s.get("solver", own["solver"]).tolist()).decode() for s in (state, own))
     history = sorted(state.keys() - set(RESERVED))
     if history and begun != solver:

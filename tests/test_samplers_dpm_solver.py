@@ -248,3 +248,19 @@ def failing(x: Tensor, sigma: Tensor) -> Tensor:
 def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(latents())
+
+
+def test_the_adaptive_samplers_noise_is_like_x() -> None:
+    x = torch.ones(2, 1, 2, 2, dtype=torch.float32)
+
+    def run(drawn: torch.Tensor) -> torch.Tensor:
+        out = sample_dpm_adaptive(
+            lambda x, sigma: x / (1 + sigma.view(-1, 1, 1, 1)), x, 0.5, 3.0, disable=True, eta=1.0,
+            noise_sampler=lambda s, t: drawn,
+        )
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    assert run(torch.ones(2, 1, 2, 2, dtype=torch.float64)).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"noise like x \[2, 1, 2, 2\], got \[2, 1, 1, 1\]"):
+        run(torch.ones(2, 1, 1, 1))

@@ -253,8 +253,9 @@ def test_bad_resumes(model: Pointwise) -> None:
     for other in (x[:1], x[:, :, :1], x.double(), torch.cat([x, x])):
         with pytest.raises(ValueError, match=r"the state is of a run with x \[2, 3, .* resume with the x"):
             sample(EulerAncestral(), model, other, extra_args=ARGS, disable=True, state=state)
-    with pytest.raises(ValueError, match="counts the steps done, 0 or more, got -1"):
-        resume(state={**state, "step": torch.tensor(-1)})
+    for step in (torch.tensor(-1), torch.tensor(1.7), 1):
+        with pytest.raises(ValueError, match="a tensor of one whole number, 0 or more, got"):
+            resume(state={**state, "step": step})
 
 
 def test_another_method_goes_on_without_the_history(model: Pointwise) -> None:

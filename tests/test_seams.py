@@ -26,6 +26,7 @@ from ella_kd import (
     generate,
 )
 from ella_kd.conditioning import Levels, Stack, With
+from ella_kd.guidance import Guidance
 from ella_kd.models import UNet
 from ella_kd.models.context import Context, per_row
 from ella_kd.samplers import SAMPLERS, bind, get_sigmas_karras, sample_dpm_adaptive, sample_euler
@@ -202,6 +203,17 @@ def test_a_network_input_of_ones_own_reaches_the_network_row_by_row() -> None:
     with pytest.raises(TypeError, match="Style takes the inputs channels, style, got mood"):
         Style(a, mood=styles)
 
+    @dataclass(frozen=True, eq=False)
+    class Posed(Context):
+        pose: Tensor | None = per_row("a pose")  # noqa: RUF009
+
+    class Pose(With):
+        context = Posed
+
+    for both in (Style(Pose(a, pose=styles), style=styles), Pose(Style(a, style=styles), pose=styles)):
+        with pytest.raises(TypeError, match="are two contexts of their own"):
+            inner(x, sigma, both)
+
 
 def test_a_network_is_asked_for_the_levels_of_each_call() -> None:
     seen: list[Levels] = []
@@ -217,6 +229,38 @@ def test_a_network_is_asked_for_the_levels_of_each_call() -> None:
     sigmas = get_sigmas_karras(3, 0.5, 8.0)
     sample_euler(denoiser, X, sigmas, args, disable=True)
     assert seen == [tuple(SIGMA.tolist()), *((level,) for level in sigmas[:-1].tolist())]
+    seen.clear()
+    denoiser.inner_model.loss(X, noise(2, 4, 8, 8), SIGMA, args["cond"])
+    assert seen == [tuple(SIGMA.tolist())]
+
+
+class Late(CFG):
+    """A rule that guides below a sigma only, and does not say that it varies."""
+
+    def at(self, levels: Levels) -> Guidance:
+        return CFG(3.0) if max(levels) < 1 else CFG(1.0)
+
+
+def test_a_rule_that_decides_by_sigma_is_asked_at_each() -> None:
+    inner = LDMDenoiser(PointwiseUNet())
+    args: dict[str, Any] = {"cond": features(3, width=2), "uncond": features(1, width=2)}
+    bound = GuidedDenoiser(inner, Late(0.0)).bind(X, (5.0, 0.5), **args)
+    for level, scale in ((5.0, 1.0), (0.5, 3.0)):
+        want = CFGDenoiser(inner).bind(X, (5.0, 0.5), cond_scale=scale, **args)(X, level).denoised
+        assert torch.equal(bound(X, level).denoised, want)
+
+
+def test_a_bound_run_is_of_its_own_latents_and_says_what_else_is_wrong() -> None:
+    denoiser = CFGDenoiser(LDMDenoiser(PointwiseUNet()))
+    args: dict[str, Any] = {"cond": features(3, width=2), "uncond": features(1, width=2)}
+    bound = denoiser.bind(X, cond_scale=2.0, **args)
+    assert torch.equal(bound(X, 5).denoised, denoiser(X, torch.full((2,), 5.0), args["cond"], args["uncond"], 2.0))
+    for other in (X[:1], X[..., :4], X.double()):
+        with pytest.raises(ValueError, match=r"this run is bound to 2 latents .* bind the denoiser to x"):
+            bound(other, 5.0)
+    with pytest.raises(TypeError, match=r"unknown argument cond_scal: .* got float; a CFGDenoiser takes cond_scale"):
+        denoiser(X, SIGMA, cond_scal=3.0, **args)
+    assert repr(denoiser) == "CFGDenoiser(LDMDenoiser(PointwiseUNet))"
 
 
 class Twice(CFG):

@@ -81,6 +81,9 @@ class GuidedDenoiser(Denoiser):
         self.guidance = guidance
         self.together = together
 
+    def _said(self) -> str:
+        return f"{self.inner_model!r}, {self.guidance}"
+
     @property
     def schedule(self) -> NoiseSchedule | EDMSchedule:
         return self.inner_model.noise_schedule
@@ -125,6 +128,14 @@ class CFGDenoiser(GuidedDenoiser):
 
     def __init__(self, inner_model: LDMDenoiser, together: bool = True) -> None:
         super().__init__(inner_model, CFG(1.0), together)
+
+    def _said(self) -> str:
+        return repr(self.inner_model)
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Condition, uncond: Condition | None = None,
+                cond_scale: Scale = 1.0, **others: Any) -> Tensor:
+        """x [B, C, h, w], sigma [B] -> the guided denoised. Raises ValueError for an uncond that the scale lacks."""
+        return self.predict(x, sigma, cond=cond, uncond=uncond, cond_scale=cond_scale, **others).denoised
 
     def bind(self, x: Tensor, sigmas: Sequence[float] | Tensor | None = None, *,  # type: ignore[override]
              need_uncond: bool = False, cond_scale: Scale = 1.0, **conditions: Condition | None) -> GuidedRun:

@@ -83,7 +83,7 @@ class Guidance(ABC):
     @property
     def varies(self) -> bool:
         """Whether it depends on sigma, so that `at` has something to decide."""
-        own = any(callable(getattr(self, name)) for name in self.scales)
+        own = type(self).at is not Guidance.at or any(callable(getattr(self, name)) for name in self.scales)
         return own or any(rule.varies for rule in self._inner())
 
     def at(self, levels: Levels) -> "Guidance":
