@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.machinery import SourceFileLoader
 from itertools import zip_longest
 from operator import itemgetter
@@ -219,8 +220,11 @@ class Mutant:
 
     def found_anew(self) -> str:
         get_code = SourceFileLoader.get_code
-        SourceFileLoader.get_code = (  # type: ignore[method-assign]
-            lambda loader, name: self.code if os.path.abspath(loader.path) == self.path else get_code(loader, name))
+
+        def changed(loader: Any, name: str) -> Any:
+            return self.code if os.path.abspath(loader.path) == self.path else get_code(loader, name)
+
+        SourceFileLoader.get_code = changed  # type: ignore[assignment, method-assign]
         return collected(sorted({test.split("::")[0] for test in self.tests}), self.found)
 
 
@@ -246,7 +250,7 @@ def tried(mutants: list[Mutant], test_files: list[str], jobs: int) -> dict[Mutan
         alive = defaultdict(list)
         for function in [thing for thing in gc.get_objects() if type(thing) is FunctionType]:
             alive[function.__code__.co_filename].append(function)
-        return tell((k, lambda m=mutants[k]: m.found_alive(items, alive), mutants[k].allowed) for k in numbers)
+        return tell((k, partial(mutants[k].found_alive, items, alive), mutants[k].allowed) for k in numbers)
 
     def tell(tasks: Iterable[tuple[int, Callable[[], str], float]]) -> list[tuple[int, str]]:
         told = []
@@ -310,7 +314,7 @@ def main() -> None:
 def report(answers: dict[Mutant, str], unsound: list[str], options: argparse.Namespace) -> None:
     how = {m: "survived" if answer in ["", *unsound] else "timeout" if answer == "timeout" else "killed"
            for m, answer in answers.items()}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for folder in [*sorted({str(Path(m.file).parent) for m in how}), "all"]:
         of = [how[m] for m in how if folder in (str(Path(m.file).parent), "all")]
         rows.append({"folder": folder, "mutants": len(of), "killed": of.count("killed"),

@@ -86,7 +86,7 @@ def test_what_is_told_to_torch_compile(device: str, options: dict[str, Any], exp
         def parameters(self, recurse: bool = True) -> Any:
             return iter([SimpleNamespace(device=torch.device(device))])
 
-        def compile(self, **chosen: Any) -> None:  # type: ignore[override]
+        def compile(self, **chosen: Any) -> None:
             told.append(chosen)
 
     CFGDenoiser(LDMDenoiser(Net())).compile(**options)

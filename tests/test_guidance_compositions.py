@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ella_kd import ELLA, And, Box, ELLADenoiser, Regions
+from ella_kd import ELLA, And, Box, ELLADenoiser, LDMDenoiser, Regions
 from ella_kd.guidance import (
     APG,
     CFG,
@@ -63,7 +63,9 @@ def test_a_rule_on_a_composition(rule: Guidance, name: str) -> None:
     decided = rule.at(LEVELS)
 
     def of(branch: Branch, x: Tensor = X) -> Tensor:
-        a, b, u = (answer(branch.model or INNER, x, SIGMA, part, branch.patch) for part in (A, B, EMPTY))
+        model = branch.model or INNER
+        assert isinstance(model, LDMDenoiser)
+        a, b, u = (answer(model, x, SIGMA, part, branch.patch) for part in (A, B, EMPTY))
         return u if branch.cond == "uncond" else combine(a, b, u)
 
     maps = {}

@@ -224,7 +224,7 @@ def test_a_network_is_asked_for_the_levels_of_each_call() -> None:
             return super().at(levels)
 
     denoiser = CFGDenoiser(LDMDenoiser(Noting()))
-    args = {"cond": features(3, width=WIDTH), "uncond": features(1, width=WIDTH), "cond_scale": 2.0}
+    args: dict[str, Any] = {"cond": features(3, width=WIDTH), "uncond": features(1, width=WIDTH), "cond_scale": 2.0}
     denoiser(X, SIGMA, **args)
     sigmas = get_sigmas_karras(3, 0.5, 8.0)
     sample_euler(denoiser, X, sigmas, args, disable=True)
