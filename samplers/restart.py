@@ -44,7 +44,7 @@ class Restart(Solver[Walk]):
         positive = [sigma for sigma in sigmas if sigma > 0]
         for low, steps, times, high in self.intervals:
             bottom, top = (min(range(len(positive)), key=lambda i: abs(positive[i] - to)) for to in (low, high))
-            if top < bottom and sigmas[top] > sigmas[bottom]:
+            if top < bottom:  # never on an ascending schedule
                 walks[bottom - 1] += [_karras(sigmas[top], sigmas[bottom], steps)] * times
         return [self._step(walk) for walk in walks]
 

@@ -241,6 +241,7 @@ def failing(x: Tensor, sigma: Tensor) -> Tensor:
         (lambda x: sample_dpm_adaptive(Pointwise(), x[0], LOW, HIGH), ValueError, r"\[B, C, h, w\]"),
         (lambda x: sample_dpm_fast(Pointwise(), x, LOW, HIGH, 0), ValueError, "at least 1, got 0"),
         (lambda x: sample_dpm_fast(Pointwise(), x, 0.0, HIGH, 5), ValueError, "must be above 0"),
+        (lambda x: sample_dpm_fast(Pointwise(), x, LOW, 0.0, 5), ValueError, "must be above 0"),
         (lambda x: sample(DPMFast(n=8), bounded, x, torch.tensor([2.0, 1.0])), ValueError, "8 evaluations are 3"),
         (lambda x: sample_euler(Pointwise(), x, torch.tensor([1.0])), ValueError, "at least 2"),
     ],

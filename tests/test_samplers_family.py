@@ -155,6 +155,9 @@ def test_a_row_of_the_table_is_true(row: Any) -> None:
     parameters = inspect.signature(function).parameters
     assert list(parameters)[:6] == ["model", "x", "sigmas", "extra_args", "callback", "disable"]
     assert row.stochastic == ("noise_sampler" in parameters and not row.name.startswith("ddim"))  # whose eta is 0
+    for name in parameters.keys() & vars(row.solver).keys():
+        if parameters[name].default is not None:
+            assert parameters[name].default == getattr(row.solver, name), name
     to_zero = row.solver.steps([5.0, 2.0, 0.0])
     if row.solver.evals > 1 and not isinstance(row.solver, HeunPP2):
         assert [len(step.evals) for step in to_zero] == [row.evals, 1]

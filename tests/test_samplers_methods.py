@@ -53,6 +53,7 @@ from ella_kd.samplers import (
     sample_sa_solver_pece,
     sample_seeds_2,
 )
+from ella_kd.samplers.multistep import integrate
 from ella_kd.samplers.upstream import k_diffusion
 from mixtures import Guided, Mixture, randn
 from oracles import ABOVE_ZERO, TO_ZERO, given_noise, identity, latents, one_step_at_a_time, relative, zero
@@ -349,3 +350,11 @@ def test_bad_functions(guided: Guided) -> None:
         sample_sa_solver(guided, latents(), sigmas, disable=True, tau_func=lambda sigma: -1.0)
     with pytest.raises(ValueError, match=r"noise_scaler must grow .* not at 9\.1"):
         sample_er_sde(guided, latents(), sigmas, disable=True, noise_scaler=lambda sigma: sigma**0.5)
+
+
+@pytest.mark.parametrize("H", [1e-5, 1e-3, 9.9e-3, 1.01e-2, 0.3, 6.0, -2e-3, -0.5])
+def test_phi_2_is_its_integral_where_it_cancels_too(H: float) -> None:
+    """H phi_2(-H), by its series below 1e-2: the integral of u e^{-(1 - u) H} over the step, times H."""
+    expected = H * float(integrate(lambda u: u * np.exp(-(1 - u) * H), 0.0, 1.0))
+    later = SEEDS2(eta=0.0, r=1.0, solver_type="phi_2").tableau(H)[1][1][1]
+    assert later == pytest.approx(expected, rel=2e-12)
