@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from ella_kd import CFG, Interval, Pipeline, cli, generate
+from ella_kd import CFG, Interval, Pipeline, cli, generate, generation
 from ella_kd.cli import last_number
 from ella_kd.guidance.text import known
 from ella_kd.samplers import SAMPLERS, SCHEDULES
@@ -91,7 +91,7 @@ def test_ctrl_c_keeps_every_finished_batch(run: Run, tmp_path: Path, monkeypatch
             raise KeyboardInterrupt
         return generate(pipeline, prompts, **options)
 
-    monkeypatch.setattr(cli, "draw", third_is_stopped)
+    monkeypatch.setattr(generation, "generate", third_is_stopped)
     done = run("generate", "a", "--batch", "2", "--count", "300000000", "--seed", "5")
     assert done.exit_code == 130
     assert done.stderr.splitlines()[-1] == "stopped: 4 of 300000000 pictures are saved in out"
@@ -273,7 +273,7 @@ def test_a_device_out_of_memory_is_one_line(run: Run, error: Exception, monkeypa
     def exhausted(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "draw", exhausted)
+    monkeypatch.setattr(generation, "generate", exhausted)
     done = run("generate", "a")
     assert done.exit_code == 2
     assert done.stderr == "Error: the device is out of memory: try a smaller --batch, --width or --height\n"
