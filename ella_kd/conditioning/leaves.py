@@ -3,6 +3,7 @@ features that nobody has read yet."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from ella_kd.models.tsc import TSC
 
 
 @dataclass(frozen=True, eq=False)
-class Constant(Conditioning):
-    """The same tokens at every timestep: a CLIP prompt. features: tokens [B, L, D], mask [B, L] or None."""
+class _OfFeatures(Conditioning):
+    """A leaf that holds text features: tokens [rows, L, D], mask [rows, L] or None."""
 
     features: TextFeatures
 
@@ -28,12 +29,16 @@ class Constant(Conditioning):
     def rows(self) -> int:
         return len(self.features.tokens)
 
+    def repeat(self, n: int) -> Self:
+        return type(self)(_take(self.features, _all_rows(self.features).repeat_interleave(n)))
+
+
+class Constant(_OfFeatures):
+    """The same tokens at every timestep: a CLIP prompt. features: tokens [B, L, D], mask [B, L] or None."""
+
     def __call__(self, t: Tensor) -> Context:
         tokens, mask = self.features.tokens, self.features.mask
         return Context(to_batch(tokens, len(t)), None if mask is None else to_batch(mask, len(t)))
-
-    def repeat(self, n: int) -> "Constant":
-        return Constant(_take(self.features, _all_rows(self.features).repeat_interleave(n)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,25 +132,12 @@ class Shown(Conditioning):
         return Shown(self.tokens.repeat_interleave(n, 0))
 
 
-@dataclass(frozen=True, eq=False)
-class Features(Conditioning):
+class Features(_OfFeatures):
     """Text features, or bare tokens, that nobody has said how to read: each denoiser has its own way, `lift`."""
-
-    features: TextFeatures
-
-    def __post_init__(self) -> None:
-        check_features(self.features)
-
-    @property
-    def rows(self) -> int:
-        return len(self.features.tokens)
 
     def __call__(self, t: Tensor) -> Context:
         raise TypeError("features are read by a denoiser: make a conditioning of them, ELLA(tsc, features), or "
                         "Constant(features) for CLIP's")
-
-    def repeat(self, n: int) -> "Features":
-        return Features(_take(self.features, _all_rows(self.features).repeat_interleave(n)))
 
     def lifted(self, read: Callable[[TextFeatures], Conditioning]) -> Conditioning:
         return read(self.features)
