@@ -230,6 +230,8 @@ def failing(x: Tensor, sigma: Tensor) -> Tensor:
         (lambda x: sample_dpm_adaptive(failing, x, LOW, HIGH, disable=True), ValueError, r"NaN or Inf .* \(sigma"),
         (lambda x: sample_dpm_fast(failing, x, LOW, HIGH, 9, disable=True), ValueError, "NaN or Inf values at step"),
         (lambda x: sample_dpm_adaptive(Pointwise(), x, 0.0, HIGH), ValueError, "must be above 0"),
+        (lambda x: sample_dpm_adaptive(Pointwise(), x, -0.5, HIGH), ValueError, "must be above 0"),
+        (lambda x: sample_dpm_adaptive(Pointwise(), x, HIGH, HIGH), ValueError, "finite and not equal"),
         (lambda x: sample_dpm_adaptive(Pointwise(), x, LOW, math.inf), ValueError, "finite"),
         (lambda x: sample_dpm_adaptive(Pointwise(), x, LOW, HIGH, order=4), ValueError, "order must be 2 or 3, got 4"),
         (lambda x: sample_dpm_adaptive(Pointwise(), x, LOW, HIGH, rtol=0, atol=0), ValueError, "rtol or atol"),
