@@ -22,7 +22,7 @@ from ella_kd.samplers.checks import check_latents, check_sigmas
 from ella_kd.samplers.model import Bound, Callback, Model, NoiseSampler, Record, bind, check_answer, rounded
 from ella_kd.samplers.noise import noise_of_steps
 from ella_kd.samplers.solver import Solver, State, Step
-from ella_kd.samplers.state import RESERVED, begin, save_run
+from ella_kd.samplers.state import RESERVED, begin, save_run, without_history
 
 
 class Interrupted(KeyboardInterrupt):
@@ -80,7 +80,7 @@ class Run(Iterator[Record]):
         self._evaluate = Evaluations(bound, levels, guidance, lambdas, callback, sigmas, values, self._steps)
         self._noise = noise_of_steps(solver, self._steps, x, sigmas, noise_sampler, self._kept)
         history = {key: value.to(x.device) for key, value in self._kept.items() if key not in RESERVED}
-        self._kept = {key: value for key, value in self._kept.items() if key in RESERVED}
+        self._kept = without_history(self._kept)
         self._at = start, x, history  # one assignment, so that an interrupt leaves the old step or the new one
 
     @property
@@ -233,8 +233,8 @@ class Evaluations:
     def begin(self, i: int) -> None:
         """Starts step i."""
         self.i, self.calls, self.guidance = i, 0, None
-        rescaled = self.cfg_pp is not None and self.cfg_pp.scale != "lam" and self.lambdas is not None
-        self.scale = self.lambdas[i][0] if rescaled and self.lambdas else None
+        rescaled = self.cfg_pp is not None and self.cfg_pp.scale != "lam"
+        self.scale = self.lambdas[i][0] if rescaled and self.lambdas is not None else None
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         assert sigma in self.steps[self.i].evals, f"evaluated at sigma {sigma}, which eval_sigmas does not list"
