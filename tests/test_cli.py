@@ -106,7 +106,12 @@ def test_ctrl_c_keeps_every_finished_batch(run: Run, tmp_path: Path, monkeypatch
 def test_what_a_run_says_again_is_encoded_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     encode = Pipeline.encode
-    monkeypatch.setattr(Pipeline, "encode", lambda self, texts, *a, **k: asked.append(texts) or encode(self, texts, *a, **k))
+
+    def spy(self: Pipeline, texts: Any, *args: Any, **options: Any) -> Any:
+        asked.append(texts)
+        return encode(self, texts, *args, **options)
+
+    monkeypatch.setattr(Pipeline, "encode", spy)
     assert run("generate", "a", "b", "--count", "3", "--batch", "1", "--seed", "5").exit_code == 0
     assert asked == [("a",), ("",), ("b",)]
 
