@@ -41,6 +41,7 @@ class Sampler:
     order: int | None = None
     evals: int | None = None
     noise: Literal["normal", "brownian"] | None = None
+    gain: Gain | None = None
 
     @property
     def solver(self) -> Solver[Any]:
@@ -53,6 +54,12 @@ class Sampler:
     def stochastic(self) -> bool:
         """Whether it adds noise with the default options."""
         return self.noise is not None if self.method is None else bool(self.method.steps((2.0, 1.0))[0].noises)
+
+    def walked(self, model: Model) -> Model | CFGpp:
+        """What a `Run` of the method walks on: the model, or its CFG++ form."""
+        if not self.cfg_pp:
+            return model
+        return CFGpp(model) if self.gain is None else CFGpp(model, gain=self.gain)
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ def sampler(
         _add(table, row)
         for variant, gain in {"": None, **(variants or {})}.items():
             form = f"{own}{variant and '_' + variant}_cfg_pp"
-            _add(table, replace(row, name=form, function=_cfg_pp_form(function, form, gain), cfg_pp=True))
+            _add(table, replace(row, name=form, function=_cfg_pp_form(function, form, gain), cfg_pp=True, gain=gain))
         return target
 
     return register

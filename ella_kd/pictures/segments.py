@@ -1,15 +1,19 @@
 """Runs in segments: between two steps x may change, and what a method remembers of the steps before is dropped."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from ella_kd.samplers import Run, get_sampler, randn, without_history
+from ella_kd.conditioning import above
+from ella_kd.samplers import Run, get_sampler, randn, sample, without_history
 from ella_kd.samplers.model import Bound, Callback, Model, bind
-from ella_kd.samplers.noise import check_seeds, random_seeds
+from ella_kd.samplers.noise import NOISES, check_seeds, random_seeds
 from ella_kd.samplers.registry import RANGE_SAMPLERS
 
 
@@ -21,65 +25,104 @@ def sample_in_segments(
     sigmas: Tensor,
     extra_args: Mapping[str, Any] | None = None,
     callback: Callback | None = None,
+    disable: bool | None = None,
     *,
     seeds: Sequence[int] | None = None,
     repeats: int = 1,
     jump: int = 1,
     fresh: Collection[int] = (),
-    disable: bool | None = None,
+    **options: Any,
 ) -> Tensor:
-    """A sampler by name over a schedule, each step taken `repeats` times, with noise between that takes x back up.
+    """A sampler by name over a schedule, every `jump` steps taken `repeats` times, with noise between that takes x
+    back up.
 
-    RePaint (Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1, jumps of one step): what is repainted around a kept
-    part (`Keep`) then agrees better with it, for repeats times the evaluations. fresh: steps that begin without the
-    history of the steps before, at first order, where the model has just become another one (`Unlock.changes`).
-    With repeats 1 and nothing fresh it is the sampler itself, bit for bit. Noise is the seeds' own, other in each
-    repeat. Raises ValueError for a sampler that is no `Solver` of steps, TypeError and ValueError as `sample` does.
+    RePaint (Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1): what is repainted around a kept part (`Keep`) then
+    agrees better with it, for repeats times the evaluations. fresh: steps that begin without what the method remembers
+    of the steps before, at first order, because the model has just become another one (`Unlock.changes`). options: the
+    method's own (eta, s_noise, s_churn). With repeats 1 and nothing fresh it is the sampler itself, bit for bit; the
+    noise of each repeat is the seeds' own.
+    Raises ValueError for a sampler that finds its own steps, TypeError and ValueError as `sample` does.
     """
     row = get_sampler(sampler)
     if row.name in RANGE_SAMPLERS:
         raise ValueError(f"{row.name} finds its own steps, which cannot be repeated: choose another sampler")
+    if not (repeats >= 1 and jump >= 1):
+        raise ValueError(f"repeats and jump are whole numbers of at least 1, got {repeats} and {jump}")
     given = random_seeds(len(x)) if seeds is None else check_seeds(seeds, len(x))
-    extra_args = dict(extra_args or {})
+    solver, noises = replace(row.solver, **options), NOISES[row.noise or "normal"]
+    walked = row.walked(_BoundOnce(model))
+    how: dict[str, Any] = {"extra_args": extra_args, "callback": callback}
+    run, noise_sampler = Run(solver, walked, x, sigmas, seeds=given, **how), None
 
-    def begin(x: Tensor, model: Any, **options: Any) -> Run:
-        return Run(row.solver, model, x, extra_args=extra_args, callback=callback, cfg_pp=row.cfg_pp, **options)
+    def from_step(i: int, x: Tensor) -> Run:
+        state = {**without_history(run.state), "step": torch.tensor(i)}
+        return Run(solver, walked, x, state=state, noise_sampler=noise_sampler, **how)
 
-    def fresh_at(i: int, own: Sequence[int]) -> dict[str, Tensor]:
-        return {**without_history(run.state), "step": torch.tensor(i), "seeds": torch.tensor(own)}
-
-    run = begin(x, model, sigmas=sigmas, seeds=given)
-    once = _BoundOnce(bind(model, x, tuple(sigmas.tolist()), row.cfg_pp, extra_args))
-    with run.bar(disable) as progress:
+    with tqdm(total=run.total, disable=disable, leave=None) as progress:
         for first in range(0, run.total, jump):
-            steps = range(first, min(first + jump, run.total))
+            last = min(first + jump, run.total)
             for repeat in range(repeats):
                 if repeat:  # back up to the level at which these steps began
-                    up = (sigmas[first].double() ** 2 - sigmas[steps[-1] + 1].double() ** 2).sqrt().to(run.x)
-                    x = run.x + up * randn(run.x.shape, _other(given, 2 * repeat, first)).to(run.x)
-                    run = begin(x, once, state=fresh_at(first, _other(given, 2 * repeat + 1, 0)))
-                for i in steps:
+                    up = math.sqrt(float(sigmas[first]) ** 2 - float(sigmas[last]) ** 2)
+                    noise_sampler = noises(x, _other(given, 2 * repeat + 1, first))
+                    run = from_step(first, run.x + up * randn(x.shape, _other(given, 2 * repeat, first)).to(x))
+                for i in range(first, last):
                     if i in fresh and not (repeat and i == first):
-                        run = begin(run.x, once, state=fresh_at(i, run.state["seeds"].tolist()))
+                        run = from_step(i, run.x)
                     run.advance()
-                    progress.update(repeat == 0)
+                    progress.update(not repeat)
     return run.x
 
 
 class _BoundOnce:
-    """A model that is bound already."""
+    """A model that is bound for the first run and used, as it is bound, by the next ones of the same steps."""
 
-    def __init__(self, bound: Bound) -> None:
-        self.bound = bound
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.bound: Bound | None = None
 
-    def bind(self, x: Tensor, sigmas: Any, **_: Any) -> Bound:
+    def bind(self, x: Tensor, sigmas: Sequence[float], need_uncond: bool = False, **extra_args: Any) -> Bound:
+        if self.bound is None:
+            self.bound = bind(self.model, x, sigmas, need_uncond, extra_args)
         return self.bound
 
     def __call__(self, x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-        return self.bound(x, tuple(sigma.tolist())).denoised
+        raise AssertionError("a sampler binds its model")
 
 
 def _other(seeds: Sequence[int], stream: int, i: int) -> list[int]:
     """Seeds of another stream, made of these."""
     words = (np.random.SeedSequence([seed, 2, stream, i]).generate_state(1, np.uint64)[0] for seed in seeds)
     return [int(word) >> 1 for word in words]
+
+
+@torch.no_grad()
+def hand_over(
+    sampler: str,
+    first: Model,
+    second: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    at: float,
+    extra_args: Mapping[str, Any] | None = None,
+    second_args: Mapping[str, Any] | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
+    disable: bool | None = None,
+    **options: Any,
+) -> Tensor:
+    """A run whose steps from a sigma above `at` are the first model's, and the rest the second's (SDXL's refiner).
+
+    Both are whole denoisers, each with the conditions of its own (extra_args, second_args) and planned for its own
+    steps; their latents are the same space. The second begins without history, at first order.
+    Raises ValueError where one of them has no step, TypeError and ValueError as `sample` does.
+    """
+    row = get_sampler(sampler)
+    given = random_seeds(len(x)) if seeds is None else check_seeds(seeds, len(x))
+    k = sum(above(level, at) for level in sigmas[:-1].tolist())
+    if not 0 < k < len(sigmas) - 1:
+        raise ValueError(f"{len(sigmas) - 1} steps from sigma {sigmas[0]:g} leave one of the models none at a "
+                         f"hand-over at {at:g}")
+    solver = replace(row.solver, **options)
+    x, state = sample(solver, row.walked(first), x, sigmas, extra_args, disable=disable, seeds=given, stop=k)
+    return sample(solver, row.walked(second), x, None, second_args, disable=disable, state=without_history(state))[0]

@@ -23,14 +23,21 @@ def sigmas_from(schedule: str, steps: int, model: Any, sigma: float) -> Tensor:
     if not sigma > model.sigma_min:
         raise ValueError(f"a picture comes in at a sigma above the model's sigma_min, {model.sigma_min:g}, got {sigma}")
     whole = get_schedule(schedule).sigmas
-
-    def below(n: int) -> int:
-        return int((whole(n, model).double() < sigma * (1 - 1e-5)).sum())  # not the same level, otherwise rounded
-
     if not above(model.sigma_max, sigma):
         return whole(steps, model)
-    n = _least(lambda n: below(n) >= steps, steps)
-    sigmas = whole(n, model)[-steps - 1 :].clone()
+
+    def enough(n: int) -> bool:
+        try:
+            return int((whole(n, model).double() < sigma * (1 - 1e-5)).sum()) >= steps  # 1e-5: rounded otherwise
+        except ValueError:  # more than a schedule of whole timesteps has
+            return True
+
+    n = _least(enough, steps)
+    try:
+        sigmas = whole(n, model)[-steps - 1 :].clone()
+    except ValueError as error:
+        raise ValueError(f"the schedule {schedule} has not {steps} levels below sigma {sigma:g}: take fewer steps, a "
+                         f"greater strength or another schedule ({error})") from error
     sigmas[0] = sigma
     return sigmas
 
@@ -66,10 +73,12 @@ def sigmas_by_strength(schedule: str, steps: int, model: Any, strength: float,
 
 
 def _least(enough: Callable[[int], bool], low: int) -> int:
-    """The smallest n from low on that is enough; more of n is enough too."""
+    """The smallest n from low on that is enough; more of n is enough too. ValueError where a million are not."""
     high = low
     while not enough(high):
         low, high = high + 1, high * 2
+        if high > 1_000_000:
+            raise ValueError("so small a strength leaves nothing to do: take a greater one")
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle + 1, high)
