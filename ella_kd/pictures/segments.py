@@ -64,8 +64,8 @@ def sample_in_segments(
             for repeat in range(repeats):
                 if repeat:  # back up to the level at which these steps began
                     up = math.sqrt(float(sigmas[first]) ** 2 - float(sigmas[last]) ** 2)
-                    noise_sampler = noises(x, _other(given, 2 * repeat + 1, first))
-                    run = from_step(first, run.x + up * randn(x.shape, _other(given, 2 * repeat, first)).to(x))
+                    noise_sampler = noises(x, other_seeds(given, 2 * repeat + 1, first))
+                    run = from_step(first, run.x + up * randn(x.shape, other_seeds(given, 2 * repeat, first)).to(x))
                 for i in range(first, last):
                     if i in fresh and not (repeat and i == first):
                         run = from_step(i, run.x)
@@ -90,7 +90,7 @@ class _BoundOnce:
         raise AssertionError("a sampler binds its model")
 
 
-def _other(seeds: Sequence[int], stream: int, i: int) -> list[int]:
+def other_seeds(seeds: Sequence[int], stream: int, i: int) -> list[int]:
     """Seeds of another stream, made of these."""
     words = (np.random.SeedSequence([seed, 2, stream, i]).generate_state(1, np.uint64)[0] for seed in seeds)
     return [int(word) >> 1 for word in words]

@@ -53,8 +53,7 @@ def sigmas_by_strength(schedule: str, steps: int, model: Any, strength: float,
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"unknown convention {convention!r} of strength: choose {', '.join(CONVENTIONS)}")
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength is a number above 0 and at most 1, got {strength}")
+    check_strength(strength)
     whole = get_schedule(schedule).sigmas
     if convention == "level":
         last = torch.tensor(strength * (len(model.sigmas) - 1), dtype=torch.float64)
@@ -70,6 +69,26 @@ def sigmas_by_strength(schedule: str, steps: int, model: Any, strength: float,
         raise ValueError(f"{steps} steps at strength {strength} leave no step in {convention}'s count: take more of "
                          "one or the other")
     return whole(n, model)[-taken - 1 :]
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """From noise a to noise b on the arc between them, row by row, so that the length of noise is kept: [B, ...]."""
+    rows = [x.flatten(1).double() for x in (a, b)]
+    cosine = torch.cosine_similarity(*rows, dim=1).clamp(-1, 1).view(-1, *[1] * (a.ndim - 1))
+    angle = cosine.acos()
+    if bool((angle.sin() < 1e-3).any()):  # the same noise, or its opposite: no arc
+        return torch.lerp(a, b, share)
+    there, here = ((part * angle).sin() / angle.sin() for part in (share, 1 - share))
+    return (a * here + b * there).to(a.dtype)
+
+
+def check_strength(strength: float) -> float:
+    """ValueError for one outside (0, 1], TypeError for what is no number."""
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+        raise TypeError(f"strength must be a number, got {strength!r}")
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is a number above 0 and at most 1, got {strength}")
+    return float(strength)
 
 
 def _least(enough: Callable[[int], bool], low: int) -> int:
