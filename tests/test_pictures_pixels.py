@@ -163,7 +163,7 @@ def test_canvases() -> None:
     half = canvas(picture, strength_map=Image.new("L", (64, 64), 128))
     assert half.strengths is not None and half.strengths.max() == pytest.approx(128 / 255)
     flat = canvas(two_colours(32, 32), mask=white((32, 32), (16, 0, 32, 32)), fill="blur")
-    assert np.abs(np.asarray(flat.image).astype(int) - RED).max() <= 2
+    assert np.abs(np.asarray(flat.image).astype(int) - RED).max() <= 8
 
 
 def test_colours_brought_back() -> None:
