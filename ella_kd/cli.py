@@ -22,6 +22,8 @@ from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import known, parse
 from ella_kd.images import Picture, contact_sheet, save_image
 from ella_kd.options import check_folder, load, model_options, read_prompts, request_options
+from ella_kd.pictures.options import SOURCES
+from ella_kd.pictures.reading import read_picture
 from ella_kd.prompts import check_wildcards, expand_wildcards
 from ella_kd.request import Mode, Request, seed_number
 from ella_kd.samplers import SAMPLERS, SCHEDULES
@@ -118,6 +120,8 @@ def generate(prompts: tuple[str, ...], file: str | None, count: int, out: Path, 
     Examples:
       ella-kd generate "The picture shows snow. A green triangle stands in the center." --count 4 --seed 1
       ella-kd generate --prompts prompts.txt --sampler euler_ancestral --steps 30 --out pictures
+      ella-kd generate "a lamp on the table" --start room.jpg --mask lamp.png
+      ella-kd generate "a wide view of the room" --start room.jpg --extend left=128,right=128
     """
     texts = [*prompts, *(read_prompts(file) if file else [])]
     if not texts:
@@ -213,6 +217,9 @@ def _signature(rule: type) -> str:
 def check(texts: Sequence[str], seed: int, options: dict[str, Any]) -> tuple[Request, Guidance | None]:
     """What is asked of every picture, and its rule, if each prompt can be read and every option be met, as far as no
     weight is needed to tell."""
+    for name in SOURCES:
+        if options[name]:
+            read_picture(options[name])
     rule = parse(options["guidance"]) if options["guidance"] else None
     asked = {each.name: options[each.name] for each in fields(Request) if each.name in options}
     if rule is not None:

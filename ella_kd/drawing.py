@@ -4,6 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,13 @@ from ella_kd.denoiser import Condition
 from ella_kd.guidance import CFG, Guidance
 from ella_kd.images import to_images
 from ella_kd.models import TextFeatures
+from ella_kd.models.network import as_network
+from ella_kd.pictures.beginning import Beginning, has_channels, seen_beside
+from ella_kd.pictures.canvas import Canvas
+from ella_kd.pictures.options import FromPicture
+from ella_kd.pictures.start import slerp
 from ella_kd.pipeline import Pipeline
-from ella_kd.request import SCALE, Request, method_named, seed_number, whole
+from ella_kd.request import SCALE, Request, check_method_options, method_named, seed_number, whole
 from ella_kd.samplers import SAMPLERS, get_schedule, randn
 
 OTHER_WORDS = {"scale": "guidance", "cond_scale": "guidance", "cfg_scale": "guidance", "negative": "uncond",
@@ -41,7 +47,7 @@ def draw(
     sigmas: Tensor | Sequence[float] | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
-    **conditions: Condition,
+    **more: Any,
 ) -> list[Image.Image]:
     """One picture per seed, in one batch, from encoded prompts: `draw(sd, Regions(...), uncond=sd.encode(""))`.
 
@@ -51,26 +57,68 @@ def draw(
     noise [B, C, h, w], fp32 or fp64: a start of unit variance in place of the seeds' own. latents, of that shape: x at
     sigmas[0], as it is. Beside either, one number as seeds is that of the first row. sigmas [n + 1]: the noise levels
     themselves, in place of schedule and steps: `draw(sd, cond, latents=x, sigmas=sigmas[8:])` goes on from x.
+    more: conditions, and the fields of `ella_kd.pictures.options.FromPicture`: `draw(sd, cond, start="room.jpg",
+    mask="lamp.png")`; start may be a `Beginning` too. A network that sees a picture beside x (inpainting,
+    InstructPix2Pix) is shown it.
     Raises ValueError or TypeError for an argument that cannot be met, and ValueError if a network returns NaN.
     """
+    asked, begun, conditions = _asked(more)
     refuse_unknown(draw, conditions, OTHER_WORDS, _is_condition)
     sampler, schedule = method_named(sampler, schedule)
+    check_method_options(sampler, asked.of_method)
     rule, given = plain_scale(guidance, SAMPLERS[sampler].cfg_pp), start_given(noise, latents)
     rows = seed_rows(seeds, None if given is None else len(given))
-    shape = latent_shape(pipeline, width, height, len(rows), given)
     denoiser = pipeline.denoiser(rule if isinstance(rule, Guidance) else None)
-    extra_args: dict[str, Any] = {"cond": cond, "uncond": uncond, **conditions}
-    if not isinstance(rule, Guidance):
-        extra_args["cond_scale"] = rule
+    sigmas = None if sigmas is None else torch.as_tensor(sigmas)
+    if asked.start is not None:
+        begun = begin_from(pipeline, asked, schedule, steps, width, height, sigmas)
+    if begun is None:
+        shape = latent_shape(pipeline, width, height, len(rows), given)
+    elif latents is not None:
+        raise ValueError("give a start picture or latents, not both: latents are x at sigmas[0]")
+    else:
+        shape = latent_shape(pipeline, None, None, len(rows), begun.picture if given is None else given)
+        sigmas = begun.sigmas
     if sigmas is None:
         sigmas = get_schedule(schedule).sigmas(whole("steps", steps), denoiser)
-    sigmas = torch.as_tensor(sigmas).to(pipeline.device)
-    if latents is None:
-        latents = (randn(shape, rows) if noise is None else noise).to(pipeline.device) * sigmas[0]
-    sample = SAMPLERS[sampler].function
+    sigmas = sigmas.to(pipeline.device)
+    conditions = {"cond": cond, "uncond": uncond, **conditions}
+    beside = as_network(pipeline.unet).in_channels - shape[1]
+    if beside and not any(map(has_channels, conditions.values())):
+        conditions = seen_beside(beside, begun, pipeline.vae, shape[2:], denoiser.inner_model.lift, conditions)
+        begun = begun and begun.unkept() if beside > shape[1] else begun
+    extra_args: dict[str, Any] = conditions if isinstance(rule, Guidance) else {**conditions, "cond_scale": rule}
+    if noise is None:
+        noise = randn(shape, rows)
+        if asked.variation:
+            noise = slerp(noise, randn(shape, [asked.variation_seed] * len(rows)), asked.variation)
+    if begun is not None:
+        latents = begun.x(noise.to(pipeline.device), rows)
+    elif latents is None:
+        latents = noise.to(pipeline.device) * sigmas[0]
+    sample = SAMPLERS[sampler].function if begun is None else partial(begun.sample, sampler)
     latents = sample(denoiser, latents.to(pipeline.device), sigmas, extra_args=extra_args, callback=callback,
-                     disable=not progress, seeds=rows)
-    return to_images(pipeline.vae.decode(latents.to(pipeline.vae.dtype)))
+                     disable=not progress, seeds=rows, **asked.of_method)
+    images = to_images(pipeline.vae.decode(latents.to(pipeline.vae.dtype)))
+    return images if begun is None else [begun.canvas.back(image) for image in images]
+
+
+def begin_from(pipeline: Pipeline, asked: FromPicture, schedule: str, steps: int, width: int | None,
+               height: int | None, sigmas: Tensor | None = None) -> Beginning:
+    """Where a run from the start picture begins. width, height: None for the picture's own (`Canvas.of`)."""
+    given = None if (width, height) == (None, None) else picture_size(pipeline, width, height)
+    canvas = Canvas.of(asked, given, picture_size(pipeline, None, None), pipeline.vae.factor)
+    return Beginning.of(canvas, pipeline.vae, pipeline.denoiser(), schedule, whole("steps", steps), sigmas)
+
+
+def _asked(more: Mapping[str, Any]) -> tuple[FromPicture, Beginning | None, dict[str, Any]]:
+    """What of a call is about a start picture and the noise, and the rest: conditions."""
+    given = {name: value for name, value in more.items() if name in FromPicture.names()}
+    rest = {name: value for name, value in more.items() if name not in given}
+    begun = given.pop("start") if isinstance(given.get("start"), Beginning) else None
+    if begun is not None and (twice := given.keys() - {"eta", "s_noise", "s_churn", "variation", "variation_seed"}):
+        raise ValueError(f"{min(twice)} was said when the beginning was made")
+    return FromPicture(**given), begun, rest
 
 
 def plain_scale(guidance: Guidance | float, cfg_pp: bool) -> Guidance | float:
@@ -165,6 +213,7 @@ def refuse_unknown(function: Callable[..., Any], given: Mapping[str, Any], other
     """TypeError for a keyword that the function does not have and whose value is not allowed there, with the nearest
     that it has."""
     names = [name for name, each in inspect.signature(function).parameters.items() if each.kind != each.VAR_KEYWORD]
+    names += FromPicture.names()
     for name, value in given.items():
         near = [other_words[name]] if name in other_words else get_close_matches(name, names, 3, 0.6)
         if near or not allowed(value):

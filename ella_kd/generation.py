@@ -5,17 +5,18 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Never
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from ella_kd.conditioning import And, Concat, Conditioning, Switch
 from ella_kd.denoiser import Condition
-from ella_kd.drawing import draw, innermost_scale, picture_size, refuse_unknown, seed_rows, several
+from ella_kd.drawing import begin_from, draw, innermost_scale, picture_size, refuse_unknown, seed_rows, several
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import parse
 from ella_kd.images import Picture
+from ella_kd.pictures.options import FromPicture
 from ella_kd.pipeline import Pipeline
 from ella_kd.prompt_editing import edits
 from ella_kd.prompts import check_wildcards, expand_wildcards, split_and
@@ -49,7 +50,7 @@ def generate(
     batch_size: int = 8,
     callback: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
-    **unknown: Never,
+    **picture: Any,
 ) -> list[Picture]:
     """Draw `count` pictures of every prompt, prompt by prompt.
 
@@ -67,16 +68,19 @@ def generate(
     its own seed, not on those it is drawn with (to one of 255 grey levels in fp32 and fp16, three in bf16): batch_size,
     the pictures drawn at once, is a matter of memory.
     callback: called by the sampler at every step, as in k-diffusion. progress: show a bar.
+    picture: the fields of `ella_kd.pictures.options.FromPicture`. start="room.jpg" (or a PIL image) is drawn over as
+    far as strength says, 0.6, or where mask="lamp.png" is white; extend="left=64" draws on beyond its sides;
+    strength_map, fill, crop_to_mask and others. eta, s_noise, s_churn, sigmas, variation, variation_seed: the noise.
 
     Raises ValueError or TypeError for an argument that cannot be met (an unknown name comes with the nearest ones), and
     ValueError if a network returns NaN.
     """
-    refuse_unknown(generate, unknown, OTHER_WORDS)
+    refuse_unknown(generate, {name: picture[name] for name in picture if name not in FromPicture.names()}, OTHER_WORDS)
     rule = parse(guidance) if isinstance(guidance, str) else guidance
     found = rows(prompts, negative, seeds, whole("count", count), wildcards)
     asked = Request(found[0][0], "", mode, sampler, schedule, steps, scale if rule is None else innermost_scale(rule),
                     width=width, height=height, guidance="" if rule is None else repr(rule),
-                    negative_mode=negative_mode, tags=tags, syntax=syntax, clip_skip=clip_skip)
+                    negative_mode=negative_mode, tags=tags, syntax=syntax, clip_skip=clip_skip, **picture)
     requests = [replace(asked, prompt=prompt, negative=negative, seed=seed) for prompt, negative, seed in found]
     drawn = draw_requests(pipeline, requests, guidance=rule, batch_size=batch_size, callback=callback,
                           progress=progress)
@@ -111,9 +115,17 @@ def draw_requests(
 
 def _drawer(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callable[..., list[Picture]]:
     """What draws a batch of requests that are like `asked` in all but prompt, negative and seed."""
-    width, height = picture_size(pipeline, asked.width, asked.height)
     guidance = rule if rule is not None else SCALE if asked.scale is None else asked.scale
-    sigmas = get_schedule(asked.schedule).sigmas(asked.steps, pipeline.denoiser())
+    sigmas = None if asked.sigmas is None else torch.tensor(asked.sigmas)
+    more: dict[str, Any] = {"variation": asked.variation, "variation_seed": asked.variation_seed, **asked.of_method}
+    if asked.start is None:
+        width, height = picture_size(pipeline, asked.width, asked.height)
+        sigmas = get_schedule(asked.schedule).sigmas(asked.steps, pipeline.denoiser()) if sigmas is None else sigmas
+        size = {"width": width, "height": height}
+    else:
+        begun = begin_from(pipeline, asked, asked.schedule, asked.steps, asked.width, asked.height, sigmas)
+        (width, height), sigmas, size = begun.canvas.size, begun.sigmas, {}
+        more["start"] = begun
     levels = sigmas.tolist() if asked.syntax else None
     # ELLA's tokens of "" and CLIP's of "" stand against ELLA's and the tags': the same kinds on both sides.
     no_tags = "" if asked.tags is not None and asked.negative_mode is None else None
@@ -134,8 +146,7 @@ def _drawer(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callab
     def draw_batch(batch: list[Request], **shown: Any) -> list[Picture]:
         images = draw(pipeline, cond_of(_one_if_equal(r.prompt for r in batch)),
                       uncond=uncond_of(_one_if_equal(r.negative for r in batch)), guidance=guidance,
-                      sampler=asked.sampler, sigmas=sigmas, width=width, height=height,
-                      seeds=[r.seed for r in batch], **shown)
+                      sampler=asked.sampler, sigmas=sigmas, seeds=[r.seed for r in batch], **size, **more, **shown)
         return [Picture(image, replace(r, width=width, height=height, model=pipeline.name, version=VERSION,
                                        dtype=str(pipeline.dtype).removeprefix("torch.")))
                 for image, r in zip(images, batch, strict=True)]

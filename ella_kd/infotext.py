@@ -7,9 +7,13 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import Field, fields
 from typing import Any
 
+from PIL import Image
+
+from ella_kd.pictures.options import FromPicture
 from ella_kd.prompts import without_add_ons
 from ella_kd.samplers.names import a1111_sampler, a1111_schedule, sampler_named, schedule_named
 from ella_kd.samplers.registry import COMPATIBLE_SCHEDULES
@@ -19,6 +23,7 @@ AUTOMATIC = {
     **dict.fromkeys(("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_ancestral", "dpm_2", "dpm_2_ancestral", "restart"), "karras"),
     **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_3m_sde"), "exponential"),
 }
+PICTURE = {each.metadata.get("label", each.name.replace("_", " ").capitalize()): each for each in fields(FromPicture)}
 _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # the web UI's own
 
 
@@ -38,6 +43,7 @@ def write(values: Mapping[str, Any]) -> str:
         "ELLA syntax": "on" if values["syntax"] else None,
         "CLIP prompt": values["tags"],
         "Guidance": values["guidance"] or None,
+        **{label: said(values[each.name]) for label, each in PICTURE.items() if values[each.name] != each.default},
         "Version": f"ella_kd {values['version']}",
     }
     lines = [values["prompt"].strip()]
@@ -87,6 +93,10 @@ def read(text: str) -> tuple[dict[str, Any], list[str]]:
                             ("ELLA negative", "negative_mode", str), ("Guidance", "guidance", str)):
         if key in given:
             found[name] = kind(given.pop(key))
+    for label, each in PICTURE.items() if ours else ():
+        if label in given:
+            value = given.pop(label)
+            found[each.name] = _kind_of(each)(value)
     if "CFG scale" not in text and found.get("guidance"):
         found["scale"] = None
     left_out = [f"{key}: {value}" for key, value in given.items()]
@@ -94,6 +104,22 @@ def read(text: str) -> tuple[dict[str, Any], list[str]]:
         found[name], add_ons = without_add_ons(found[name])
         left_out += add_ons
     return found, left_out
+
+
+def said(value: object) -> str:
+    """An option as text: a switch, noise levels, a picture that is no file."""
+    if isinstance(value, Image.Image):
+        return f"a picture of {value.width}x{value.height} that is no file"
+    if isinstance(value, tuple):
+        return ",".join(map(repr, value))
+    return "on" if value is True else str(value)
+
+
+def _kind_of(each: Field[Any]) -> Callable[[str], Any]:
+    if isinstance(each.default, bool):
+        return lambda value: value == "on"
+    kind: Callable[[str], Any] = each.metadata.get("type", str if each.default is None else type(each.default))
+    return kind
 
 
 def _quoted(value: str) -> str:

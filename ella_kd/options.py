@@ -52,7 +52,8 @@ def request_options(*left_out: str) -> Callable[[Command], Command]:
     """The options that `Request` declares, and those of drawing many."""
     def add(command: Command) -> Command:
         for option in reversed([
-            *(_option(each) for each in fields(Request) if "help" in each.metadata and each.name not in left_out),
+            *(_option(each) for each in sorted(fields(Request), key=lambda each: each.kw_only)  # the picture's last
+              if "help" in each.metadata and each.name not in left_out),
             click.option("--wildcards", metavar="DIR",
                          help="A folder of text files: __name__ in a prompt becomes a line of name.txt, by the seed."),
             click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True,
@@ -74,6 +75,10 @@ def _option(each: Field[Any]) -> Callable[[Command], Command]:
         how |= {"type": ModeChoice(), "metavar": None}
     elif each.type is bool:
         how["is_flag"] = True
+    elif "choices" in said:
+        how |= {"type": click.Choice(said["choices"]), "metavar": None}
+    elif "type" in said:
+        how["type"] = said["type"]
     elif "least" in said:
         how["type"] = click.IntRange(min=said["least"])
     elif isinstance(each.default, float):

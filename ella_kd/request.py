@@ -3,6 +3,7 @@
 `generate`, `draw`, the command and the texts in a PNG share it: an option's default, range and help stand here alone.
 """
 
+import inspect
 import json
 import math
 import warnings
@@ -17,9 +18,10 @@ from PIL import Image, UnidentifiedImageError
 
 from ella_kd import infotext
 from ella_kd.models import emphasis
+from ella_kd.pictures.options import FromPicture
 from ella_kd.prompt_editing import edits
 from ella_kd.prompts import check_text, split_and
-from ella_kd.samplers.names import sampler_named, schedule_named
+from ella_kd.samplers.names import get_sampler, sampler_named, schedule_named
 
 Mode = Literal["flexible", "fixed", "clip", "plain"]
 MODES: tuple[Mode, ...] = ("flexible", "fixed", "clip")  # "plain" is an older word for "clip", taken everywhere
@@ -42,10 +44,11 @@ def mode_named(mode: object) -> Mode:
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(FromPicture):
     """Everything that decides a picture: with the same model and the same request it comes out the same.
 
     A field with metadata is an option that a user chooses: what the command says of it, its smallest value (`least`).
+    A start picture and what is asked of it, and of the noise, are the fields of `FromPicture` and `FromNoise`.
 
     prompt: as it is read, wildcards chosen. scale: of classifier-free guidance; None beside a rule without one number.
     guidance: the rule as text, "" for none. width, height: None for the model's own. model, dtype: the pipeline's name
@@ -83,6 +86,7 @@ class Request:
     dtype: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("prompt", "negative", "tags"):
             if getattr(self, name) is not None:
                 check_text(name, getattr(self, name))
@@ -99,6 +103,7 @@ class Request:
         sampler, schedule = method_named(self.sampler, self.schedule)
         self._set("sampler", sampler)
         self._set("schedule", schedule)
+        check_method_options(sampler, self.of_method)
         if self.scale is not None:
             self._set("scale", _number("scale", self.scale))
 
@@ -124,7 +129,7 @@ class Request:
 
     def json(self) -> str:
         """The request itself, as `from_png` reads it back."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        return json.dumps(asdict(self), ensure_ascii=False, default=infotext.said)
 
     @classmethod
     def from_json(cls, text: str) -> "Request":
@@ -196,6 +201,14 @@ def method_named(sampler: str, schedule: str) -> tuple[str, str]:
     if schedule != Request.schedule:  # not the default
         raise ValueError(f"the sampler {sampler!r} says schedule {said!r}, and the schedule is {schedule!r}: give one")
     return name, said
+
+
+def check_method_options(sampler: str, given: Mapping[str, float]) -> None:
+    """Raises ValueError for one that the sampler does not have."""
+    known = inspect.signature(get_sampler(sampler).function).parameters
+    for name in given:
+        if name not in known and not hasattr(get_sampler(sampler).method, name):
+            raise ValueError(f"{sampler} has no {name}: leave it out or choose another sampler")
 
 
 def whole(name: str, number: object, least: int = 1) -> int:

@@ -222,7 +222,7 @@ def test_bad_arguments_are_refused(pipeline: Pipeline, arguments: dict[str, Any]
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"seed": 3}, "unknown argument seed: did you mean seeds"),
     ({"cfg_scale": 3}, "unknown argument cfg_scale: did you mean scale"),
-    ({"colour": 3}, "unknown argument colour: generate takes pipeline, prompts, negative"),
+    ({"weather": 3}, "unknown argument weather: generate takes pipeline, prompts, negative"),
     ({"seeds": 1.5}, "a seed must be a whole number, got 1.5"),
     ({"seeds": "12"}, "a seed must be a whole number, got '12'"),
     ({"scale": "7"}, "scale must be a number, got '7'"),

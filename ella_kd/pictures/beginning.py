@@ -1,7 +1,7 @@
 """Where a run from a picture begins: the picture's latents, what of them is repainted, and the noise levels."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Beginning:
     def of(cls, canvas: Canvas, vae: AutoencoderKL, model: Denoiser, schedule: str, steps: int,
            sigmas: Tensor | None = None) -> "Beginning":
         """sigmas: in place of those that schedule, steps and the strength give. Raises ValueError for no step."""
-        asked, picture, mask = canvas.asked, vae.encode(canvas.image).float(), None
+        asked, picture, mask = canvas.asked, vae.encode(canvas.image).float().contiguous(), None
         everywhere = canvas.hard is None and canvas.strengths is None
         strength = asked.strength if asked.strength is not None else STRENGTH if everywhere else 1.0
         repaint = torch.ones(picture.shape[2:], dtype=torch.float64)
@@ -81,12 +81,15 @@ class Beginning:
             picture = picture * (1 - from_noise)
         return picture + noise * self.sigmas[0].to(noise)
 
-    def sample(self, sampler: str, model: Denoiser, x: Tensor, extra_args: Mapping[str, Any],
+    def unkept(self) -> "Beginning":
+        """The same for a network that sees what is to be kept: all of it is drawn."""
+        return replace(self, mask=None, repaint=torch.ones_like(self.repaint))
+
+    def sample(self, sampler: str, model: Denoiser, x: Tensor, sigmas: Tensor, extra_args: Mapping[str, Any],
                callback: Callable[[dict[str, Any]], object] | None = None, disable: bool | None = None, *,
                seeds: Sequence[int], **options: Any) -> Tensor:
         """The run: the sampler itself, in segments where steps are repeated or what is repainted grows on the way."""
-        sigmas, repeats = self.sigmas.to(x.device), self.canvas.asked.repeats
-        fresh = [] if self.mask is None else self.mask.changes(sigmas.tolist())
+        repeats, fresh = self.canvas.asked.repeats, [] if self.mask is None else self.mask.changes(sigmas.tolist())
         kept: Denoiser = model if self.mask is None else Keep(model, self.picture.to(x.device), self.mask)
         row = get_sampler(sampler)
         if repeats == 1 and (not fresh or row.name in RANGE_SAMPLERS):
@@ -134,3 +137,8 @@ def with_channels(condition: Conditioning, channels: Tensor) -> Conditioning:
     if condition.of_answers:
         return condition.of(tuple(with_channels(part, channels) for part in condition.parts))
     return Channels(condition, channels)
+
+
+def has_channels(condition: object) -> bool:
+    """Whether a condition, or a part of it, has channels of its own."""
+    return isinstance(condition, Channels) or any(map(has_channels, getattr(condition, "parts", ())))

@@ -1,7 +1,9 @@
-"""What is asked of a picture to start from: the part of a `Request` that is about it."""
+"""What is asked of a run's noise and of a picture to start from: the parts of a `Request` that are about them."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,7 +18,54 @@ SOURCES = ("start", "mask", "strength_map")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FromPicture:
+class FromNoise:
+    """Where a run's noise comes from and goes to, where that is not the seed, the schedule and the method alone.
+
+    variation: how far the first noise lies on the arc to that of variation_seed. latents: a file of `ella-kd invert`.
+    Raises ValueError or TypeError for what no run can have.
+    """
+
+    variation: float = field(default=0.0, metadata={
+        "help": "How far the picture goes towards that of --variation-seed, 0 to 1.",
+        "label": "Variation seed strength"})
+    variation_seed: int = field(default=0, metadata={"help": "See --variation.", "metavar": "SEED", "least": 0})
+    eta: float | None = field(default=None, metadata={
+        "help": "The sampler's share of added noise.  [default: its own]", "type": float})
+    s_noise: float | None = field(default=None, metadata={
+        "help": "The amplitude of added noise.  [default: its own]", "type": float})
+    s_churn: float | None = field(default=None, metadata={
+        "help": "Noise added before each step, by euler, heun and dpm_2.  [default: none]", "type": float})
+    sigmas: tuple[float, ...] | None = field(default=None, metadata={
+        "help": "The noise levels themselves, in place of --schedule and --steps: 14.6,5,1,0.", "metavar": "NUMBERS"})
+    latents: str | None = field(default=None, metadata={
+        "help": "Latents to start from, of ella-kd invert, in place of noise.", "metavar": "FILE"})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.variation <= 1:
+            raise ValueError(f"variation is a share from 0 to 1, got {self.variation}")
+        for name in ("eta", "s_noise", "s_churn"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is a number of 0 or more, got {value}")
+        if self.sigmas is not None:
+            object.__setattr__(self, "sigmas", _numbers(self.sigmas))
+        if self.latents is not None:
+            object.__setattr__(self, "latents", str(self.latents))
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The class's fields, where a value has more."""
+        return tuple(each.name for each in fields(cls))
+
+    @property
+    def of_method(self) -> dict[str, float]:
+        """The method's own options that are given."""
+        given = {name: getattr(self, name) for name in ("eta", "s_noise", "s_churn")}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromPicture(FromNoise):
     """A picture to start from, how far it may change, and where.
 
     start, mask, strength_map: files, or PIL images. strength: None for 0.6, or 1 where a mask, a map or `extend` says
@@ -28,7 +77,7 @@ class FromPicture:
         "help": "A picture to start from.", "metavar": "PICTURE"})
     strength: float | None = field(default=None, metadata={
         "help": "How far the start picture may change, 0 to 1: from the noise of timestep strength * 999 on.  "
-                "[default: 0.6; with a mask 1]", "type": float})
+                "[default: 0.6; with a mask 1]", "type": float, "label": "Denoising strength"})
     convention: Convention = field(default="level", metadata={
         "help": "What strength means: level, the same noise on every schedule, or what another program makes of it.",
         "choices": CONVENTIONS})
@@ -57,6 +106,7 @@ class FromPicture:
         "help": "Bring the drawn picture's colours back to those of the start picture."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in SOURCES:
             value = getattr(self, name)
             if isinstance(value, Path):
@@ -72,10 +122,11 @@ class FromPicture:
             raise ValueError(f"mask_blur is a number of pixels, 0 or more, got {self.mask_blur}")
         if self.extend:
             read_sides(self.extend)
-        if self.start is None:
-            given = [each.name for each in fields(FromPicture) if getattr(self, each.name) != each.default]
-            if given:
-                raise ValueError(f"{given[0]} is about a start picture: give it as start")
+        own = [each for each in fields(FromPicture) if each.name not in FromNoise.__dataclass_fields__]
+        if self.start is None and (given := [e.name for e in own if getattr(self, e.name) != e.default]):
+            raise ValueError(f"{given[0]} is about a start picture: give it as start")
+        if self.start is not None and self.latents is not None:
+            raise ValueError("give a start picture or latents, not both: latents are x at the first noise level")
         if self.crop_to_mask and (self.extend or self.strength_map is not None):
             raise ValueError("crop_to_mask draws a part of the picture: it goes with a mask, without extend or "
                              "strength_map")
@@ -84,10 +135,14 @@ class FromPicture:
     def sides(self) -> dict[str, int]:
         return read_sides(self.extend) if self.extend else {}
 
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        return tuple(each.name for each in fields(FromPicture))
 
-    def about_picture(self) -> dict[str, Any]:
-        """Its fields alone, of a value that has more."""
-        return {name: getattr(self, name) for name in self.names()}
+def _numbers(given: object) -> tuple[float, ...]:
+    """Noise levels, as text too. ValueError for what is no falling list of them."""
+    parts: Iterable[Any] = given.split(",") if isinstance(given, str) else given  # type: ignore[assignment]
+    try:
+        found = tuple(float(part) for part in parts)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"sigmas are numbers, 14.6,5,1,0, got {given!r}") from error
+    if len(found) < 2 or any(not b < a for a, b in pairwise(found)) or found[-1] < 0:
+        raise ValueError(f"sigmas fall from the first noise level to the last, 0 or above, got {given!r}")
+    return found
