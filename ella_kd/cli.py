@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from ella_kd.commands.invert import invert
 from ella_kd.drawing import innermost_scale
 from ella_kd.generation import draw_requests
 from ella_kd.generation import generate as draw_all
@@ -95,6 +96,9 @@ def main(ctx: click.Context) -> None:
     ctx.with_resource(warnings.catch_warnings())
     warnings.showwarning = _show_warning
     disable_progress_bar()  # the one transformers shows while it reads T5
+
+
+main.add_command(invert)
 
 
 @main.command()

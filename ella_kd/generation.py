@@ -16,6 +16,7 @@ from ella_kd.drawing import begin_from, draw, innermost_scale, picture_size, ref
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import parse
 from ella_kd.images import Picture
+from ella_kd.pictures.inversion import load_latents
 from ella_kd.pictures.options import FromPicture
 from ella_kd.pipeline import Pipeline
 from ella_kd.prompt_editing import edits
@@ -122,6 +123,10 @@ def _drawer(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callab
         width, height = picture_size(pipeline, asked.width, asked.height)
         sigmas = get_schedule(asked.schedule).sigmas(asked.steps, pipeline.denoiser()) if sigmas is None else sigmas
         size = {"width": width, "height": height}
+        if asked.latents is not None:
+            latents = load_latents(asked.latents, float(sigmas[0]))
+            height, width = (side * pipeline.vae.factor for side in latents.shape[2:])
+            size = {}
     else:
         begun = begin_from(pipeline, asked, asked.schedule, asked.steps, asked.width, asked.height, sigmas)
         (width, height), sigmas, size = begun.canvas.size, begun.sigmas, {}
@@ -144,6 +149,8 @@ def _drawer(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callab
         return encode(negatives, asked.negative_mode or asked.mode, no_tags)
 
     def draw_batch(batch: list[Request], **shown: Any) -> list[Picture]:
+        if asked.latents is not None:
+            more["latents"] = latents.expand(len(batch), -1, -1, -1)
         images = draw(pipeline, cond_of(_one_if_equal(r.prompt for r in batch)),
                       uncond=uncond_of(_one_if_equal(r.negative for r in batch)), guidance=guidance,
                       sampler=asked.sampler, sigmas=sigmas, seeds=[r.seed for r in batch], **size, **more, **shown)
