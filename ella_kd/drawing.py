@@ -23,7 +23,7 @@ from ella_kd.pictures.options import FromPicture
 from ella_kd.pictures.start import slerp
 from ella_kd.pipeline import Pipeline
 from ella_kd.request import SCALE, Request, check_method_options, method_named, seed_number, whole
-from ella_kd.samplers import SAMPLERS, get_schedule, randn
+from ella_kd.samplers import get_sampler, get_schedule, randn
 
 OTHER_WORDS = {"scale": "guidance", "cond_scale": "guidance", "cfg_scale": "guidance", "negative": "uncond",
                "prompt": "cond", "num_inference_steps": "steps", "guidance_scale": "guidance"}
@@ -66,7 +66,7 @@ def draw(
     refuse_unknown(draw, conditions, OTHER_WORDS, _is_condition)
     sampler, schedule = method_named(sampler, schedule)
     check_method_options(sampler, asked.of_method)
-    rule, given = plain_scale(guidance, SAMPLERS[sampler].cfg_pp), start_given(noise, latents)
+    rule, given = plain_scale(guidance, get_sampler(sampler).cfg_pp), start_given(noise, latents)
     rows = seed_rows(seeds, None if given is None else len(given))
     denoiser = pipeline.denoiser(rule if isinstance(rule, Guidance) else None)
     sigmas = None if sigmas is None else torch.as_tensor(sigmas)
@@ -96,7 +96,7 @@ def draw(
         latents = begun.x(noise.to(pipeline.device), rows)
     elif latents is None:
         latents = noise.to(pipeline.device) * sigmas[0]
-    sample = SAMPLERS[sampler].function if begun is None else partial(begun.sample, sampler)
+    sample = get_sampler(sampler).function if begun is None else partial(begun.sample, sampler)
     latents = sample(denoiser, latents.to(pipeline.device), sigmas, extra_args=extra_args, callback=callback,
                      disable=not progress, seeds=rows, **asked.of_method)
     images = to_images(pipeline.vae.decode(latents.to(pipeline.vae.dtype)))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ella_kd.denoiser import ELLADenoiser
 from ella_kd.guidance import CFGDenoiser
+from ella_kd.pictures.inversion import undone
 from ella_kd.pictures.keep import Keep, KeepRun, Repaint, Unlock
 from ella_kd.pictures.segments import hand_over, sample_in_segments
 from ella_kd.samplers import SAMPLERS, Prediction, Run, Sampler, get_sigmas_karras
@@ -141,6 +142,20 @@ def test_resampling_agrees_better_with_what_is_kept(sampler: str, options: dict[
     assert 0.55 < once < 0.7
     assert max(five, jumps) < 0.6 * once
     assert ten < 0.45 * once
+
+
+@pytest.mark.parametrize(("name", "refine", "near"), [
+    ("euler", 0, 0.2), ("euler", 100, 1e-6), ("euler_cfg_pp", 0, 0.4), ("euler_cfg_pp", 100, 1e-6)])
+def test_inversion_is_undone_by_the_same_steps(name: str, refine: int, near: float) -> None:
+    """As published it comes near, and the fixed point is the very start: each step up is one down, undone."""
+    sigmas, row = get_sigmas_karras(40, 0.05, 14.6).double()[:-1], SAMPLERS[name]
+    model = Guided(uncond=replace(COND, means=(-1.4, 0.5, 2.1)))
+    up = undone(model, PICTURE, sigmas.flip(0), ARGS, row.cfg_pp, refine, disable=True)  # type: ignore[arg-type]
+    assert 10 < float(up.std()) < 20
+    away = float((drawn(row, model, up, sigmas) - PICTURE).norm() / PICTURE.norm())
+    print(away)
+    assert away < near
+    assert refine or away > 0.003
 
 
 def test_hand_over() -> None:

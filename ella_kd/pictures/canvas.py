@@ -132,5 +132,5 @@ def _extended(picture: Image.Image, mask: Image.Image | None, soft: Image.Image 
 
 
 def _paste_of(strengths: np.ndarray) -> Image.Image:
-    """What is drawn at a strength of a quarter or more is pasted whole, what is weaker ever less."""
-    return Image.fromarray((np.clip(strengths * 4, 0, 1) * 255).round().astype(np.uint8))
+    """What is drawn at a strength of a twentieth or more is pasted whole, what is weaker ever less."""
+    return Image.fromarray((np.clip(strengths * 20, 0, 1) * 255).round().astype(np.uint8))
