@@ -30,13 +30,16 @@ def test_a_rule_as_a_user_types_it() -> None:
 
 
 def test_every_rule_is_known() -> None:
-    assert set(known()) == {"APG", "CFG", "CFGZeroStar", "DynamicThreshold", "InstructPix2Pix", "Interval",
-                            "MimicScale", "PAG", "Rescale", "SAG", "SEG", "SLG", "TCFG"}
+    assert set(known()) == {"APG", "CFG", "CFGZeroStar", "Contrast", "DynamicThreshold", "InstructPix2Pix", "Interval",
+                            "MimicScale", "Mirrored", "PAG", "Rescale", "SAG", "SEG", "SLG", "Shifted", "TCFG"}
 
 
 WRITTEN = [  # what a picture's settings say of each rule's defaults: another default would draw another picture
     "APG(scale=7.0, eta=0.0, threshold=None)",
     "CFGZeroStar(scale=7.0, zero_init=None)",
+    "Contrast(base=CFG(scale=7.0), factor=1.1, sigma_lo=0.0, sigma_hi=inf)",
+    "Mirrored(base=CFG(scale=7.0), axis='x', sigma_lo=0.0, sigma_hi=inf)",
+    "Shifted(base=CFG(scale=7.0), channels=(), sigma_lo=0.0, sigma_hi=inf)",
     "DynamicThreshold(base=CFG(scale=7.0), quantile=0.995, limit=4.5)",
     "InstructPix2Pix(text=7.5, image=1.5)",
     "MimicScale(base=CFG(scale=7.0), mimic=7.0, quantile=1.0, spread='range')",

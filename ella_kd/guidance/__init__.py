@@ -7,6 +7,7 @@ from ella_kd.guidance.perturbed import PAG, SAG, SEG, SLG, Perturbed
 from ella_kd.guidance.projections import APG, TCFG, CFGZeroStar
 from ella_kd.guidance.rule import CFG, Answers, Guidance, Interval
 from ella_kd.guidance.thresholds import DynamicThreshold, MimicScale, Rescale
+from ella_kd.guidance.tones import Contrast, Mirrored, Shifted
 from ella_kd.samplers.model import Prediction
 
 __all__ = [
@@ -24,13 +25,16 @@ __all__ = [
     "Branch",
     "CFGDenoiser",
     "CFGZeroStar",
+    "Contrast",
     "DynamicThreshold",
     "Guidance",
     "GuidedDenoiser",
     "InstructPix2Pix",
     "Interval",
     "MimicScale",
+    "Mirrored",
     "Perturbed",
     "Prediction",
     "Rescale",
+    "Shifted",
 ]
