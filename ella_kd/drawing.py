@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -107,8 +108,15 @@ def begin_from(pipeline: Pipeline, asked: FromPicture, schedule: str, steps: int
                height: int | None, sigmas: Tensor | None = None) -> Beginning:
     """Where a run from the start picture begins. width, height: None for the picture's own (`Canvas.of`)."""
     given = None if (width, height) == (None, None) else picture_size(pipeline, width, height)
+    if asked.strength is None and edits(pipeline):
+        asked = replace(asked, strength=1.0)
     canvas = Canvas.of(asked, given, picture_size(pipeline, None, None), pipeline.vae.factor)
     return Beginning.of(canvas, pipeline.vae, pipeline.denoiser(), schedule, whole("steps", steps), sigmas)
+
+
+def edits(pipeline: Pipeline) -> bool:
+    """Whether the network sees a whole picture beside x, to edit it (InstructPix2Pix)."""
+    return as_network(pipeline.unet).in_channels == 2 * pipeline.vae.config.latent_channels
 
 
 def _asked(more: Mapping[str, Any]) -> tuple[FromPicture, Beginning | None, dict[str, Any]]:

@@ -1,5 +1,7 @@
 """Image to image, inpainting and edits against diffusers' pipelines, over whole trajectories of a tiny system."""
 
+import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -52,11 +54,13 @@ def theirs(kind: Any, pipeline: Pipeline, **options: Any) -> Tensor:
     """The latents at the end of diffusers' pipeline, DDIM."""
     scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                         clip_sample=False, set_alpha_to_one=True, steps_offset=1)
-    parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
     unet: Any = as_diffusers(pipeline.unet)
     unet.register_to_config(sample_size=64)
+    parts = {"text_encoder": None, "tokenizer": None, "feature_extractor": None, "safety_checker": None,
+             "depth_estimator": None, "requires_safety_checker": False}
+    taken = inspect.signature(kind).parameters
     pipe = kind(vae=diffusers_twin(pipeline.vae), unet=unet, scheduler=scheduler,
-                requires_safety_checker=False, **parts)
+                **{name: part for name, part in parts.items() if name in taken})
     pipe.set_progress_bar_config(disable=True)
     text, nothing = (pipeline.encode(said, "clip")(torch.zeros(1)).tokens for said in ("a red circle", ""))
     with torch.no_grad():
@@ -105,11 +109,29 @@ def test_inpainting(pipeline: Pipeline, decoded: list[Tensor], quiet: None) -> N
 def test_an_edit(pipeline: Pipeline, decoded: list[Tensor], quiet: None) -> None:
     """InstructPix2Pix: the rule's image is the start picture's latents, unscaled, and nothing for the uncond."""
     system = of_channels(pipeline, 8)
-    ours(system, strength=1.0, noise=from_sigma_max(system), guidance=InstructPix2Pix(7.5, 1.5))
+    ours(system, noise=from_sigma_max(system), guidance=InstructPix2Pix(7.5, 1.5))
     mode = pipeline.vae.encode(PICTURE) / pipeline.vae.config.scale
     got = theirs(diffusers.StableDiffusionInstructPix2PixPipeline, system, image=mode, guidance_scale=7.5,
                  image_guidance_scale=1.5, latents=randn((1, 4, 8, 8), [SEED]))
     assert relative(decoded[-1], got) < 1e-4
+
+
+def test_depth(pipeline: Pipeline, decoded: list[Tensor], quiet: None) -> None:
+    """Image to image by a network that sees how far things are."""
+    system, near = of_channels(pipeline, 5), speckled(SIZE, SIZE, seed=3).convert("L")
+    sure = copy.deepcopy(system.vae)  # they draw latents of the encoder's Gaussian: here its mean
+    with torch.no_grad():
+        sure.quant_conv.weight[4:] = 0
+        sure.quant_conv.bias[4:] = -30  # type: ignore[index]
+    system, generator = replace(system, vae=sure), torch.Generator().manual_seed(SEED)
+    _, second = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
+    ours(system, strength=0.7, convention="diffusers", depth=near, noise=second)
+    got = theirs(diffusers.StableDiffusionDepth2ImgPipeline, system, image=PICTURE, strength=0.7,
+                 depth_map=torch.from_numpy(share(near)).float()[None], guidance_scale=SCALE,
+                 generator=torch.Generator().manual_seed(SEED))
+    assert relative(decoded[-1], got) < 1e-4
+    with pytest.raises(ValueError, match="give start and depth"):
+        ours(system, strength=0.7)
 
 
 def test_other_networks(pipeline: Pipeline) -> None:

@@ -1,13 +1,15 @@
-"""Rules with other branches than cond and uncond: a second, weaker model; an image to edit."""
+"""Rules with other branches than cond and uncond: a second, weaker model; an image to edit; a patched cond."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 from torch import Tensor
 
+from ella_kd.conditioning import Levels, above
 from ella_kd.denoiser import LDMDenoiser
 from ella_kd.guidance.projections import plus
 from ella_kd.guidance.rule import COND, UNCOND, Answers, Branch, Guidance, is_all
+from ella_kd.models.patches import Patch
 from ella_kd.scale import Scale
 
 IMAGE = Branch("image")
@@ -85,3 +87,35 @@ class InstructPix2Pix(Guidance):
                          repeat(image) if isinstance(image, float) else image))
         return ((UNCOND, tuple(1 - i for _, i in pairs)), (IMAGE, tuple(i - t for t, i in pairs)),
                 (COND, tuple(t for t, _ in pairs)))
+
+
+@dataclass(frozen=True)
+class Patched(Guidance):
+    """base, of a conditional answer with a patch in the UNet, where sigma > sigma_lo: prompt-to-prompt is
+    `Patched(CFG(7), SourceAttention(unet.places), sigma_lo=1)` of a batch whose first row is the source.
+
+    Where the rows of a call stand at several noise levels, one above sigma_lo patches all.
+    """
+
+    base: Guidance
+    patch: Patch
+    sigma_lo: float = 0.0
+
+    @property
+    def varies(self) -> bool:
+        return True
+
+    def at(self, levels: Levels) -> Guidance:
+        base = self.base.at(levels)
+        return Patched(base, self.patch) if any(above(level, self.sigma_lo) for level in levels) else base
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return tuple(self._own if branch == COND else branch for branch in self.base.branches)
+
+    @property
+    def _own(self) -> Branch:
+        return Branch("cond", self.patch)
+
+    def __call__(self, answers: Answers) -> Tensor:
+        return self.base(replace(answers, denoised={**answers.denoised, COND: answers[self._own]}))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ella_kd.conditioning import Channels, Conditioning
@@ -105,7 +106,8 @@ def seen_beside(channels: int, begun: Beginning | None, vae: AutoencoderKL, size
                 ) -> dict[str, Condition | None]:
     """The conditions with what a network of so many channels beside x was trained to see there.
 
-    Inpainting (1 + C): where to repaint, and the latents of the picture with grey holes. An image to edit (C; the
+    Inpainting (1 + C): where to repaint, and the latents of the picture with grey holes. Depth (1): the depth picture,
+    from -1 to 1. An image to edit (C; the
     network of InstructPix2Pix): the picture's latents, unscaled, for `cond` and `image`, which is the uncond with it,
     zeros for `uncond`. Raises ValueError for another number, and for an image to edit that is not there.
     """
@@ -120,6 +122,13 @@ def seen_beside(channels: int, begun: Beginning | None, vae: AutoencoderKL, size
             open_ = begun.repaint.to(like)[None, None]
         beside = torch.cat([open_, vae.encode(pixels)], 1).float()
         return {name: with_channels(condition, beside) for name, condition in given.items()}
+    if channels == 1:
+        if begun is None or begun.canvas.depth is None:
+            raise ValueError("this network sees how far things are: give start and depth, a picture that is white near")
+        far = torch.from_numpy(share(begun.canvas.depth))[None, None].to(like)
+        far = F.interpolate(far, size, mode="bicubic", align_corners=False)
+        far = 2 * (far - far.amin()) / (far.amax() - far.amin()).clamp(min=1e-6) - 1
+        return {name: with_channels(condition, far.float()) for name, condition in given.items()}
     if channels != own:
         raise ValueError(f"this network sees {channels} channels beside x: give each condition its own, "
                          "Channels(cond, channels)")

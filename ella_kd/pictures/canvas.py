@@ -19,7 +19,7 @@ class Canvas:
 
     hard (L): what is repainted; strengths [H, W]: how far, 0 to 1; both of image's size, None for everything alike.
     soft (L): of original's size; None where nothing of it is kept. box: which part of original image is.
-    size: width and height that were asked for, or found.
+    size: width and height that were asked for, or found. depth (L): of image's size, None where none is given.
     """
 
     asked: FromPicture
@@ -30,6 +30,7 @@ class Canvas:
     soft: Image.Image | None
     box: masks.Box | None
     size: Size
+    depth: Image.Image | None = None
 
     @classmethod
     def of(cls, asked: FromPicture, given: Size | None, own: Size, factor: int) -> "Canvas":
@@ -54,6 +55,7 @@ class Canvas:
             warnings.warn(f"the picture is {picture.width}x{picture.height}, and is drawn at {size[0]}x{size[1]}, in "
                           f"multiples of {factor}", stacklevel=4)
         picture, mask = _fitted(picture, size), mask and _fitted(mask, size)
+        depth = asked.depth and _fitted(_same(read_mask(asked.depth), "the depth picture", picture.size), size)
         strengths = None
         if asked.strength_map is not None:
             strengths = masks.share(_fitted(_same(read_mask(asked.strength_map), "the strength map", picture.size),
@@ -65,7 +67,7 @@ class Canvas:
             picture, mask, soft, strengths = _extended(picture, mask, soft, strengths, sides, factor)
         elif strengths is not None:
             soft = _paste_of(strengths)
-        return cls(asked, _filled(asked, picture, mask), picture, mask, strengths, soft, None, size)
+        return cls(asked, _filled(asked, picture, mask), picture, mask, strengths, soft, None, size, depth or None)
 
     def back(self, drawn: Image.Image) -> Image.Image:
         """A drawn picture of image's size as a picture of original's, the original's pixels where it is kept."""

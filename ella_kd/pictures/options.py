@@ -14,7 +14,7 @@ from ella_kd.pictures.start import CONVENTIONS, Convention, check_strength
 
 Fill = Literal["original", "noise", "blur", "nothing"]
 FILLS: tuple[Fill, ...] = get_args(Fill)
-SOURCES = ("start", "mask", "strength_map")
+SOURCES = ("start", "mask", "strength_map", "depth")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +68,9 @@ class FromNoise:
 class FromPicture(FromNoise):
     """A picture to start from, how far it may change, and where.
 
-    start, mask, strength_map: files, or PIL images. strength: None for 0.6, or 1 where a mask, a map or `extend` says
-    what is repainted; 1 is from noise alone. mask_blur: None for half a latent's pixels. Raises ValueError or TypeError
-    for what no picture can have, and for an option without the picture that it is about.
+    start, mask, strength_map, depth: files, or PIL images. strength: None for 0.6, or 1 where a mask, a map or `extend`
+    says what is repainted; 1 is from noise alone. mask_blur: None for half a latent's pixels. Raises ValueError or
+    TypeError for what no picture can have, and for an option without the picture that it is about.
     """
 
     start: str | Image.Image | None = field(default=None, metadata={
@@ -98,6 +98,8 @@ class FromPicture(FromNoise):
         "help": "With --crop-to-mask, what is drawn around the mask.", "metavar": "PX", "least": 0})
     strength_map: str | Image.Image | None = field(default=None, metadata={
         "help": "A strength per pixel, white --strength and black none.", "metavar": "PICTURE"})
+    depth: str | Image.Image | None = field(default=None, metadata={
+        "help": "How far things are, white near, for a network that sees it (depth2img).", "metavar": "PICTURE"})
     extend: str = field(default="", metadata={
         "help": "Draw on beyond the picture's sides: left=64,top=0.", "metavar": "SIDES"})
     repeats: int = field(default=1, metadata={
@@ -127,9 +129,11 @@ class FromPicture(FromNoise):
             raise ValueError(f"{given[0]} is about a start picture: give it as start")
         if self.start is not None and self.latents is not None:
             raise ValueError("give a start picture or latents, not both: latents are x at the first noise level")
-        if self.crop_to_mask and (self.extend or self.strength_map is not None):
-            raise ValueError("crop_to_mask draws a part of the picture: it goes with a mask, without extend or "
-                             "strength_map")
+        if self.crop_to_mask and (self.extend or self.strength_map is not None or self.depth is not None):
+            raise ValueError("crop_to_mask draws a part of the picture: it goes with a mask, without extend, "
+                             "strength_map or depth")
+        if self.depth is not None and self.extend:
+            raise ValueError("a depth picture is of the whole: draw it without extend")
 
     @property
     def sides(self) -> dict[str, int]:

@@ -1,0 +1,70 @@
+"""Prompt-to-prompt (Hertz et al. 2022, arXiv 2208.01626): a prompt drawn with the attention of another, as a patch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ella_kd.models.attention import log_weights
+from ella_kd.models.blocks import TransformerBlock
+from ella_kd.models.patches import Patch
+
+
+@dataclass(frozen=True)
+class SourceAttention(Patch):
+    """Where the first row of a batch looks in its text, the others look in theirs; the first stays as it is.
+
+    tokens: of each token of the other rows, which of the first row's it stands for, -1 for none: it keeps its own
+    attention (the paper's refinement, equation 4; `aligned` finds them). None: each for the one at its place
+    (replacement; ELLA's tokens are no words, and stand for each other so). weights: a factor for the attention to each
+    token, 1 plain, 0 unseen (equation 5). own: keep their own attention, re-weighted alone.
+    Raises ValueError for rows whose tokens differ in number from these.
+    """
+
+    places: tuple[str, ...]
+    tokens: tuple[int, ...] | None = None
+    weights: tuple[float, ...] | None = None
+    own: bool = False
+
+    def __call__(self, block: TransformerBlock, x: Tensor, context: Tensor, mask: Tensor | None,
+                 size: tuple[int, int]) -> Tensor:
+        x = x + block.self_attention(x)
+        attn = block.attn2
+        q, k, v = (rearrange(y, "b l (h d) -> b h l d", h=attn.heads) for y in
+                   (attn.to_q(block.norm2(x)), attn.to_k(context), attn.to_v(context)))
+        precise = torch.promote_types(x.dtype, torch.float32)
+        scores = q.to(precise) @ k.to(precise).mT / math.sqrt(q.shape[-1])
+        if mask is not None:
+            seen = mask.to(precise) if mask.dtype == torch.bool else mask
+            scores = scores + log_weights(seen, precise)[:, None, None]
+        maps = torch.cat([scores[:1].softmax(-1), self._edited(scores.softmax(-1))])
+        x = x + attn.to_out(rearrange(maps.to(v.dtype) @ v, "b h l d -> b l (h d)"))
+        return x + block.feed_forward(x)
+
+    def _edited(self, maps: Tensor) -> Tensor:
+        """maps [b, heads, h * w, L] -> those of the rows after the first."""
+        count = maps.shape[-1]
+        for given, what in ((self.tokens, "tokens"), (self.weights, "weights")):
+            if given is not None and len(given) != count:
+                raise ValueError(f"SourceAttention has {len(given)} {what} for prompts of {count} tokens")
+        edited = maps[1:]
+        if not self.own:
+            source = maps[:1].expand_as(edited)
+            if self.tokens is not None:
+                index = torch.tensor(self.tokens, device=maps.device)
+                source = torch.where(index >= 0, source[..., index.clamp(min=0)], edited)
+            edited = source
+        return edited if self.weights is None else edited * edited.new_tensor(self.weights)
+
+
+def aligned(source: Sequence[int], edit: Sequence[int]) -> tuple[int, ...]:
+    """Of each token of `edit`, its place among those of `source` where both say the same, -1 where they do not."""
+    found = [-1] * len(edit)
+    for match in SequenceMatcher(None, list(source), list(edit), autojunk=False).get_matching_blocks():
+        for i in range(match.size):
+            found[match.b + i] = match.a + i
+    return tuple(found)
