@@ -14,8 +14,7 @@ from torch import nn
 from ella_kd.conditioning import ELLA, Conditioning, Constant
 from ella_kd.denoiser import ELLADenoiser, LDMDenoiser
 from ella_kd.guidance import CFG, CFGDenoiser, Guidance, GuidedDenoiser
-from ella_kd.models import TSC, AutoencoderKL, NoiseSchedule, fast_on_cpu
-from ella_kd.models.checkpoint import load_checkpoint, load_tsc
+from ella_kd.models import TSC, AutoencoderKL, NoiseSchedule, fast_on_cpu, load_checkpoint, load_tsc
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.text import CLIPTextEncoder, T5TextEncoder, TextFeatures
 from ella_kd.models.winograd import WinogradConv2d
