@@ -20,7 +20,7 @@ Edit = Callable[..., Path]
 
 def small_networks() -> Networks:
     torch.manual_seed(0)
-    unet = UNet(UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention=(False, True),
+    unet = UNet(UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, depth=(0, 1),
                            context_dim=128, num_heads=4))
     vae = AutoencoderKL(VAEConfig(channels=32, channel_mult=(1, 1, 2), num_res_blocks=1, scale=0.5))
     clip = CLIPTextModel(CLIPTextConfig(vocab_size=9, hidden_size=128, intermediate_size=64, num_hidden_layers=2,
