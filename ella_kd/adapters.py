@@ -5,17 +5,20 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
+from ella_kd.models.added import NEEDED, count_told, told_numbers
 from ella_kd.models.attention import check_mask, log_weights
 from ella_kd.models.context import Context
-from ella_kd.models.network import Levels, Patches, refuse_patches
+from ella_kd.models.network import Levels, Patches, refuse_inputs, refuse_patches
+from ella_kd.models.timestep import guidance_embedding
 
 
 class DiffusersUNet(nn.Module):
     """diffusers' `UNet2DConditionModel` as the inner model of a denoiser: a `models.network.Network`.
 
-    x [B, C, h, w]; t [B] fp32, fractional welcome; context: tokens [B, L, D], a mask bool or of weights, channels; or
-    bare tokens. Raises ValueError for tokens of the wrong width, a mask that does not fit them, and patches, for which
-    it has no place.
+    x [B, C, h, w]; t [B] fp32, fractional welcome; context: tokens [B, L, D], a mask bool or of weights, channels, and
+    what the UNet's config says that it is told: vector, sizes and score (SDXL), label, guidance; or bare tokens.
+    Raises ValueError for tokens of the wrong width, a mask that does not fit them, an input that is missing or that it
+    does not see, and patches, for which it has no place.
     """
 
     places: tuple[str, ...] = ()
@@ -49,7 +52,27 @@ class DiffusersUNet(nn.Module):
         mask = seen.mask
         check_mask(mask, seen.tokens)
         bias = mask if mask is None or mask.dtype == torch.bool else _Bias(log_weights(mask, torch.float32))
-        return self.unet(seen.beside_x(x), t, encoder_hidden_states=seen.tokens, encoder_attention_mask=bias).sample
+        return self.unet(seen.beside_x(x), t, encoder_hidden_states=seen.tokens, encoder_attention_mask=bias,
+                         **self._told(seen, x)).sample
+
+    def _told(self, seen: Context, x: Tensor) -> dict[str, Any]:
+        """diffusers' arguments for what is seen beside tokens."""
+        config, told = self.unet.config, dict[str, Any]()
+        known = {"channels": True, "vector": config.addition_embed_type == "text_time",
+                 "label": bool(config.num_class_embeds), "guidance": bool(config.time_cond_proj_dim)}
+        known |= {"sizes": known["vector"], "score": known["vector"]}
+        refuse_inputs(seen, [name for name, is_known in known.items() if is_known], self.unet)
+        for name in ("vector", "label", "guidance"):
+            if known[name] and getattr(seen, name) is None:
+                raise ValueError(f"this UNet needs {NEEDED[name]}: give it beside the tokens, With(cond, {name}=...)")
+        if seen.vector is not None:
+            count = count_told(seen.vector, x, config.projection_class_embeddings_input_dim)
+            if not count:
+                raise ValueError("diffusers' UNet takes SDXL's vector in parts: the pooled text alone, and sizes")
+            told["added_cond_kwargs"] = {"text_embeds": seen.vector, "time_ids": told_numbers(seen, x, count)}
+        if seen.guidance is not None:
+            told["timestep_cond"] = guidance_embedding(seen.guidance, config.time_cond_proj_dim).to(self.dtype)
+        return told if seen.label is None else {**told, "class_labels": seen.label}
 
 
 class _Bias:

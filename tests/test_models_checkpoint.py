@@ -40,7 +40,7 @@ def randomise(model: torch.nn.Module) -> None:
 @pytest.fixture(scope="module")
 def networks() -> Networks:
     torch.manual_seed(0)
-    unet = UNet(UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention=(False, True),
+    unet = UNet(UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, depth=(0, 1),
                            context_dim=128, num_heads=4))
     vae = AutoencoderKL(VAEConfig(channels=32, channel_mult=(1, 1, 2), num_res_blocks=1, scale=0.5))
     clip = CLIPTextModel(CLIPTextConfig(vocab_size=9, hidden_size=128, intermediate_size=64, num_hidden_layers=2,
@@ -153,8 +153,8 @@ BREAKAGES: list[tuple[Callable[[Tensors], object], list[str]]] = [
     (lambda t: t.pop(VAE + "post_quant_conv.weight"), [VAE, "post_quant_conv.weight is missing"]),
     (lambda t: t.pop(CLIP + "final_layer_norm.bias"), [f"missing: {CLIP}final_layer_norm.bias [128]"]),
     (lambda t: t.pop(CLIP + "embeddings.token_embedding.weight"), [CLIP, "token_embedding.weight is missing"]),
-    (lambda t: t.update({UNET + "label_emb.0.0.weight": torch.zeros(3, 2)}),
-     [f"unexpected: {UNET}label_emb.0.0.weight [3, 2]"]),
+    (lambda t: t.update({UNET + "label_emb.9.weight": torch.zeros(3, 2)}),
+     [f"unexpected: {UNET}label_emb.9.weight [3, 2]"]),
     (lambda t: t.update({"cond_stage_model.model.ln_final.bias": torch.zeros(1)}),
      ["unexpected: cond_stage_model.model.ln_final.bias [1]"]),
     (lambda t: t.update({"alphas": torch.zeros(1)}), ["unexpected: alphas [1]"]),

@@ -35,7 +35,7 @@ Writer = Callable[[Scene, random.Random], list[Word]]
 
 LATENTS = 8
 UNET = UNetConfig(
-    model_channels=64, channel_mult=(1, 2, 2), num_res_blocks=1, attention=(False, True, False), context_dim=WIDTH
+    model_channels=64, channel_mult=(1, 2, 2), num_res_blocks=1, depth=(0, 1, 0), context_dim=WIDTH
 )
 CONNECTOR = {
     "time_channel": 64, "time_embed_dim": WIDTH, "width": WIDTH, "layers": 4, "heads": 8, "num_latents": 24,

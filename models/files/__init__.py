@@ -1,1 +1,1 @@
-"""Files of models: by name from the hub, or from disk."""
+"""Files of weights: what they are, their spellings, loading and saving; by name from the hub."""
