@@ -12,9 +12,12 @@ from typing import Any, NoReturn
 
 import click
 import torch
+from huggingface_hub.utils import enable_progress_bars
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from ella_kd.commands.download import download
+from ella_kd.commands.models import models
 from ella_kd.drawing import innermost_scale
 from ella_kd.generation import draw_requests
 from ella_kd.generation import generate as draw_all
@@ -92,7 +95,12 @@ def main(ctx: click.Context) -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no letter for a prompt's
     ctx.with_resource(warnings.catch_warnings())
     warnings.showwarning = _show_warning
-    disable_progress_bar()  # the one transformers shows while it reads T5
+    disable_progress_bar()  # the one transformers shows while it reads T5, and with it those of downloads
+    enable_progress_bars()
+
+
+main.add_command(download)
+main.add_command(models)
 
 
 @main.command()
