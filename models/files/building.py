@@ -28,10 +28,7 @@ def fill(model: Model, part: Part, told: str, dtype: torch.dtype, device: torch.
     Every tensor must be there, once, with its shape, as finite floats: ValueError names the first that are not.
     """
     names = {plain(name): name for name in model.state_dict()}
-    expected = {plain(name): x.shape for name, x in model.state_dict().items()}
-    told_names = part.spelled([*expected, *part.shapes])
-    refuse({told_names[name]: shape for name, shape in expected.items()},
-           {told_names[name]: shape for name, shape in part.shapes.items()}, told)
+    refuse(problems(model, part), told)
     tensors = {names[name]: _read(part, name, dtype, device) for name in part.sources}
     model.load_state_dict(tensors, assign=True)
     for module in model.modules():
@@ -45,15 +42,26 @@ def plain(name: str) -> str:
     return name.removeprefix("text_model.")
 
 
-def refuse(expected: Shapes, got: Shapes, told: str) -> None:
+def problems(model: nn.Module, part: Part) -> list[str]:
+    """What is missing, misshapen or unexpected among a network's tensors, by the file's names."""
+    expected = {plain(name): x.shape for name, x in model.state_dict().items()}
+    told = part.spelled([*expected, *part.shapes])
+    return disagreements({told[name]: shape for name, shape in expected.items()},
+                         {told[name]: shape for name, shape in part.shapes.items()})
+
+
+def disagreements(expected: Shapes, got: Shapes) -> list[str]:
+    found = [f"missing: {name} {list(expected[name])}" for name in expected if name not in got]
+    found += [f"misshapen: {name} is {list(got[name])}, must be {list(expected[name])}"
+              for name in expected if name in got and tuple(got[name]) != tuple(expected[name])]
+    return found + [f"unexpected: {name} {list(got[name])}" for name in got if name not in expected]
+
+
+def refuse(found: list[str], told: str) -> None:
     """Raise ValueError naming the first tensors that do not agree."""
-    problems = [f"missing: {name} {list(expected[name])}" for name in expected if name not in got]
-    problems += [f"misshapen: {name} is {list(got[name])}, must be {list(expected[name])}"
-                 for name in expected if name in got and tuple(got[name]) != tuple(expected[name])]
-    problems += [f"unexpected: {name} {list(got[name])}" for name in got if name not in expected]
-    if problems:
-        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{told}:\n  " + "\n  ".join(problems[:5]) + more)
+    if found:
+        more = f"\n  and {len(found) - 5} more" if len(found) > 5 else ""
+        raise ValueError(f"{told}:\n  " + "\n  ".join(found[:5]) + more)
 
 
 def check_dtypes(part: Part) -> None:

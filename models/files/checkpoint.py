@@ -76,14 +76,13 @@ def load_checkpoint(path: File, *, vae: File | None = None, text_encoder: File |
     device = check_device(device)
     dtype = check_dtype(dtype, device)
     path = Path(path)
-    parts, others = _parts(path, variant)
+    parts, others = parts_at(path, variant)
     kind = kind_of_path(path)
     told = f"{path} is not what this loads{hint(kind, 'checkpoint')}"
     if not kind.read:
         raise ValueError(f"{told}: expected a UNet, model.diffusion_model.input_blocks.0.0.weight and so on")
     weights = parts["unet"].weights
-    if others:
-        refuse({}, {name: weights.shapes.get(name, ()) for name in others}, told)
+    refuse([f"unexpected: {name} {list(weights.shapes.get(name, ()))}" for name in others], told)
     parts |= {name: _alone(name, file) for name, file in (("vae", vae), ("text", text_encoder)) if file is not None}
     if ema:
         parts["unet"] = parts["unet"].averaged()
@@ -91,7 +90,7 @@ def load_checkpoint(path: File, *, vae: File | None = None, text_encoder: File |
         raise ValueError(f"{path} is {kind.what}: give an autoencoder with vae=<file or folder>, --vae for the command")
     known = known_prediction(path, weights, parts["unet"], kind.family, kind.purpose, prediction)
     schedule = noise_schedule(path, weights, known, kind.family)
-    models = {name: build(_MAKERS[name], part, _told(part, told), kind) for name, part in parts.items()}
+    models = {name: build(MAKERS[name], part, _told(part, told), kind) for name, part in parts.items()}
     for part in parts.values():
         check_dtypes(part)
     tokenizer = _tokenizer(path, clip_tokenizer)
@@ -136,17 +135,18 @@ def text_of(part: Part, kind: Kind) -> "CLIPTextModel":
         bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=0))
 
 
-_MAKERS: dict[str, Callable[[Part, Kind], Any]] = {"unet": unet_of, "vae": vae_of, "text": text_of, "text_2": text_of}
+MAKERS: dict[str, Callable[[Part, Kind], Any]] = {"unet": unet_of, "vae": vae_of, "text": text_of, "text_2": text_of}
 
 
-def _parts(path: Path, variant: str | None = None) -> tuple[dict[str, Part], list[str]]:
+def parts_at(path: Path, variant: str | None = None) -> tuple[dict[str, Part], list[str]]:
+    """The networks in a file or a folder, and the names of tensors that belong to none."""
     return parts_of_folder(path, variant) if path.is_dir() else parts_of(Weights(path))
 
 
 def _alone(name: str, file: File) -> Part:
     """The one network of a file or a folder. Raises ValueError saying what it is, if it is another."""
     path = Path(file)
-    parts, _ = _parts(path)
+    parts, _ = parts_at(path)
     if list(parts) != [name]:
         raise ValueError(f"{path} is not the {WORDS[name]} that was asked for{hint(kind_of_path(path))}")
     return parts[name]
