@@ -83,7 +83,7 @@ def _read(part: Part, name: str, dtype: torch.dtype, device: torch.device) -> Te
             raise ValueError(f"{where} do not fit {str(dtype).removeprefix('torch.')}: load this model in float32 or "
                              "bfloat16")
         raise ValueError(f"{where} hold NaN or infinity: the file is damaged or its training failed, fetch another")
-    return x.contiguous()
+    return x
 
 
 @cache

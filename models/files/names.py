@@ -52,7 +52,7 @@ class Source:
     def __call__(self, tensor: Tensor) -> Tensor:
         if self.third is not None:
             tensor = tensor.chunk(3)[self.third]
-        return (tensor.T if self.transposed else tensor).reshape(self.shape)
+        return tensor.T.contiguous() if self.transposed else tensor.reshape(self.shape)
 
 
 Sources = dict[str, Source]  # our name -> where it is

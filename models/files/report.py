@@ -71,8 +71,8 @@ def report(path: str | Path, hashed: bool = False) -> Report:
                  "resolution": metadata.get("modelspec.resolution") or _side(kind, parts, known.prediction),
                  "averages": any(name.startswith("model_ema.diffusion") for name in weights)}
         wrong = [line for part in parts.values() for line in _problems(part, kind)]
-        found["missing"] = [line for line in wrong if not line.startswith("unexpected: ")]
-        found["extra"] = [line.removeprefix("unexpected: ") for line in wrong if line.startswith("unexpected: ")] + others
+        extra = [line.removeprefix("unexpected: ") for line in wrong if line.startswith("unexpected: ")]
+        found |= {"missing": [line for line in wrong if not line.startswith("unexpected: ")], "extra": extra + others}
     name, digest = _known(path, hashed)
     return Report(str(path), kind.what or "unknown", PLACES.get(kind.place, ""),
                   sum(file.stat().st_size for file in _files(weights, parts)),
