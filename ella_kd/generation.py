@@ -14,6 +14,7 @@ from ella_kd.drawing import draw, innermost_scale, picture_size, refuse_unknown,
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import parse
 from ella_kd.images import Picture
+from ella_kd.models.added import NEGATIVE_SCORE
 from ella_kd.pipeline import Pipeline
 from ella_kd.prompt_editing import edits
 from ella_kd.prompts import expand_wildcards, split_and
@@ -81,9 +82,9 @@ def generate(
     ]
     sigmas = get_schedule(requests[0].schedule).sigmas(requests[0].steps, pipeline.denoiser()).tolist()
 
-    def encode(texts: Sequence[str], mode: Mode, extra: str | None) -> Conditioning:
-        encoded = _over_steps(texts, lambda t: pipeline.encode(t, mode, weighted=syntax, clip_skip=clip_skip),
-                              sigmas if syntax else None)
+    def encode(texts: Sequence[str], mode: Mode, extra: str | None, score: float | None = None) -> Conditioning:
+        encoded = _over_steps(texts, lambda t: pipeline.encode(t, mode, weighted=syntax, clip_skip=clip_skip,
+                                                               score=score), sigmas if syntax else None)
         return encoded if extra is None else Concat(encoded, encode([extra], "clip", None))
 
     # ELLA's tokens of "" and CLIP's of "" stand against ELLA's and the tags': the same kinds on both sides.
@@ -97,7 +98,8 @@ def generate(
         negatives = tuple(r.negative for r in batch)
         negatives = negatives[:1] if len(set(negatives)) == 1 else negatives
         if negatives not in unconds:
-            unconds = {negatives: encode(negatives, negative_mode or mode, no_tags)}
+            unconds = {negatives: encode(negatives, negative_mode or mode, no_tags,
+                                         NEGATIVE_SCORE if pipeline.scored else None)}
         images = draw(
             pipeline,
             _condition([r.prompt for r in batch], lambda texts: encode(texts, mode, tags), syntax),

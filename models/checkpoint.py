@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ella_kd.models.clip import CLIPTextEncoder
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.kinds import CHECKPOINT, CONNECTOR, hint
 from ella_kd.models.noise_schedule import NoiseSchedule, PredictionType
 from ella_kd.models.shapes import Shapes, count_of, shape_of
 from ella_kd.models.tensors import check_weights, read_tensors, write_tensors
-from ella_kd.models.text import CLIPTextEncoder
 from ella_kd.models.tokenizers import check_vocabulary, load_tokenizer
 from ella_kd.models.tsc import TSC
 from ella_kd.models.unet import UNet, UNetConfig
