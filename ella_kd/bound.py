@@ -14,6 +14,7 @@ from torch import Tensor
 from ella_kd.conditioning import Conditioning, Levels, Plan
 from ella_kd.conditioning.base import Weight
 from ella_kd.models.context import Context
+from ella_kd.models.devices import upload
 from ella_kd.models.network import as_network
 from ella_kd.models.patches import Patch
 from ella_kd.samplers.model import Prediction
@@ -86,7 +87,7 @@ class Moments:
         sigma = torch.tensor(levels, dtype=like.dtype)  # on the CPU: nothing is read back from the device
         t = model.sigma_to_t(sigma)
         numbers = [c[:, None, None, None] for c in (sigma, *model.get_scalings(sigma))]
-        rows = Point(*(c.to(like.device) for c in (*numbers, t)))
+        rows = Point(*(upload(c, like.device) for c in (*numbers, t)))
         each = zip(*(number.split(1) for number in rows), strict=True)
         self.points: dict[Levels, Point] = {levels: rows} if together else {
             (level,): Point(*point) for level, point in zip(levels, each, strict=True)}
@@ -219,7 +220,7 @@ class BoundRun:
     def _terms(self, name: str, levels: Levels) -> list[tuple[Conditioning, Weight]]:
         terms: list[tuple[Conditioning, Weight]] = []
         for part, weight in self.conditions[name].terms(*self.size, levels):
-            weight = weight.to(self.like.device, self.like.dtype) if isinstance(weight, Tensor) else weight
+            weight = upload(weight.to(self.like.dtype), self.like.device) if isinstance(weight, Tensor) else weight
             if part is not None:
                 terms.append((part, weight))
             elif name == "uncond" or "uncond" not in self.conditions:

@@ -4,23 +4,28 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from io import TextIOWrapper
-from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 import torch
+from huggingface_hub.utils import enable_progress_bars
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from ella_kd import generation
+from ella_kd.commands.download import download
+from ella_kd.commands.models import models
+from ella_kd.drawing import innermost_scale
+from ella_kd.generation import draw_requests
+from ella_kd.generation import generate as draw_all
+from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import known, parse
 from ella_kd.images import Picture, contact_sheet, save_image
 from ella_kd.options import check_folder, load, model_options, read_prompts, request_options
-from ella_kd.prompts import expand_wildcards
+from ella_kd.prompts import check_wildcards, expand_wildcards
 from ella_kd.request import Mode, Request, seed_number
 from ella_kd.samplers import SAMPLERS, SCHEDULES
 
@@ -90,7 +95,12 @@ def main(ctx: click.Context) -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no letter for a prompt's
     ctx.with_resource(warnings.catch_warnings())
     warnings.showwarning = _show_warning
-    disable_progress_bar()  # the one transformers shows while it reads T5
+    disable_progress_bar()  # the one transformers shows while it reads T5, and with it those of downloads
+    enable_progress_bars()
+
+
+main.add_command(download)
+main.add_command(models)
 
 
 @main.command()
@@ -120,25 +130,28 @@ def generate(prompts: tuple[str, ...], file: str | None, count: int, out: Path, 
     texts = [*prompts, *(read_prompts(file) if file else [])]
     if not texts:
         raise ValueError("no prompt: give one in quotes, or a file of prompts with --prompts")
-    check(texts, seed or 0, options)
+    asked, rule = check(texts, seed or 0, options)
     seed_number((seed or 0) + count - 1)
     check_folder(out)
     modes = {"--mode " + options["mode"]: options["mode"], "--tags": options["tags"] and "clip",
              f"--negative-mode {options['negative_mode']}": options["negative_mode"]}
     pipeline, number, total = load(options, modes.items()), last_number(out), len(texts) * count
-    work = ((text, int(torch.randint(0, 2**32, ())) if seed is None else seed + i)
-            for text in texts for i in range(count))
+
+    def requests() -> Iterator[Request]:
+        for text in texts:
+            for i in range(count):
+                own = int(torch.randint(0, 2**32, ())) if seed is None else seed + i
+                folder = options["wildcards"]
+                yield replace(asked, prompt=expand_wildcards(text, folder, own) if folder else text, seed=own)
+
     saved = 0
     try:
         with tqdm(total=total, unit="picture", disable=total <= batch) as bar:
-            while some := list(islice(work, batch)):
-                pictures = generation.generate(pipeline, [text for text, _ in some], seeds=[seed for _, seed in some],
-                                batch_size=batch, **options)
-                for picture in pictures:
-                    number, path = save(picture, out, number, enlarge)
-                    saved += 1
-                    bar.update()
-                    tqdm.write(click.format_filename(path), file=sys.stdout)
+            for picture in draw_requests(pipeline, requests(), guidance=rule, batch_size=batch):
+                number, path = save(picture, out, number, enlarge)
+                saved += 1
+                bar.update()
+                tqdm.write(click.format_filename(path), file=sys.stdout)
     except KeyboardInterrupt as error:
         raise Stopped(f"stopped: {saved} of {total} pictures are saved in {out}") from error
 
@@ -160,13 +173,13 @@ def compare(prompts_file: str, out: Path, batch: int, seed: int, **options: Any)
       ella-kd compare prompts.txt --steps 30 --out sheet.png
     """
     texts = read_prompts(prompts_file)
-    check(texts, seed, options)
+    _, rule = check(texts, seed, options)
     if out.is_dir():
         raise ValueError(f"--out takes the file of the sheet, and {out} is a folder: try {out / 'compare.png'}")
     check_folder(out.parent)
     pipeline = load(options, ((f"the column {COLUMNS[mode]}", mode) for mode in COLUMNS))
-    drawn = [generation.generate(pipeline, texts, mode=mode, seeds=seed, batch_size=batch, **options)
-             for mode in COLUMNS]
+    options |= {"seeds": seed, "batch_size": batch, "guidance": rule}
+    drawn = [draw_all(pipeline, texts, mode=mode, **options) for mode in COLUMNS]
     rows = [(text, [picture.image for picture in row]) for text, *row in zip(texts, *drawn, strict=True)]
     save_image(contact_sheet(rows, list(COLUMNS.values())), out)
     click.echo(click.format_filename(out))
@@ -205,14 +218,19 @@ def _signature(rule: type) -> str:
     return f"({', '.join(shown)})"
 
 
-def check(texts: Sequence[str], seed: int, options: dict[str, Any]) -> None:
-    """Whether every prompt can be read and every option be met, as far as no weight is needed to tell."""
-    options["guidance"] = parse(options["guidance"]) if options["guidance"] else None
+def check(texts: Sequence[str], seed: int, options: dict[str, Any]) -> tuple[Request, Guidance | None]:
+    """What is asked of every picture, and its rule, if each prompt can be read and every option be met, as far as no
+    weight is needed to tell."""
+    rule = parse(options["guidance"]) if options["guidance"] else None
     asked = {each.name: options[each.name] for each in fields(Request) if each.name in options}
+    if rule is not None:
+        asked |= {"guidance": repr(rule), "scale": innermost_scale(rule)}
     for text in texts:
         if options["wildcards"] is not None:
+            check_wildcards(text, options["wildcards"])
             text = expand_wildcards(text, options["wildcards"], seed)
-        Request(text, seed=seed, **{**asked, "guidance": ""})
+        request = Request(text, **asked)
+    return request, rule
 
 
 def save(picture: Picture, folder: Path, number: int, enlarge: int) -> tuple[int, Path]:

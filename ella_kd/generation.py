@@ -1,7 +1,9 @@
 """Prompts to pictures: what a prompt may say, which picture gets which seed, and the request each one keeps."""
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Never
 
@@ -17,8 +19,8 @@ from ella_kd.images import Picture
 from ella_kd.models.added import NEGATIVE_SCORE
 from ella_kd.pipeline import Pipeline
 from ella_kd.prompt_editing import edits
-from ella_kd.prompts import expand_wildcards, split_and
-from ella_kd.request import SCALE, Mode, Request, whole
+from ella_kd.prompts import check_wildcards, expand_wildcards, split_and
+from ella_kd.request import SCALE, VERSION, Mode, Request, whole
 from ella_kd.samplers import get_schedule
 
 OTHER_WORDS = {"cfg_scale": "scale", "cond_scale": "scale", "guidance_scale": "scale", "num_inference_steps": "steps",
@@ -71,51 +73,76 @@ def generate(
     ValueError if a network returns NaN.
     """
     refuse_unknown(generate, unknown, OTHER_WORDS)
-    width, height = picture_size(pipeline, width, height)
     rule = parse(guidance) if isinstance(guidance, str) else guidance
-    number = scale if rule is None else innermost_scale(rule)
-    requests = [
-        Request(prompt, negative, mode, sampler, schedule, steps, number, seed, width, height, pipeline.name,
-                guidance="" if rule is None else repr(rule), negative_mode=negative_mode, tags=tags, syntax=syntax,
-                clip_skip=clip_skip, dtype=str(pipeline.dtype).removeprefix("torch."))
-        for prompt, negative, seed in rows(prompts, negative, seeds, whole("count", count), wildcards)
-    ]
-    sigmas = get_schedule(requests[0].schedule).sigmas(requests[0].steps, pipeline.denoiser()).tolist()
+    found = rows(prompts, negative, seeds, whole("count", count), wildcards)
+    asked = Request(found[0][0], "", mode, sampler, schedule, steps, scale if rule is None else innermost_scale(rule),
+                    width=width, height=height, guidance="" if rule is None else repr(rule),
+                    negative_mode=negative_mode, tags=tags, syntax=syntax, clip_skip=clip_skip)
+    requests = [replace(asked, prompt=prompt, negative=negative, seed=seed) for prompt, negative, seed in found]
+    drawn = draw_requests(pipeline, requests, guidance=rule, batch_size=batch_size, callback=callback,
+                          progress=progress)
+    return list(tqdm(drawn, total=len(requests), unit="picture",
+                     disable=not progress or len(requests) <= batch_size))
+
+
+def draw_requests(
+    pipeline: Pipeline,
+    requests: Iterable[Request],
+    *,
+    guidance: Guidance | None = None,
+    batch_size: int = 8,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = True,
+) -> Iterator[Picture]:
+    """The pictures of any number of requests, batch by batch as they are drawn; requests may be made on the way.
+
+    Neighbours that differ in prompt, negative and seed only are drawn together, up to batch_size at once. What was
+    encoded for a batch serves the next one if it says the same. guidance: a rule that no text can name, for all of
+    them. callback and progress as in `generate`, and the errors too, which come when the first picture is asked for.
+    """
+    size = whole("batch_size", batch_size)
+    groups = groupby(requests, lambda r: (replace(r, prompt="", negative="", seed=0),
+                                          _weights(r.prompt) if r.syntax else ()))
+    for (asked, _), group in groups:
+        draw_batch = _drawer(pipeline, asked, guidance or (parse(asked.guidance) if asked.guidance else None))
+        left = iter(group)
+        while batch := list(islice(left, size)):
+            yield from draw_batch(batch, callback=callback, progress=progress)
+
+
+def _drawer(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callable[..., list[Picture]]:
+    """What draws a batch of requests that are like `asked` in all but prompt, negative and seed."""
+    width, height = picture_size(pipeline, asked.width, asked.height)
+    guidance = rule if rule is not None else SCALE if asked.scale is None else asked.scale
+    sigmas = get_schedule(asked.schedule).sigmas(asked.steps, pipeline.denoiser())
+    levels = sigmas.tolist() if asked.syntax else None
+    # ELLA's tokens of "" and CLIP's of "" stand against ELLA's and the tags': the same kinds on both sides.
+    no_tags = "" if asked.tags is not None and asked.negative_mode is None else None
 
     def encode(texts: Sequence[str], mode: Mode, extra: str | None, score: float | None = None) -> Conditioning:
-        encoded = _over_steps(texts, lambda t: pipeline.encode(t, mode, weighted=syntax, clip_skip=clip_skip,
-                                                               score=score), sigmas if syntax else None)
+        encoded = _over_steps(texts, lambda t: pipeline.encode(t, mode, weighted=asked.syntax, score=score,
+                                                               clip_skip=asked.clip_skip), levels)
         return encoded if extra is None else Concat(encoded, encode([extra], "clip", None))
 
-    # ELLA's tokens of "" and CLIP's of "" stand against ELLA's and the tags': the same kinds on both sides.
-    no_tags = "" if tags is not None and requests[0].negative_mode is None else None
-    unconds: dict[tuple[str, ...], Conditioning] = {}
+    @lru_cache(1)
+    def cond_of(prompts: tuple[str, ...]) -> Condition:
+        return _condition(prompts, lambda texts: encode(texts, asked.mode, asked.tags), asked.syntax)
 
-    pictures: list[Picture] = []
-    batches = [batch for _, group in groupby(requests, lambda r: _weights(r.prompt) if syntax else ())
-               for batch in _chunks(list(group), whole("batch_size", batch_size))]
-    for batch in tqdm(batches, unit="batch", disable=not progress or len(batches) == 1):
-        negatives = tuple(r.negative for r in batch)
-        negatives = negatives[:1] if len(set(negatives)) == 1 else negatives
-        if negatives not in unconds:
-            unconds = {negatives: encode(negatives, negative_mode or mode, no_tags,
-                                         NEGATIVE_SCORE if pipeline.scored else None)}
-        images = draw(
-            pipeline,
-            _condition([r.prompt for r in batch], lambda texts: encode(texts, mode, tags), syntax),
-            uncond=unconds[negatives],
-            guidance=scale if rule is None else rule,
-            sampler=requests[0].sampler,
-            schedule=requests[0].schedule,
-            steps=requests[0].steps,
-            width=width,
-            height=height,
-            seeds=[r.seed for r in batch],
-            callback=callback,
-            progress=progress,
-        )
-        pictures += [Picture(image, r) for image, r in zip(images, batch, strict=True)]
-    return pictures
+    @lru_cache(1)
+    def uncond_of(negatives: tuple[str, ...]) -> Conditioning:
+        return encode(negatives, asked.negative_mode or asked.mode, no_tags,
+                      NEGATIVE_SCORE if pipeline.scored else None)
+
+    def draw_batch(batch: list[Request], **shown: Any) -> list[Picture]:
+        images = draw(pipeline, cond_of(_one_if_equal(r.prompt for r in batch)),
+                      uncond=uncond_of(_one_if_equal(r.negative for r in batch)), guidance=guidance,
+                      sampler=asked.sampler, sigmas=sigmas, width=width, height=height,
+                      seeds=[r.seed for r in batch], **shown)
+        return [Picture(image, replace(r, width=width, height=height, model=pipeline.name, version=VERSION,
+                                       dtype=str(pipeline.dtype).removeprefix("torch.")))
+                for image, r in zip(images, batch, strict=True)]
+
+    return draw_batch
 
 
 def rows(prompts: str | Sequence[str], negative: str | Sequence[str], seeds: int | Sequence[int] | None, count: int,
@@ -131,6 +158,8 @@ def rows(prompts: str | Sequence[str], negative: str | Sequence[str], seeds: int
         raise ValueError(f"negative must be one string, or one per prompt: expected {len(prompts)}, got "
                          f"{len(negatives)}")
     numbers = _seeds(seeds, len(prompts), count)
+    for prompt in prompts if wildcards is not None else ():
+        check_wildcards(prompt, wildcards)
     found = [(prompt, negative) for prompt, negative in zip(prompts, negatives) for _ in range(count)]
     return [(prompt if wildcards is None else expand_wildcards(prompt, wildcards, seed), negative, seed)
             for (prompt, negative), seed in zip(found, numbers, strict=True)]
@@ -162,8 +191,10 @@ def _weights(prompt: str) -> tuple[float, ...]:
     return tuple(weight for _, weight in split_and(prompt))
 
 
-def _chunks(requests: list[Request], size: int) -> list[list[Request]]:
-    return [requests[i : i + size] for i in range(0, len(requests), size)]
+def _one_if_equal(texts: Iterable[str]) -> tuple[str, ...]:
+    """All of them, or one for all rows: a batch of another size then asks for the same."""
+    found = tuple(texts)
+    return found[:1] if len(set(found)) == 1 else found
 
 
 def _seeds(seeds: int | Sequence[int] | None, prompts: int, count: int) -> list[int]:

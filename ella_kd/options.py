@@ -12,11 +12,13 @@ from safetensors import safe_open
 
 from ella_kd.drawing import check_multiples
 from ella_kd.models.devices import check_device, check_dtype
+from ella_kd.models.files.hub import find_all, with_preset
+from ella_kd.models.files.presets import PRESETS, Part
 from ella_kd.pipeline import MINIATURE, Pipeline, image_size
 from ella_kd.request import MODES, Mode, Request, mode_named
 
 Command = Callable[..., Any]
-FILES = ("checkpoint", "tsc", "t5", "clip_tokenizer")
+FILES: tuple[Part, ...] = ("checkpoint", "tsc", "t5", "clip_tokenizer")
 
 
 class ModeChoice(click.Choice[Any]):
@@ -32,9 +34,12 @@ class ModeChoice(click.Choice[Any]):
 def model_options(command: Command) -> Command:
     """The model, its files, and where it runs."""
     for option in reversed([
-        click.option("--model", type=click.Choice(["miniature"]), default="miniature", show_default=True,
-                     help="The model that comes with the package, unless --checkpoint names another."),
-        click.option("--checkpoint", metavar="FILE", help="A Stable Diffusion 1.x single file."),
+        click.option("--model", type=click.Choice(["miniature", *PRESETS]), default="miniature", show_default=True,
+                     metavar="NAME", help="The files of a model by its name (ella-kd models), fetched if need be; "
+                                          "those named below come first."),
+        click.option("--checkpoint", metavar="FILE",
+                     help="A Stable Diffusion 1.x single file; this and the next three may be org/repo:file on the "
+                          "Hugging Face hub."),
         click.option("--tsc", metavar="FILE", help="ELLA's connector: ella-sd1.5-tsc-t5xl.safetensors."),
         click.option("--t5", metavar="DIR", help="The folder of flan-t5-xl: model and tokenizer."),
         click.option("--clip-tokenizer", metavar="DIR", help="CLIP's tokenizer folder: for plain SD and --tags."),
@@ -111,15 +116,16 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
 
     wanted: which options need which mode. Files, modes, device and sizes are checked before any weight is read.
     """
-    options.pop("model")
+    model = options.pop("model")
     dtype, fast, device = options.pop("dtype"), options.pop("fast"), check_device(options.pop("device"))
-    files = {name: options.pop(name) for name in FILES}
+    files = with_preset({name: options.pop(name) for name in FILES}, None if model == "miniature" else model)
     given = [name for name in FILES if files[name]]
     if given and not files["checkpoint"]:
         raise ValueError(f"{_flag(given[0])} belongs to a checkpoint: name it with --checkpoint")
     if given:
-        _check_files(files)
         _check_modes(files, wanted)
+        files = find_all(files)
+        _check_files(files)
     checkpoint = Path(files["checkpoint"] or MINIATURE / "sd.safetensors")
     own, factor = image_size(checkpoint), _factor(checkpoint)
     check_multiples(options.get("width") or own or factor, options.get("height") or own or factor, factor)

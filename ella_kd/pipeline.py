@@ -14,12 +14,12 @@ from torch import nn
 from ella_kd.conditioning import ELLA, Conditioning, Constant, With
 from ella_kd.denoiser import ELLADenoiser, LDMDenoiser
 from ella_kd.guidance import CFG, CFGDenoiser, Guidance, GuidedDenoiser
-from ella_kd.models import TSC, AutoencoderKL, NoiseSchedule, fast_on_cpu
+from ella_kd.models import TSC, AutoencoderKL, NoiseSchedule, fast_on_cpu, load_checkpoint, load_tsc
 from ella_kd.models.added import WIDTH
-from ella_kd.models.checkpoint import load_checkpoint, load_tsc
 from ella_kd.models.clip import CLIPTextEncoder, TwoTextEncoders
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.emphasis import escape
+from ella_kd.models.files.hub import find_all, with_preset
 from ella_kd.models.t5 import T5TextEncoder
 from ella_kd.models.winograd import WinogradConv2d
 from ella_kd.request import Mode, mode_named
@@ -61,16 +61,23 @@ class Pipeline:
     ) -> "Pipeline":
         """Read a single-file Stable Diffusion checkpoint and, for ELLA, the connector's file and the T5 folder.
 
-        clip_tokenizer, a tokenizer folder, is needed for plain Stable Diffusion only. device None: cuda if there is
-        one, else the CPU; dtype (torch.float16 or "float16") None: fp16 on a GPU, fp32 on a CPU. The size is the first
-        number of `modelspec.resolution` in the file's metadata, otherwise 64 latents (512 px for SD1.5).
+        Each is a path, `org/repo:file` or `org/repo` on the Hugging Face hub, or the name of a preset that has it
+        (`ella_kd.models.files.hub.find`); for a preset's name as checkpoint, its other parts need not be named:
+        `Pipeline.load("ella-sd15")`. clip_tokenizer, a tokenizer folder, is needed for plain Stable Diffusion only.
+        device None: cuda if there is one, else the CPU; dtype (torch.float16 or "float16") None: fp16 on a GPU, fp32 on
+        a CPU. The size is the first number of `modelspec.resolution` in the file's metadata, otherwise 64 latents
+        (512 px for SD1.5).
         Raises FileNotFoundError, or ValueError for files that do not hold what they should.
         """
         device = check_device(device)
         dtype = check_dtype(dtype, device)
-        if (tsc is None) != (t5 is None):
+        specs = with_preset({"checkpoint": checkpoint, "tsc": tsc, "t5": t5, "clip_tokenizer": clip_tokenizer})
+        if (specs["tsc"] is None) != (specs["t5"] is None):
             raise ValueError("ELLA takes both the connector (tsc) and the T5 it was trained with (t5), "
                              f"got tsc={tsc} and t5={t5}")
+        found = find_all(specs)
+        checkpoint, tsc, t5, clip_tokenizer = found["checkpoint"], found["tsc"], found["t5"], found["clip_tokenizer"]
+        assert checkpoint is not None
         parts = load_checkpoint(checkpoint, dtype=dtype, device=device, clip_tokenizer=clip_tokenizer)
         return cls(
             unet=parts.unet,

@@ -16,11 +16,11 @@ def edits(prompt: str, steps: int) -> list[str]:
     and b in turns, a new one at every step. They nest; `\[`, `\:` and `\|` are text. All other
     brackets stay, for the attention syntax to read.
     """
-    stack, squares = [_Bracket("")], 0
+    stack, squares = [_Edit("")], 0
     for token in _TOKEN.findall(prompt):
         top = stack[-1]
         if token in ("(", "["):
-            stack.append(_Bracket(token))
+            stack.append(_Edit(token))
             squares += token == "["
         elif token in (":", "|") and top.opener == "[":
             top.marks.append(token)
@@ -40,7 +40,7 @@ def edits(prompt: str, steps: int) -> list[str]:
     return [said] * steps if isinstance(said, str) else list(said)
 
 
-def _unclosed(stack: "list[_Bracket]", last: int) -> None:
+def _unclosed(stack: "list[_Edit]", last: int) -> None:
     """Brackets above the last that are never closed are text of it."""
     for bracket in stack[last + 1 :]:
         stack[last].add(bracket.opener, *bracket.flat())
@@ -48,7 +48,7 @@ def _unclosed(stack: "list[_Bracket]", last: int) -> None:
 
 
 @dataclass
-class _Bracket:
+class _Edit:
     """A bracket while it is read: its pieces between the colons and bars that part them; a piece that changes is one
     text per step."""
 

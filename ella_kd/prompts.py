@@ -65,9 +65,7 @@ def expand_wildcards(prompt: str, folder: str | Path, seed: int) -> str:
     Raises FileNotFoundError for a missing folder or file (with the nearest names), ValueError for a file without a line
     to choose, that is no UTF-8 text, or that leads back to itself.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder of wildcards at {folder}")
+    folder = _existing(folder)
     rng = random.Random(f"{seed} {prompt}")
 
     def expand(text: str, inside: tuple[str, ...]) -> str:
@@ -80,6 +78,28 @@ def expand_wildcards(prompt: str, folder: str | Path, seed: int) -> str:
         return expand(lines[rng.randrange(len(lines))], (*inside, name))
 
     return expand(prompt, ())
+
+
+def check_wildcards(prompt: str, folder: str | Path) -> None:
+    """Raises, whatever the seed, what `expand_wildcards` raises for an unlucky one."""
+    folder, read = _existing(folder), set[str]()
+
+    def walk(text: str, inside: tuple[str, ...]) -> None:
+        for name in {found["name"] for found in _WILDCARD.finditer(text)}:
+            if name in inside:
+                raise ValueError(f"wildcards lead back to themselves: {' -> '.join((*inside, name))}")
+            if name not in read:
+                for line in _lines(folder, name):
+                    walk(line, (*inside, name))
+                read.add(name)
+
+    walk(prompt, ())
+
+
+def _existing(folder: str | Path) -> Path:
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no folder of wildcards at {folder}")
+    return Path(folder)
 
 
 def _lines(folder: Path, name: str) -> list[str]:

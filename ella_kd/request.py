@@ -90,6 +90,8 @@ class Request:
             value = getattr(self, each.name)
             if "least" in each.metadata and value is not None:
                 self._set(each.name, whole(each.name, value, each.metadata["least"]))
+            if each.type is bool and not isinstance(value, bool):
+                raise TypeError(f"{each.name} must be True or False, got {value!r}")
         self._set("seed", seed_number(self.seed))
         self._set("mode", mode_named(self.mode))
         negative_mode = None if self.negative_mode in (None, "") else mode_named(self.negative_mode)

@@ -177,7 +177,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))  # the skip's size: an odd one was rounded up
 
 
-class Stage(nn.Sequential):
+class Layers(nn.Sequential):
     """Layers in a row, each given what it takes beside x; size: what an Upsample must reach."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None,  # type: ignore[override]

@@ -3,7 +3,7 @@
 import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -42,6 +42,12 @@ def check_dtype(dtype: str | torch.dtype | None, device: str | torch.device) -> 
         warnings.warn("float16 on a CPU takes about 100 times as long as float32: take float32, or bfloat16 for less "
                       "memory", stacklevel=1)  # here, so that three networks loaded together say it once
     return found
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, which nobody waits for: a GPU fetches it from pinned memory by itself, while a
+    copy from any other memory makes the host wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def place_of(network: nn.Module) -> str:

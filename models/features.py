@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ella_kd.models.devices import check_device
-from ella_kd.models.tensors import read_tensors, write_tensors
+from ella_kd.models.files.weights import read_tensors, write_tensors
 from ella_kd.models.text import TextFeatures, check_features
 
 FeatureMode = Literal["flexible", "fixed", "clip"]

@@ -158,6 +158,7 @@ class EDMSchedule:
 
     Karras et al. (2022, 2206.00364, table 1, c_noise); the defaults, sigma_data too, are Playground v2.5's.
     It has a NoiseSchedule's attributes; `sigmas` are n levels even in log sigma, for schedules that walk a table.
+    prediction: "edm", the F of that table, or "v", its negative (CosXL, with sigma_data 1).
     Raises ValueError unless 0 < sigma_min < sigma_max, sigma_data > 0 and n >= 2.
     """
 
@@ -165,6 +166,7 @@ class EDMSchedule:
     sigma_max: float = 80.0
     sigma_data: float = 0.5
     n: int = 1000
+    prediction: Literal["edm", "v"] = "edm"
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
@@ -200,7 +202,8 @@ class EDMSchedule:
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """c_skip, c_out, c_in as of a NoiseSchedule, EDM's (table 1): each shaped as sigma."""
         total = sigma**2 + self.sigma_data**2
-        return self.sigma_data**2 / total, sigma * self.sigma_data * total**-0.5, total**-0.5
+        sign = -1 if self.prediction == "v" else 1
+        return self.sigma_data**2 / total, sign * sigma * self.sigma_data * total**-0.5, total**-0.5
 
     def target(self, x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """What the network should answer at clean latents x plus sigma * noise: EDM's F. All broadcast to x."""

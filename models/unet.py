@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ella_kd.models.added import NEEDED, added_vector, refuse
-from ella_kd.models.blocks import Downsample, ResBlock, SpatialTransformer, Stage, Upsample
+from ella_kd.models.attention import check_mask
+from ella_kd.models.blocks import Downsample, Layers, ResBlock, SpatialTransformer, Upsample
 from ella_kd.models.context import Context
 from ella_kd.models.network import Levels, Patches
 from ella_kd.models.parameters import zero_init
@@ -192,21 +193,21 @@ class UNet(nn.Module):
         elif config.classes is not None:
             self.label_emb = nn.Embedding(config.classes, emb)
 
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, channels, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Layers(nn.Conv2d(config.in_channels, channels, 3, padding=1))])
         skips = [channels]
         ch = channels
         for level, mult in enumerate(config.channel_mult):
             if level:
-                self.input_blocks.append(Stage(Downsample(ch)))
+                self.input_blocks.append(Layers(Downsample(ch)))
                 skips.append(ch)
             for depth in down[level]:
                 block = ResBlock(ch, mult * channels, emb)
                 ch = mult * channels
-                self.input_blocks.append(Stage(block, *transformer(ch, depth, config.cross_only[level])))
+                self.input_blocks.append(Layers(block, *transformer(ch, depth, config.cross_only[level])))
                 skips.append(ch)
 
         middle = transformer(ch, config.middle_depth)
-        self.middle_block = Stage(ResBlock(ch, ch, emb), *middle, *(ResBlock(ch, ch, emb) for _ in middle))
+        self.middle_block = Layers(ResBlock(ch, ch, emb), *middle, *(ResBlock(ch, ch, emb) for _ in middle))
 
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(config.channel_mult))):
@@ -214,7 +215,7 @@ class UNet(nn.Module):
                 block = ResBlock(ch + skips.pop(), mult * channels, emb)
                 ch = mult * channels
                 last = level and i == config.num_res_blocks
-                self.output_blocks.append(Stage(block, *transformer(ch, depth, config.cross_only[level]),
+                self.output_blocks.append(Layers(block, *transformer(ch, depth, config.cross_only[level]),
                                                 *([Upsample(ch)] if last else [])))
 
         self.out = nn.Sequential(nn.GroupNorm(32, ch), nn.SiLU(),
@@ -303,10 +304,7 @@ class UNet(nn.Module):
         if tokens.ndim != 3 or tokens.shape[0] != x.shape[0] or tokens.shape[2] != config.context_dim:
             raise ValueError(f"the UNet takes context [{x.shape[0]}, L, {config.context_dim}], "
                              f"got {list(tokens.shape)}")
-        if mask is not None and (mask.shape != tokens.shape[:2]
-                                 or not (mask.dtype == torch.bool or mask.is_floating_point())):
-            raise ValueError(f"mask must be bool or float {list(tokens.shape[:2])}, got {mask.dtype} "
-                             f"{list(mask.shape)}")
+        check_mask(mask, tokens, read=False)
 
     def _check_patches(self, patches: Patches, batch: int) -> None:
         rows = [n for n, _ in patches]

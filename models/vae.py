@@ -56,7 +56,7 @@ class VAEConfig:
                    count_of(shapes, "encoder.down.0.block"), scale)
 
 
-class ResBlock(nn.Module):
+class VAEResBlock(nn.Module):
     """Two normalised 3x3 convolutions and a skip connection."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -92,15 +92,15 @@ class AttnBlock(nn.Module):
 class Mid(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.block_1 = ResBlock(channels, channels)
+        self.block_1 = VAEResBlock(channels, channels)
         self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResBlock(channels, channels)
+        self.block_2 = VAEResBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
-class Downsample(nn.Module):
+class VAEDownsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -109,7 +109,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded on the right and bottom only
 
 
-class Upsample(nn.Module):
+class VAEUpsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -123,12 +123,12 @@ class Level(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, down: bool = False, up: bool = False) -> None:
         super().__init__()
-        self.block = nn.ModuleList([ResBlock(in_channels if i == 0 else out_channels, out_channels)
+        self.block = nn.ModuleList([VAEResBlock(in_channels if i == 0 else out_channels, out_channels)
                                     for i in range(blocks)])
         if down:
-            self.downsample = Downsample(out_channels)
+            self.downsample = VAEDownsample(out_channels)
         if up:
-            self.upsample = Upsample(out_channels)
+            self.upsample = VAEUpsample(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:

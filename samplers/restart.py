@@ -12,7 +12,7 @@ from ella_kd.samplers.solver import Evaluate, Noise, Solver, State, Step, refuse
 
 __all__ = ["Restart", "sample_restart", "sample_restart_cfg_pp"]
 
-Interval = tuple[float, int, int, float]
+RestartInterval = tuple[float, int, int, float]
 """(sigma_min, Heun steps, times, sigma_max)"""
 Walk = tuple[tuple[float, Step[SlopesWeights]], ...]
 """Heun steps, each with the weight of the noise before it."""
@@ -28,7 +28,7 @@ class Restart(Solver[Walk]):
     The schedule is walked as it is given: restarts are evaluations on top of it, two per step of theirs, within the
     step that they follow. Order 2, two evaluations per step besides; one where the step lands on sigma 0."""
 
-    intervals: tuple[Interval, ...] = ((0.1, 9, 1, 2.0),)
+    intervals: tuple[RestartInterval, ...] = ((0.1, 9, 1, 2.0),)
     s_noise: float = 1.0
     order = 2
     evals = 2

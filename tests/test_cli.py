@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from ella_kd import CFG, Interval, Pipeline, cli, generate, generation
+from ella_kd import CFG, Interval, Pipeline, cli, draw, generate, generation
 from ella_kd.cli import last_number
 from ella_kd.guidance.text import known
 from ella_kd.samplers import SAMPLERS, SCHEDULES
@@ -83,24 +83,37 @@ def test_prompts_come_from_the_line_and_from_a_file_and_numbers_go_on(run: Run, 
 
 
 def test_ctrl_c_keeps_every_finished_batch(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches: list[list[str]] = []
+    batches: list[list[int]] = []
 
-    def third_is_stopped(pipeline: Pipeline, prompts: list[str], **options: Any) -> list[Any]:
-        batches.append(prompts)
+    def third_is_stopped(*args: Any, seeds: list[int], **options: Any) -> list[Any]:
+        batches.append(seeds)
         if len(batches) == 3:
             raise KeyboardInterrupt
-        return generate(pipeline, prompts, **options)
+        return draw(*args, seeds=seeds, **options)
 
-    monkeypatch.setattr(generation, "generate", third_is_stopped)
+    monkeypatch.setattr(generation, "draw", third_is_stopped)
     done = run("generate", "a", "--batch", "2", "--count", "300000000", "--seed", "5")
     assert done.exit_code == 130
     assert done.stderr.splitlines()[-1] == "stopped: 4 of 300000000 pictures are saved in out"
-    assert batches == [["a", "a"]] * 3
+    assert batches == [[5, 6], [7, 8], [9, 10]]
     assert files(tmp_path / "out") == [f"0000{i + 1}-{5 + i}-a.png" for i in range(4)]
     Path("list.txt").write_text("a")
     batches[:] = [[], []]
     stopped = run("compare", "list.txt")
     assert (stopped.exit_code, stopped.stderr.splitlines()[-1]) == (130, "stopped: nothing was saved")
+
+
+def test_what_a_run_says_again_is_encoded_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    encode = Pipeline.encode
+
+    def spy(self: Pipeline, texts: Any, *args: Any, **options: Any) -> Any:
+        asked.append(texts)
+        return encode(self, texts, *args, **options)
+
+    monkeypatch.setattr(Pipeline, "encode", spy)
+    assert run("generate", "a", "b", "--count", "3", "--batch", "1", "--seed", "5").exit_code == 0
+    assert asked == [("a",), ("",), ("b",)]
 
 
 def test_a_name_that_another_command_took_meanwhile_is_left_to_it(run: Run, tmp_path: Path,
@@ -273,7 +286,7 @@ def test_a_device_out_of_memory_is_one_line(run: Run, error: Exception, monkeypa
     def exhausted(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(generation, "generate", exhausted)
+    monkeypatch.setattr(generation, "draw", exhausted)
     done = run("generate", "a")
     assert done.exit_code == 2
     assert done.stderr == "Error: the device is out of memory: try a smaller --batch, --width or --height\n"

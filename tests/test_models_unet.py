@@ -268,8 +268,8 @@ GOOD = {"x": torch.zeros(2, 9, 8, 4), "t": torch.zeros(2), "context": TOKENS}
     ({"t": torch.zeros(1)}, r"one timestep per sample: x has 2, t has \[1\]"),
     ({"context": torch.zeros(2, 5, 13)}, r"context \[2, L, 12\], got \[2, 5, 13\]"),
     ({"context": torch.zeros(1, 5, 12)}, r"context \[2, L, 12\], got \[1, 5, 12\]"),
-    ({"context": Context(TOKENS, torch.ones(2, 5, dtype=torch.int64))}, r"bool or float \[2, 5\], got torch.int64"),
-    ({"context": Context(TOKENS, torch.ones(2, 4, dtype=torch.bool))}, r"float \[2, 5\], got torch.bool \[2, 4\]"),
+    ({"context": Context(TOKENS, torch.ones(2, 5, dtype=torch.int64))}, r"\[2, 5\], bool .* got torch.int64"),
+    ({"context": Context(TOKENS, torch.ones(2, 4, dtype=torch.bool))}, r"\[2, 5\], bool .* got torch.bool \[2, 4\]"),
 ])
 def test_wrong_input_is_refused(change: dict[str, Any], says: str) -> None:
     unet = UNet(INPAINTING)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ella_kd.bound import COND, UNCOND, Branch
 from ella_kd.conditioning import Levels, above
+from ella_kd.models.devices import upload
 from ella_kd.scale import Scale, check_scale, resolve
 
 
@@ -39,7 +40,7 @@ class Answers:
         if isinstance(scale, float):
             return scale
         assert not callable(scale), "a rule is resolved by at() before it is called"
-        return self.x.new_tensor(scale).view(-1, 1, 1, 1)
+        return upload(torch.tensor(scale, dtype=self.x.dtype), self.x.device).view(-1, 1, 1, 1)
 
 
 class Guidance(ABC):
@@ -194,7 +195,7 @@ def zip_rows(a: tuple[bool, ...], b: tuple[bool, ...]) -> list[tuple[bool, bool]
 
 def where_rows(rows: tuple[bool, ...], a: Tensor, b: Tensor) -> Tensor:
     """The rows of a where True, those of b elsewhere: [B, C, h, w]."""
-    return torch.where(torch.tensor(rows, device=a.device).view(-1, 1, 1, 1), a, b)
+    return torch.where(upload(torch.tensor(rows), a.device).view(-1, 1, 1, 1), a, b)
 
 
 def is_all(scale: Scale, value: float) -> bool:
