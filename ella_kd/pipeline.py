@@ -11,13 +11,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ella_kd.conditioning import ELLA, Conditioning, Constant
+from ella_kd.conditioning import ELLA, Conditioning, Constant, With
 from ella_kd.denoiser import ELLADenoiser, LDMDenoiser
 from ella_kd.guidance import CFG, CFGDenoiser, Guidance, GuidedDenoiser
 from ella_kd.models import TSC, AutoencoderKL, NoiseSchedule, fast_on_cpu, load_checkpoint, load_tsc
+from ella_kd.models.added import WIDTH
+from ella_kd.models.clip import CLIPTextEncoder, TwoTextEncoders
 from ella_kd.models.devices import check_device, check_dtype
+from ella_kd.models.emphasis import escape
 from ella_kd.models.files.hub import find_all, with_preset
-from ella_kd.models.text import CLIPTextEncoder, T5TextEncoder, TextFeatures
+from ella_kd.models.t5 import T5TextEncoder
 from ella_kd.models.winograd import WinogradConv2d
 from ella_kd.request import Mode, mode_named
 from ella_kd.scale import Scale
@@ -39,7 +42,7 @@ class Pipeline:
     unet: nn.Module
     vae: AutoencoderKL
     noise_schedule: NoiseSchedule
-    clip: CLIPTextEncoder | None = None
+    clip: CLIPTextEncoder | TwoTextEncoders | None = None
     tsc: TSC | None = None
     t5: T5TextEncoder | None = None
     size: int = 512
@@ -124,7 +127,7 @@ class Pipeline:
             self,
             unet=_moved(self.unet, device, dtype),
             vae=_moved(self.vae, device, dtype),
-            clip=clip and CLIPTextEncoder(_moved(clip.model, device, dtype), clip.tokenizer),
+            clip=clip and clip.moved(lambda model: _moved(model, device, dtype)),
             tsc=self.tsc and _moved(self.tsc, device, dtype),
             t5=T5TextEncoder(_moved(t5.model, device, dtype), t5.tokenizer) if isinstance(t5, T5TextEncoder) else t5,
         )
@@ -137,12 +140,16 @@ class Pipeline:
         return f"<Pipeline {self.name!r}: {parts}; {self.size} px, {dtype} on {self.device}>"
 
     def encode(self, prompts: str | Sequence[str], mode: Mode = "flexible", *, weighted: bool = False,
-               clip_skip: int = 1) -> Conditioning:
+               clip_skip: int = 1, score: float | None = None) -> Conditioning:
         """Prompts as a conditioning of one row each; a prompt that comes more than once is encoded once.
 
         mode: "flexible", ELLA on the prompt's own T5 tokens; "fixed", ELLA on 128 of them, padded or cut, as it was
         trained; "clip", CLIP and no ELLA. weighted: read `(phrase:1.3)` and `[phrase]` as weights; in mode "clip" also
-        in prompts of more than 77 tokens. clip_skip: CLIP's layer, 1 the last; mode "clip" only.
+        in prompts of more than 77 tokens. clip_skip: CLIP's layer, 1 the one that the UNet knows; mode "clip" only.
+
+        SDXL sees CLIP's pooled text too, in every mode (the first 75 tokens'), and the picture's size, that of the
+        latents unless `With(cond, sizes=...)` says another. "" is encoded as any text: an empty negative is not zeros.
+        score: the aesthetic score that SDXL's refiner is told, None for 6; negative prompts usually have 2.5.
         Raises ValueError if the pipeline lacks the part the mode needs.
         """
         mode = mode_named(mode)
@@ -153,12 +160,26 @@ class Pipeline:
             if self.clip is None:
                 raise ValueError('mode "clip" needs CLIP\'s tokenizer: load the pipeline with clip_tokenizer=<folder>')
             read = (self.clip.weighted if weighted else self.clip)(texts, clip_skip)
-            return Constant(TextFeatures(read.tokens[row], None if read.mask is None else read.mask[row]))
+            return self._scored(Constant(read.take(row)), score)
         if self.tsc is None or self.t5 is None:
             raise ValueError(f'mode "{mode}" needs ELLA: load the pipeline with tsc=<file> and t5=<folder>, or use '
                              'mode "clip"')
         length = FIXED_LENGTH if mode == "fixed" else None
-        return ELLA(self.tsc, (self.t5.weighted if weighted else self.t5)(texts, length), row)
+        cond: Conditioning = ELLA(self.tsc, (self.t5.weighted if weighted else self.t5)(texts, length), row)
+        if self.clip is not None and self.clip.vector_dim is not None:
+            vector = self.clip.weighted(texts if weighted else [escape(text) for text in texts]).vector
+            assert vector is not None
+            cond = With(cond, vector=vector[row])
+        return self._scored(cond, score)
+
+    def _scored(self, cond: Conditioning, score: float | None) -> Conditioning:
+        return cond if score is None else With(cond, score=torch.tensor([score], device=self.device))
+
+    @property
+    def scored(self) -> bool:
+        """Whether the network is told an aesthetic score: SDXL's refiner."""
+        known, pooled = getattr(self.unet, "vector_dim", None), self.clip and self.clip.vector_dim
+        return known is not None and pooled is not None and known - pooled == 5 * WIDTH
 
     @property
     def device(self) -> torch.device:

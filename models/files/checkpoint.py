@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ella_kd.models.clip import CLIPTextEncoder
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.files.building import build, check_dtypes, fill, refuse
 from ella_kd.models.files.kinds import Kind, hint, kind_of_path
@@ -20,7 +21,6 @@ from ella_kd.models.files.schedule import Known, known_prediction, noise_schedul
 from ella_kd.models.files.weights import Weights
 from ella_kd.models.noise_schedule import EDMSchedule, NoiseSchedule, PredictionType
 from ella_kd.models.shapes import count_of, shape_of
-from ella_kd.models.text import CLIPTextEncoder
 from ella_kd.models.tokenizers import check_vocabulary, load_tokenizer
 from ella_kd.models.unet import UNet, UNetConfig
 from ella_kd.models.vae import AutoencoderKL, VAEConfig
