@@ -12,11 +12,10 @@ from ella_kd.models.unet import UNetConfig
 from ella_kd.models.vae import VAEConfig
 
 VERSION = "0.30.0"  # of diffusers, the oldest that these are for
-PIPELINES = {"inpainting": "StableDiffusionInpaintPipeline", "InstructPix2Pix": "StableDiffusionInstructPix2PixPipeline",
-             "depth": "StableDiffusionDepth2ImgPipeline", "x4 upscaler": "StableDiffusionUpscalePipeline",
-             "LCM": "LatentConsistencyModelPipeline"}
+PIPELINES = {"inpainting": "StableDiffusionInpaintPipeline",
+             "InstructPix2Pix": "StableDiffusionInstructPix2PixPipeline", "depth": "StableDiffusionDepth2ImgPipeline",
+             "x4 upscaler": "StableDiffusionUpscalePipeline", "LCM": "LatentConsistencyModelPipeline"}
 XL = ("sdxl", "ssd-1b", "vega", "playground")
-SCHEDULER = {"EulerDiscreteScheduler", "EDMEulerScheduler", "LCMScheduler"}
 
 
 def unet_config(config: UNetConfig, kind: Kind) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def unet_config(config: UNetConfig, kind: Kind) -> dict[str, Any]:
         "up_block_types": ["CrossAttnUpBlock2D" if each else "UpBlock2D" for each in reversed(attended)],
         "mid_block_type": "UNetMidBlock2DCrossAttn" if config.middle_depth else "UNetMidBlock2D",
         "cross_attention_dim": config.context_dim, "attention_head_dim": heads,
-        "use_linear_projection": config.linear_proj, "sample_size": side_of(kind) // 8,
+        "use_linear_projection": config.linear_proj, "sample_size": kind.size // 8,
         "act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
         "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
         "upcast_attention": kind.family == "sd2"}
@@ -73,7 +72,7 @@ def vae_config(config: VAEConfig, kind: Kind) -> dict[str, Any]:
         "out_channels": config.in_channels, "latent_channels": config.latent_channels, "block_out_channels": widths,
         "layers_per_block": config.num_res_blocks, "act_fn": "silu", "norm_num_groups": 32,
         "down_block_types": ["DownEncoderBlock2D"] * len(widths), "up_block_types": ["UpDecoderBlock2D"] * len(widths),
-        "scaling_factor": config.scale, "sample_size": side_of(kind), "force_upcast": kind.family in (*XL, "refiner")}
+        "scaling_factor": config.scale, "sample_size": kind.size, "force_upcast": kind.family in (*XL, "refiner")}
     if config.mean and config.std:
         found |= {"latents_mean": list(config.mean), "latents_std": list(config.std)}
     return found
@@ -126,7 +125,3 @@ def model_index(kind: Kind, schedule: Mapping[str, Any], texts: Mapping[str, Any
     return found | {"safety_checker": [None, None], "feature_extractor": [None, None],
                     "requires_safety_checker": False}
 
-
-def side_of(kind: Kind) -> int:
-    """The usual side of a family's pictures, in pixels."""
-    return 512 if kind.family in ("sd1", "sd2") else 1024

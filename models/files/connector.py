@@ -25,7 +25,7 @@ def load_tsc(path: str | Path, *, dtype: str | torch.dtype | None = None, device
     """
     device = check_device(device)
     dtype = check_dtype(dtype, device)
-    weights = Weights(_in_folder(Path(path)))
+    weights = Weights(connector_file(Path(path)))
     heads = config_of(weights).get("heads", 8)
     told = f"{path} is not what this loads{hint(kind_of(weights), 'tsc')}"
     part = Part("tsc", weights, {name: Source(name, tuple(shape)) for name, shape in weights.shapes.items()})
@@ -41,8 +41,8 @@ def save_tsc(path: str | Path, tsc: TSC, metadata: Mapping[str, str] | None = No
     write_tensors(path, tensors, {CONFIG: json.dumps({"heads": tsc.heads}), **(metadata or {})})
 
 
-def _in_folder(path: Path) -> Path:
-    """The one file of tensors in a folder without a configuration."""
+def connector_file(path: Path) -> Path:
+    """A connector's file; of a folder without a configuration the only .safetensors in it."""
     if not path.is_dir() or (path / "model_index.json").is_file():
         return path
     files = sorted(path.glob("*.safetensors"))

@@ -32,6 +32,11 @@ class Kind:
     parts: tuple[str, ...] = ()
     read: bool = False
 
+    @property
+    def size(self) -> int:
+        """The usual side of the family's pictures, in pixels."""
+        return 512 if self.family in ("", "sd1", "sd2") else 1024
+
     def __str__(self) -> str:
         where = f": its place is {PLACES[self.place]}" if self.place in PLACES else ""
         return self.what + where
@@ -66,7 +71,7 @@ def kind_of(weights: Weights) -> Kind:
         parts, _ = parts_of(weights, json_in(weights.path / "config.json") if weights.path.is_dir() else None)
     except ValueError:  # a network is there twice, or its names do not agree: who loads it says so
         return Kind()
-    return _of_parts(parts, weights, bool(weights.path.is_dir()))
+    return kind_of_parts(parts, weights, bool(weights.path.is_dir()))
 
 
 def kind_of_folder(folder: Path) -> Kind:
@@ -81,7 +86,7 @@ def kind_of_folder(folder: Path) -> Kind:
     for part in parts.values():
         if known := _add_on(part.weights.shapes):
             return known
-    return _of_parts(parts, one.weights, True)
+    return kind_of_parts(parts, one.weights, True)
 
 
 def kind_of_path(path: str | Path) -> Kind:
@@ -109,13 +114,22 @@ def family_of(unet: Shapes, markers: Iterable[str] = ()) -> str:
     return "sd2" if linear else "sd1"
 
 
+def purpose_of(unet: Shapes) -> str:
+    """What a UNet's shapes, in our names, say it is for; "" is pictures from text."""
+    if "time_embed.cond_proj.weight" in unet:
+        return "LCM"
+    channels = tuple(unet.get("input_blocks.0.0.weight", ()))[1:2]
+    return "" if channels in ((4,), ()) else PURPOSES.get(channels[0], f"{channels[0]}-channel")
+
+
 def _add_on(names: Iterable[str]) -> Kind | None:
     names = list(names)
     found = ((what, place) for pattern, what, place in _NAMES if any(map(pattern.search, names)))
     return next((Kind(what, place) for what, place in found), None)
 
 
-def _of_parts(parts: dict[str, Part], weights: Weights, folder: bool) -> Kind:
+def kind_of_parts(parts: dict[str, Part], weights: Weights, folder: bool = True) -> Kind:
+    """What networks are; folder: whether they lie in one of diffusers', where no offsets are."""
     names = tuple(name for name in WORDS if name in parts)
     if names == ("vae",):
         return Kind("an autoencoder (VAE) alone", "vae", parts=names)
@@ -124,13 +138,13 @@ def _of_parts(parts: dict[str, Part], weights: Weights, folder: bool) -> Kind:
             return Kind("a text encoder alone", "text_encoder", parts=names)
         return Kind("a checkpoint without its UNet", parts=names) if names else Kind()
     unet = parts["unet"].shapes
-    family = family_of(unet, [name for name in MARKERS if name in weights])
+    markers = [name for name in MARKERS if name in weights]
+    if "vae" in parts and parts["vae"].config.get("latents_mean"):
+        markers.append("edm_mean")
+    family, purpose = family_of(unet, markers), purpose_of(unet)
     channels = tuple(unet.get("input_blocks.0.0.weight", ()))[1:2]
-    purpose = "" if channels in ((4,), ()) else PURPOSES.get(channels[0], f"{channels[0]}-channel")
     if channels in ((8,), (12,)) and parts["unet"].spelling == "diffusers" and not folder and _offsets(parts["unet"]):
         return Kind("IC-Light's offsets, which are added to a Stable Diffusion 1.x UNet", parts=names)
-    if "time_embed.cond_proj.weight" in unet:
-        purpose = "LCM"
     words = " ".join(word for word in (FAMILIES[family], purpose, "checkpoint") if word)
     article = "an" if re.match(r"[AEIOU]|S[DS]", words) else "a"
     wanted = ["unet", "vae", "text", *(["text_2"] if family in ("sdxl", "ssd-1b", "vega", "playground") else [])]

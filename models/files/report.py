@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ella_kd.models.files.building import build, problems
-from ella_kd.models.files.checkpoint import MAKERS, parts_at
+from ella_kd.models.files.checkpoint import MAKERS, needed, parts_at
 from ella_kd.models.files.hashes import sha256
 from ella_kd.models.files.kinds import PLACES, Kind, kind_of_path
 from ella_kd.models.files.layout import WORDS, Part
@@ -112,6 +112,7 @@ def _side(kind: Kind, parts: dict[str, Part], prediction: str) -> str:
 
 def _problems(part: Part, kind: Kind) -> list[str]:
     try:
+        part = needed(part, kind)
         return problems(build(MAKERS[part.name], part, f"the {WORDS[part.name]}", kind), part)
     except ValueError as error:
         return [str(error)]

@@ -28,15 +28,16 @@ from ella_kd.models.unet import UNet
 from ella_kd.models.vae import AutoencoderKL
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel
+    from ella_kd.models.files.checkpoint import TextModel
 
-ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512", "refiner": "stable-diffusion-xl-v1-refiner",
-                 "sdxl": "stable-diffusion-xl-v1-base", "playground": "stable-diffusion-xl-v1-base"}  # ModelSpec's words
+ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512",  # ModelSpec's words
+                 "refiner": "stable-diffusion-xl-v1-refiner", "sdxl": "stable-diffusion-xl-v1-base",
+                 "playground": "stable-diffusion-xl-v1-base"}
 SHORT = {"inpainting": "-inpainting", "depth": "-depth"}
 
 
-def save_checkpoint(path: str | Path, unet: UNet, vae: AutoencoderKL, text_model: "CLIPTextModel | None" = None,
-                    metadata: Mapping[str, str] | None = None, *, text_model_2: "CLIPTextModel | None" = None,
+def save_checkpoint(path: str | Path, unet: UNet, vae: AutoencoderKL, text_model: "TextModel | None" = None,
+                    metadata: Mapping[str, str] | None = None, *, text_model_2: "TextModel | None" = None,
                     noise_schedule: NoiseSchedule | EDMSchedule | None = None,
                     dtype: torch.dtype | None = None) -> None:
     """Write a single file in LDM's layout as `load_checkpoint` reads it; what shapes do not say is metadata.
@@ -59,6 +60,16 @@ def save_checkpoint(path: str | Path, unet: UNet, vae: AutoencoderKL, text_model
     own: dict[str, Any] = {"num_heads": unet.config.num_heads, "head_dim": unet.config.head_dim,
                            "scale": vae.config.scale}
     write_tensors(path, tensors, {**_model_spec(kind, schedule), CONFIG: json.dumps(own), **(metadata or {})})
+
+
+def save(path: str | Path, checkpoint: Checkpoint, metadata: Mapping[str, str] | None = None, *,
+         dtype: torch.dtype | None = None) -> None:
+    """`path.safetensors`: a single file in LDM's layout; any other path: a diffusers folder."""
+    if Path(path).suffix in (".safetensors", ".ckpt"):
+        save_checkpoint(path, checkpoint.unet, checkpoint.vae, checkpoint.text_model, metadata, dtype=dtype,
+                        text_model_2=checkpoint.text_model_2, noise_schedule=checkpoint.noise_schedule)
+    else:
+        save_folder(path, checkpoint, dtype=dtype)
 
 
 def save_folder(path: str | Path, checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> None:

@@ -8,14 +8,14 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ella_kd.models.files.kinds import FAMILIES
+from ella_kd.models.files.kinds import FAMILIES, Kind
 from ella_kd.models.files.layout import TABLE, Part, json_in
 from ella_kd.models.files.weights import Weights
 from ella_kd.models.noise_schedule import EDMSchedule, NoiseSchedule, PredictionType
@@ -36,16 +36,18 @@ class Known:
 
 
 def known_prediction(path: Path, weights: Weights, unet: Part, family: str, purpose: str,
-                     argument: PredictionType | None = None) -> Known:
+                     argument: PredictionType | None = None, scheduler: Mapping[str, Any] | None = None) -> Known:
     """What a model predicts. Raises ValueError for a file that says what nobody knows."""
     if argument is not None:
         if argument not in ("eps", "v"):
             raise ValueError(f'prediction must be "eps" or "v", got {argument!r}')
         return Known(argument, "as asked")
-    return next(_told(path, weights, unet, family, purpose))
+    config = scheduler_config(path) if scheduler is None else scheduler
+    return next(_told(path, weights, unet, family, purpose, config))
 
 
-def _told(path: Path, weights: Weights, unet: Part, family: str, purpose: str) -> Iterator[Known]:
+def _told(path: Path, weights: Weights, unet: Part, family: str, purpose: str,
+          scheduler: Mapping[str, Any]) -> Iterator[Known]:
     for key in (PREDICTION, PREDICT_KEY):
         if said := weights.metadata.get(key):
             if said not in SAID:
@@ -58,7 +60,6 @@ def _told(path: Path, weights: Weights, unet: Part, family: str, purpose: str) -
     for marker in ("v_pred", "ztsnr"):
         if marker in weights:
             yield Known("v", f"the file's tensor {marker}")
-    scheduler = scheduler_config(path)
     if said := scheduler.get("prediction_type", "epsilon" if scheduler else None):
         if "EDM" in str(scheduler.get("_class_name")):
             yield Known("edm" if said == "epsilon" else "v", "scheduler_config.json")
@@ -86,7 +87,7 @@ def _second(weights: Weights, unet: Part, purpose: str) -> Iterator[Known]:
     if weights.metadata.get("global_step") == str(BASE_2_STEPS):
         yield Known("eps", f"its training ended at step {BASE_2_STEPS}")
     if V_BIAS in unet.sources:
-        spread = float(unet.read(V_BIAS).float().std(unbiased=False))
+        spread = float(unet.read(V_BIAS).float().std(correction=0))
         yield Known("v" if spread > 0.09 else "eps", f"a guess by the spread of {V_BIAS}, {spread:.3f} (v is above "
                     ".09)", guess=True)
 
@@ -98,9 +99,10 @@ def warn_of_guess(known: Known, path: Path) -> None:
                       f'pictures are noise or flat, give prediction="{other}" (--prediction {other})', stacklevel=1)
 
 
-def noise_schedule(path: Path, weights: Weights, known: Known, family: str) -> NoiseSchedule | EDMSchedule:
+def noise_schedule(path: Path, weights: Weights, known: Known, kind: Kind,
+                   scheduler: Mapping[str, Any] | None = None) -> NoiseSchedule | EDMSchedule:
     """The noise levels. Raises ValueError for a table or a configuration that cannot be used, naming the file."""
-    scheduler = scheduler_config(path)
+    scheduler = scheduler_config(path) if scheduler is None else scheduler
     edm = [_number(weights, f"edm_vpred.sigma_{end}", usual) for end, usual in (("min", 0.002), ("max", 120.0))]
     try:
         if known.prediction == "edm":
@@ -116,7 +118,9 @@ def noise_schedule(path: Path, weights: Weights, known: Known, family: str) -> N
         schedule = (_table(weights[TABLE], prediction) if TABLE in weights
                     else _of_config(scheduler, prediction))
         zero = "ztsnr" in weights or scheduler.get("rescale_betas_zero_snr") is True
-        return schedule.zero_terminal_snr() if zero else schedule
+        if zero and float(schedule.alphas_cumprod[-1]) > 1e-6:  # else it is so already
+            schedule = schedule.zero_terminal_snr()
+        return replace(schedule, consistency=True) if kind.purpose == "LCM" else schedule
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path} has a noise schedule of its own that cannot be used: {error}") from error
 
@@ -124,10 +128,10 @@ def noise_schedule(path: Path, weights: Weights, known: Known, family: str) -> N
 def scheduler_config(path: Path) -> dict[str, Any]:
     """The scheduler's configuration in a diffusers folder, or beside a file; {} without one."""
     folder = path if path.is_dir() else path.parent
-    for place in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
-        if (path.is_dir() or place.parent == folder) and place.is_file():
-            return json_in(place)
-    return {}
+    places = [folder / "scheduler_config.json"]
+    if path.is_dir():  # its own, or beside the folder of a UNet alone
+        places += [each / "scheduler" / "scheduler_config.json" for each in (folder, folder.parent)]
+    return next((json_in(place) for place in places if place.is_file()), {})
 
 
 def _of_config(config: Mapping[str, Any], prediction: PredictionType) -> NoiseSchedule:

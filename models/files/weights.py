@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -43,6 +43,17 @@ class Weights(Mapping[str, Tensor]):
         self.files = _files(self.path, variant)
         for file in self.files:
             self._open(file)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], name: str) -> Self:
+        """The same view of tensors in memory; name: what errors call them."""
+        weights = cls.__new__(cls)
+        weights.path, weights.files, weights.metadata = Path(name), [], {}
+        weights.shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+        weights.dtypes = {name: x.dtype for name, x in tensors.items()}
+        weights._readers = dict.fromkeys(tensors, tensors.__getitem__)
+        weights._where = dict.fromkeys(tensors, weights.path)
+        return weights
 
     def __getitem__(self, name: str) -> Tensor:
         read = self._readers[name]
