@@ -82,7 +82,7 @@ def test_a_pipelines_networks_are_shared_and_draw(kind: str) -> None:
 
 
 def test_what_is_no_pipeline_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"expected a diffusers pipeline with a unet, .* got int whose unet is NoneType"):
+    with pytest.raises(TypeError, match=r"expected a diffusers pipeline with a unet, .* got int whose unet is None"):
         Pipeline.from_diffusers(3)
     made = system("sd1")
     pipe = pipe_of(made, "sd1")
