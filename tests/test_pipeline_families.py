@@ -220,7 +220,7 @@ def test_the_same_generate_draws_them_all(name: str) -> None:
     assert first.size == (64, 64)
     for change in ({"sampler": "dpmpp_2m_cfg_pp", "scale": 0.6}, {"guidance": PAG(CFG(3.0), 2.0)}, {"negative": "blue"},
                    {"syntax": True, "prompt": "a (red:1.4) fox AND a dog :0.5"}, {"prompt": "a dog"},
-                   {"width": 48, "height": 80}):
+                   {"width": 48, "height": 80}, *([{"tags": "dark"}] if sd.tsc else [])):
         image = generate(sd, **{"prompts": change.pop("prompt", PROMPT), **args, **change})[0].image
         assert image.size != (64, 64) or (np.asarray(image) != np.asarray(first)).any(), change
     a, b = (sd.encode(text, mode) for text in ("a cat", "a dog"))
