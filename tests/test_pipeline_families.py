@@ -287,17 +287,17 @@ def test_a_fast_copy_draws_the_same() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_lcm_passes_its_boundary(prediction: Any) -> None:
-    """diffusers' LCMScheduler at every tenth timestep, the lowest ones too, where the boundary counts."""
+    """diffusers' LCMScheduler, at the lowest timesteps above all: from 20 on the boundary is less than 1e-5."""
     named = {"eps": "epsilon", "v": "v_prediction"}[prediction]
     scheduler = diffusers.LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                        prediction_type=named, clip_sample=False)
     scheduler.set_timesteps(50)
     schedule = replace(NoiseSchedule.sd15(prediction), consistency=True)
     x, out = noise(1, 4, 2, 2), noise(1, 4, 2, 2, seed=4)
-    for i, t in enumerate(scheduler.timesteps):
-        scheduler._step_index = i
+    for t in (0, 1, 5, 400, 999):
+        scheduler._step_index = 49
         want = scheduler.step(out, t, x, return_dict=False)[1]
-        sigma = schedule.t_to_sigma(t.double())
+        sigma = schedule.t_to_sigma(torch.tensor(float(t), dtype=torch.float64))
         c_skip, c_out, c_in = schedule.scalings(sigma)
         assert relative(c_skip * (x / c_in) + c_out * out, want) < 1e-5
     assert schedule.zero_terminal_snr().consistency
