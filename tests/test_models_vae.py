@@ -168,6 +168,7 @@ def overflowing() -> AutoencoderKL:
     for layer in (vae.decoder.conv_in, vae.encoder.conv_in):
         layer.weight *= 3e4
     for layer in (vae.decoder.conv_in, vae.post_quant_conv):
+        assert layer.bias is not None
         torch.nn.init.zeros_(layer.bias)
     return vae.half()
 
