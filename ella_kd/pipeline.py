@@ -19,6 +19,7 @@ from ella_kd.models.checkpoint import load_checkpoint, load_tsc
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.files.hub import find_all, with_preset
 from ella_kd.models.text import CLIPTextEncoder, T5TextEncoder, TextFeatures
+from ella_kd.models.tokenizers import published_clip_tokenizer
 from ella_kd.models.winograd import WinogradConv2d
 from ella_kd.request import Mode, mode_named
 from ella_kd.scale import Scale
@@ -61,7 +62,8 @@ class Pipeline:
 
         Each is a path, `org/repo:file` or `org/repo` on the Hugging Face hub, or the name of a preset that has it
         (`ella_kd.models.files.hub.find`); for a preset's name as checkpoint, its other parts need not be named:
-        `Pipeline.load("ella-sd15")`. clip_tokenizer, a tokenizer folder, is needed for plain Stable Diffusion only.
+        `Pipeline.load("ella-sd15")`. clip_tokenizer, CLIP's tokenizer folder, is for plain Stable Diffusion; None: the
+        one of an installed open_clip or clip package, or of the hub's cache, and without ELLA it is fetched.
         device None: cuda if there is one, else the CPU; dtype (torch.float16 or "float16") None: fp16 on a GPU, fp32 on
         a CPU. The size is the first number of `modelspec.resolution` in the file's metadata, otherwise 64 latents
         (512 px for SD1.5).
@@ -74,14 +76,16 @@ class Pipeline:
             raise ValueError("ELLA takes both the connector (tsc) and the T5 it was trained with (t5), "
                              f"got tsc={tsc} and t5={t5}")
         found = find_all(specs)
-        checkpoint, tsc, t5, clip_tokenizer = found["checkpoint"], found["tsc"], found["t5"], found["clip_tokenizer"]
-        assert checkpoint is not None
+        checkpoint, tsc, t5, clip_tokenizer = (found["checkpoint"] or checkpoint, found["tsc"], found["t5"],
+                                               found["clip_tokenizer"])
         parts = load_checkpoint(checkpoint, dtype=dtype, device=device, clip_tokenizer=clip_tokenizer)
+        parts = replace(parts, clip_tokenizer=parts.clip_tokenizer or published_clip_tokenizer(
+            parts.text_model.config.vocab_size, fetch=tsc is None))
         return cls(
             unet=parts.unet,
             vae=parts.vae,
             noise_schedule=parts.noise_schedule,
-            clip=None if clip_tokenizer is None else parts.text_encoder,
+            clip=None if parts.clip_tokenizer is None else parts.text_encoder,
             tsc=None if tsc is None else load_tsc(tsc, dtype=dtype, device=device),
             t5=None if t5 is None else T5TextEncoder.from_folder(t5, dtype=dtype, device=device),
             size=image_size(Path(checkpoint)) or 64 * parts.vae.factor,
@@ -152,7 +156,8 @@ class Pipeline:
         row = torch.tensor([texts.index(prompt) for prompt in prompts], device=self.device)
         if mode == "clip":
             if self.clip is None:
-                raise ValueError('mode "clip" needs CLIP\'s tokenizer: load the pipeline with clip_tokenizer=<folder>')
+                raise ValueError('mode "clip" needs CLIP\'s tokenizer: load the pipeline with clip_tokenizer=<folder>, '
+                                 'or "clip-tokenizer" to fetch it, or install open_clip_torch, which brings it')
             read = (self.clip.weighted if weighted else self.clip)(texts, clip_skip)
             return Constant(TextFeatures(read.tokens[row], None if read.mask is None else read.mask[row]))
         if self.tsc is None or self.t5 is None:
