@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from ella_kd.commands.download import download
+from ella_kd.commands.inspect import inspect as inspect_files
 from ella_kd.commands.models import models
 from ella_kd.drawing import innermost_scale
 from ella_kd.generation import draw_requests
@@ -101,6 +102,7 @@ def main(ctx: click.Context) -> None:
 
 main.add_command(download)
 main.add_command(models)
+main.add_command(inspect_files)
 
 
 @main.command()

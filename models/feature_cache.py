@@ -11,7 +11,8 @@ import torch
 from ella_kd.models.context import pile
 from ella_kd.models.devices import check_device
 from ella_kd.models.features import FeatureMode, load_features, save_features
-from ella_kd.models.text import T5TextEncoder, TextFeatures
+from ella_kd.models.t5 import T5TextEncoder
+from ella_kd.models.text import TextFeatures
 
 
 class FeatureCache:

@@ -155,7 +155,7 @@ class TimeEmbed(nn.Sequential):
         if guidance_dim is not None:
             self.cond_proj = nn.Linear(guidance_dim, channels, bias=False)
 
-    def forward(self, sinusoid: Tensor, guidance: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, sinusoid: Tensor, guidance: Tensor | None = None) -> Tensor:
         if guidance is not None:
             sinusoid = sinusoid + self.cond_proj(guidance)
         return self[2](F.silu(self[0](sinusoid)))
@@ -244,6 +244,14 @@ class UNet(nn.Module):
     @property
     def out_channels(self) -> int:
         return self.config.out_channels
+
+    @property
+    def vector_dim(self) -> int | None:
+        return self.config.vector_dim
+
+    @property
+    def guidance_dim(self) -> int | None:
+        return self.config.guidance_dim
 
     def at(self, levels: Levels) -> "UNet":
         """Itself: it is the same at every noise level."""

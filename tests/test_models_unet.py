@@ -96,7 +96,7 @@ def beside(config: UNetConfig, dtype: torch.dtype) -> tuple[dict[str, Tensor], d
 
 
 def latent_consistency_embedding(scale: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    made = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, scale - 1, channels)  # type: ignore[arg-type]
+    made = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, scale - 1, channels)
     return made.to(dtype)
 
 
