@@ -16,7 +16,7 @@ from ella_kd.drawing import draw, innermost_scale, picture_size, refuse_unknown,
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import parse
 from ella_kd.images import Picture
-from ella_kd.models.added import NEGATIVE_SCORE
+from ella_kd.models.added import NEGATIVE_SCORE, POSITIVE_SCORE
 from ella_kd.pipeline import Pipeline
 from ella_kd.prompt_editing import edits
 from ella_kd.prompts import check_wildcards, expand_wildcards, split_and
@@ -119,7 +119,7 @@ def _drawer(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callab
     # ELLA's tokens of "" and CLIP's of "" stand against ELLA's and the tags': the same kinds on both sides.
     no_tags = "" if asked.tags is not None and asked.negative_mode is None else None
 
-    def encode(texts: Sequence[str], mode: Mode, extra: str | None, score: float | None = None) -> Conditioning:
+    def encode(texts: Sequence[str], mode: Mode, extra: str | None, score: float = POSITIVE_SCORE) -> Conditioning:
         encoded = _over_steps(texts, lambda t: pipeline.encode(t, mode, weighted=asked.syntax, score=score,
                                                                clip_skip=asked.clip_skip), levels)
         return encoded if extra is None else Concat(encoded, encode([extra], "clip", None))
@@ -130,8 +130,7 @@ def _drawer(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callab
 
     @lru_cache(1)
     def uncond_of(negatives: tuple[str, ...]) -> Conditioning:
-        return encode(negatives, asked.negative_mode or asked.mode, no_tags,
-                      NEGATIVE_SCORE if pipeline.scored else None)
+        return encode(negatives, asked.negative_mode or asked.mode, no_tags, NEGATIVE_SCORE)
 
     def draw_batch(batch: list[Request], **shown: Any) -> list[Picture]:
         images = draw(pipeline, cond_of(_one_if_equal(r.prompt for r in batch)),

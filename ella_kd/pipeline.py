@@ -14,7 +14,7 @@ from ella_kd.conditioning import ELLA, Conditioning, Constant, With
 from ella_kd.denoiser import ELLADenoiser, LDMDenoiser
 from ella_kd.guidance import CFG, CFGDenoiser, Guidance, GuidedDenoiser
 from ella_kd.models import TSC, AutoencoderKL, Checkpoint, NoiseSchedule, UNet, fast_on_cpu, load_checkpoint, load_tsc
-from ella_kd.models.added import WIDTH
+from ella_kd.models.added import POSITIVE_SCORE, WIDTH
 from ella_kd.models.clip import CLIPTextEncoder, TwoTextEncoders
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.emphasis import escape
@@ -190,7 +190,7 @@ class Pipeline:
         return f"<Pipeline {self.name!r}: {parts}; {self.size} px, {dtype} on {self.device}>"
 
     def encode(self, prompts: str | Sequence[str], mode: Mode = "flexible", *, weighted: bool = False,
-               clip_skip: int = 1, score: float | None = None) -> Conditioning:
+               clip_skip: int = 1, score: float = POSITIVE_SCORE) -> Conditioning:
         """Prompts as a conditioning of one row each; a prompt that comes more than once is encoded once.
 
         mode: "flexible", ELLA on the prompt's own T5 tokens; "fixed", ELLA on 128 of them, padded or cut, as it was
@@ -199,7 +199,7 @@ class Pipeline:
 
         SDXL sees CLIP's pooled text too, in every mode (the first 75 tokens'), and the picture's size, that of the
         latents unless `With(cond, sizes=...)` says another. "" is encoded as any text: an empty negative is not zeros.
-        score: the aesthetic score that SDXL's refiner is told, None for 6; negative prompts usually have 2.5.
+        score: the aesthetic score that SDXL's refiner is told, usually 2.5 for negative prompts.
         Raises ValueError if the pipeline lacks the part the mode needs.
         """
         mode = mode_named(mode)
@@ -223,14 +223,11 @@ class Pipeline:
             cond = With(cond, vector=vector[row])
         return self._scored(cond, score)
 
-    def _scored(self, cond: Conditioning, score: float | None) -> Conditioning:
-        return cond if score is None else With(cond, score=torch.tensor([score], device=self.device))
-
-    @property
-    def scored(self) -> bool:
-        """Whether the network is told an aesthetic score: SDXL's refiner."""
+    def _scored(self, cond: Conditioning, score: float) -> Conditioning:
+        """With the score, if the network is told one: five numbers follow the text's vector."""
         known, pooled = getattr(self.unet, "vector_dim", None), self.clip and self.clip.vector_dim
-        return known is not None and pooled is not None and known - pooled == 5 * WIDTH
+        scored = known is not None and pooled is not None and known - pooled == 5 * WIDTH
+        return With(cond, score=torch.tensor([score], device=self.device)) if scored else cond
 
     @property
     def device(self) -> torch.device:
