@@ -16,6 +16,7 @@ from huggingface_hub.utils import enable_progress_bars
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from ella_kd.commands.convert import convert
 from ella_kd.commands.download import download
 from ella_kd.commands.inspect import inspect as inspect_files
 from ella_kd.commands.models import models
@@ -100,6 +101,7 @@ def main(ctx: click.Context) -> None:
     enable_progress_bars()
 
 
+main.add_command(convert)
 main.add_command(download)
 main.add_command(models)
 main.add_command(inspect_files)

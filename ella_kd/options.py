@@ -138,7 +138,8 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
         files = {**find_all(specs)}
         _check_files(files)
     checkpoint = Path(files["checkpoint"])
-    own, factor = size_of(checkpoint), _factor(Path(files.get("vae") or checkpoint))
+    factor = _factor(Path(files.get("vae") or checkpoint))
+    own = size_of(checkpoint, factor)
     check_multiples(options.get("width") or own or factor, options.get("height") or own or factor, factor)
     numbers = check_dtype(dtype, device)
     if fast and (device.type != "cpu" or dtype == "float16"):

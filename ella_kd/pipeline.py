@@ -115,7 +115,7 @@ class Pipeline:
         if connector is not None and found["t5"] is not None:
             check_connector(connector, found["tsc"], parts.unet.config.context_dim, found["t5"])
             encoder = T5TextEncoder.from_folder(found["t5"], dtype=t5_at.dtype, device=t5_at.device)
-        sided = size_of(path) or parts.kind.size * parts.vae.factor // 8
+        sided = size_of(path, parts.vae.factor) or parts.kind.size * parts.vae.factor // 8
         system = cls.of(parts, connector, encoder, sided, path.name if path.is_dir() else path.stem)
         return replace(system, placement=placement)
 
@@ -314,13 +314,14 @@ def check_connector(tsc: TSC, file: File | None, width: int, t5: File) -> None:
                          f"{tsc.input_dim}" + " (flan-t5-xl)" * (tsc.input_dim == 2048))
 
 
-def size_of(path: Path) -> int | None:
+def size_of(path: Path, factor: int = 8) -> int | None:
     """The side of pictures that a file's `modelspec.resolution` names, or the configuration of a folder's UNet.
 
-    Raises as `Weights` does."""
+    factor: pixels per latent. Raises as `Weights` does.
+    """
     if path.is_dir():
         side = json_in(path / "unet" / "config.json").get("sample_size")
-        return 8 * side if type(side) is int and side > 0 else None
+        return factor * side if type(side) is int and side > 0 else None
     if path.suffix != ".safetensors":
         return None
     side = Weights(path).metadata.get("modelspec.resolution", "").partition("x")[0]

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ella_kd.models.files.names import to_open_clip, unet_to_ldm, vae_to_ldm
 from tiny import randomised
@@ -79,13 +79,15 @@ class System:
     def ldm(self) -> dict[str, Tensor]:
         """The tensors as a single file has them, markers included."""
         unet, vae = self.unet.state_dict(), self.vae.state_dict()
-        found = {"model.diffusion_model." + name: unet[theirs] for theirs, name in unet_to_ldm(unet).items()}
+        found = {"model.diffusion_model." + name.replace("embed.cond_proj", "embedding.cond_proj"): unet[theirs]
+                 for theirs, name in unet_to_ldm(unet).items()}
         found |= {"first_stage_model." + name: vae[theirs][..., None, None]
                   if ".mid.attn_1." in name and vae[theirs].ndim == 2 else vae[theirs]
                   for theirs, name in vae_to_ldm(vae).items()}
         for prefix, model in zip(self.recipe.texts, self.texts):
             plain = {name.removeprefix("text_model."): x for name, x in model.state_dict().items()}
-            found |= {prefix + name: x for name, x in (to_open_clip(plain) if OPEN in prefix[-7:] else plain).items()}
+            spelled = plain if "transformer" in prefix else to_open_clip(plain)
+            found |= {prefix + name: x for name, x in spelled.items()}
         values = {"edm_mean": [[[[-1.6574]], [[1.886]], [[-1.383]], [[2.5155]]]],
                   "edm_std": [[[[8.4927]], [[5.9022]], [[6.5498]], [[5.2299]]]]}
         return found | {name: torch.tensor(values.get(name, [])) for name in self.recipe.markers}
@@ -123,7 +125,7 @@ def system(kind: str, seed: int = 0) -> System:
                         down_block_types=("DownEncoderBlock2D",) * len(channels),
                         up_block_types=("UpDecoderBlock2D",) * len(channels), scaling_factor=recipe.scale,
                         latent_channels=4, sample_size=64)
-    texts = tuple(_text(OPEN in prefix[-7:], "conditioner" in prefix) for prefix in recipe.texts)
+    texts = tuple(_text("transformer" not in prefix, "conditioner" in prefix) for prefix in recipe.texts)
     models = [randomised(cast(nn.Module, model), seed + i, 0.1).eval()
               for i, model in enumerate([network, vae, *texts])]
     return System(recipe, cast(UNet2DConditionModel, models[0]), cast(AutoencoderKL, models[1]), tuple(models[2:]))
@@ -135,3 +137,11 @@ def _text(open_clip: bool, projected: bool) -> nn.Module:
         max_position_embeddings=77, projection_dim=64, hidden_act="gelu" if open_clip else "quick_gelu",
         bos_token_id=97, eos_token_id=98, pad_token_id=0 if open_clip else 98)
     return CLIPTextModelWithProjection(config) if open_clip and projected else CLIPTextModel(config)
+
+
+def clip_tokenizer(pad: str = "<|endoftext|>") -> Any:
+    """99 tokens, of letters, as CLIP's are numbered: the last two begin and end a text."""
+    letters = [chr(97 + i % 26) + "x" * (i // 26) for i in range(96)]
+    vocabulary = {**{letter: i for i, letter in enumerate(letters)}, "a</w>": 96, "<|startoftext|>": 97,
+                  "<|endoftext|>": 98}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77, pad_token=pad)

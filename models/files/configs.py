@@ -18,8 +18,8 @@ PIPELINES = {"inpainting": "StableDiffusionInpaintPipeline",
 XL = ("sdxl", "ssd-1b", "vega", "playground")
 
 
-def unet_config(config: UNetConfig, kind: Kind) -> dict[str, Any]:
-    """UNet2DConditionModel's. Raises ValueError for what it cannot be."""
+def unet_config(config: UNetConfig, kind: Kind, side: int) -> dict[str, Any]:
+    """UNet2DConditionModel's; side: of the latents it was trained on. Raises ValueError for what it cannot be."""
     widths = [mult * config.model_channels for mult in config.channel_mult]
     down, up = config.depths
     attended = [any(each) for each in down]
@@ -31,7 +31,7 @@ def unet_config(config: UNetConfig, kind: Kind) -> dict[str, Any]:
         "up_block_types": ["CrossAttnUpBlock2D" if each else "UpBlock2D" for each in reversed(attended)],
         "mid_block_type": "UNetMidBlock2DCrossAttn" if config.middle_depth else "UNetMidBlock2D",
         "cross_attention_dim": config.context_dim, "attention_head_dim": heads,
-        "use_linear_projection": config.linear_proj, "sample_size": kind.size // 8,
+        "use_linear_projection": config.linear_proj, "sample_size": side,
         "act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
         "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
         "upcast_attention": kind.family == "sd2"}
@@ -64,7 +64,7 @@ def _depths(config: UNetConfig, down: Sequence[Sequence[int]], up: Sequence[Sequ
             "reverse_transformer_layers_per_block": [list(each) if any(each) else 0 for each in reversed(up)]}
 
 
-def vae_config(config: VAEConfig, kind: Kind) -> dict[str, Any]:
+def vae_config(config: VAEConfig, kind: Kind, size: int) -> dict[str, Any]:
     """AutoencoderKL's."""
     widths = [mult * config.channels for mult in config.channel_mult]
     found: dict[str, Any] = {
@@ -72,7 +72,7 @@ def vae_config(config: VAEConfig, kind: Kind) -> dict[str, Any]:
         "out_channels": config.in_channels, "latent_channels": config.latent_channels, "block_out_channels": widths,
         "layers_per_block": config.num_res_blocks, "act_fn": "silu", "norm_num_groups": 32,
         "down_block_types": ["DownEncoderBlock2D"] * len(widths), "up_block_types": ["UpDecoderBlock2D"] * len(widths),
-        "scaling_factor": config.scale, "sample_size": kind.size, "force_upcast": kind.family in (*XL, "refiner")}
+        "scaling_factor": config.scale, "sample_size": size, "force_upcast": kind.family in (*XL, "refiner")}
     if config.mean and config.std:
         found |= {"latents_mean": list(config.mean), "latents_std": list(config.std)}
     return found

@@ -2,12 +2,21 @@
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from ella_kd.models.files.weights import Weights
 
 CONFIG = "ella_kd"  # a JSON object
+KEPT = {f"modelspec.{name}" for name in ("title", "resolution", "description", "author", "date", "license", "tags",
+                                         "usage_hint", "trigger_phrase", "merged_from", "timestep_range",
+                                         "encoder_layer", "thumbnail")}
 WHOLE = {"num_heads", "head_dim", "heads"}
+
+
+def kept(metadata: Mapping[str, str]) -> dict[str, str]:
+    """ModelSpec's words about a model that stay true in another layout and in other numbers."""
+    return {name: text for name, text in metadata.items() if name in KEPT}
 
 
 def config_of(weights: Weights) -> dict[str, Any]:

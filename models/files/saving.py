@@ -69,12 +69,16 @@ def save(path: str | Path, checkpoint: Checkpoint, metadata: Mapping[str, str] |
         save_checkpoint(path, checkpoint.unet, checkpoint.vae, checkpoint.text_model, metadata, dtype=dtype,
                         text_model_2=checkpoint.text_model_2, noise_schedule=checkpoint.noise_schedule)
     else:
-        save_folder(path, checkpoint, dtype=dtype)
+        side = (metadata or {}).get("modelspec.resolution", "").partition("x")[0]
+        save_folder(path, checkpoint, dtype=dtype, size=int(side) if side.isdecimal() else None)
 
 
-def save_folder(path: str | Path, checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> None:
+def save_folder(path: str | Path, checkpoint: Checkpoint, *, dtype: torch.dtype | None = None,
+                size: int | None = None) -> None:
     """Write a diffusers folder that `from_pretrained` loads: weights, configurations, scheduler, and the tokenizers if
     the checkpoint has them. The folder appears whole or not at all; one that is there must be empty.
+
+    size: the side in pixels of the pictures it was trained on; None: the family's.
 
     Raises ValueError for a network that diffusers has no configuration for.
     """
@@ -92,9 +96,9 @@ def save_folder(path: str | Path, checkpoint: Checkpoint, *, dtype: torch.dtype 
     names = unet_to_diffusers(unet.state_dict())
     vae_names = vae_to_diffusers(vae.state_dict())
     with writing_folder(path) as folder:
-        _network(folder / "unet", unet_config(unet.config, kind),
+        _network(folder / "unet", unet_config(unet.config, kind, (size or kind.size) // vae.factor),
                  cast({names[name]: x for name, x in unet.state_dict().items()}, dtype))
-        _network(folder / "vae", vae_config(vae.config, kind), cast(
+        _network(folder / "vae", vae_config(vae.config, kind, size or kind.size), cast(
             {vae_names[name]: x[..., 0, 0] if ".mid.attn_1." in name and x.ndim == 4 else x
              for name, x in vae.state_dict().items()}, dtype))
         for name, model in texts.items():

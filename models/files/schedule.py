@@ -150,17 +150,19 @@ def _of_config(config: Mapping[str, Any], prediction: PredictionType) -> NoiseSc
 
 
 def _table(table: Tensor, prediction: PredictionType) -> NoiseSchedule:
-    """The file's own schedule, if it differs from Stable Diffusion's by more than rounding.
+    """The file's own schedule, if it differs from Stable Diffusion's, with zero terminal SNR or without, by more than
+    rounding.
 
     Files carry the table in fp32, pruned ones in fp16, where sigma_min is off by 15 %, or in bf16, where neighbours are
     equal: the exact one replaces all three, also where they were stored in a wider dtype later.
     """
-    usual = NoiseSchedule.sd15(prediction)
     exact = table.double()
     rounded = [kind for kind in (torch.bfloat16, torch.float16) if torch.equal(exact.to(kind).double(), exact)]
     tolerance = torch.finfo(rounded[0]).eps if rounded else 0.0
-    if exact.shape == usual.alphas_cumprod.shape and torch.allclose(exact, usual.alphas_cumprod, tolerance, 1e-3):
-        return usual
+    for usual in (NoiseSchedule.sd15(prediction), NoiseSchedule.sd15(prediction).zero_terminal_snr()):
+        known = usual.alphas_cumprod
+        if exact.shape == known.shape and torch.allclose(exact, known, tolerance, 1e-3):
+            return usual
     try:
         return NoiseSchedule(exact, prediction)
     except ValueError as error:
