@@ -60,7 +60,7 @@ def generate(
     whose tokens follow ELLA's (trigger words, styles). syntax: read `(phrase:1.3)`, `[phrase]`, `[from:to:when]` and
     `[a|b]` in every text, and `AND` in prompts, as A1111's web UI does (`ella_kd.models.emphasis`, `.prompt_editing`).
     wildcards: a folder of text files; `__name__` in a prompt becomes a line of name.txt, chosen by the picture's seed.
-    clip_skip: the layer of CLIP, counted from the last, 1.
+    clip_skip: the layer of CLIP, 1 the one that the model was trained with, 2 that before.
     sampler, schedule: names in `ella_kd.samplers.SAMPLERS` and `SCHEDULES`. scale: of classifier-free guidance; lambda
     for a sampler in `_cfg_pp`. guidance: a rule in its place, `Rescale(CFG(7), 0.7)`, or its text.
     width, height: pixels; by default the size the model was trained on. seeds: a number s gives every prompt the seeds

@@ -105,6 +105,8 @@ class UNetConfig:
             return shape_of(shapes, name, 2)[side] if name in shapes else None
 
         model_channels, in_channels = shape_of(shapes, "input_blocks.0.0.weight", 4)[:2]
+        if not model_channels:
+            raise ValueError("tensor input_blocks.0.0.weight is empty")
         levels: list[list[str]] = [[]]  # per level the names of its blocks
         for n in range(1, count_of(shapes, "input_blocks")):
             if f"input_blocks.{n}.0.op.weight" in shapes or f"input_blocks.{n}.0.op.bias" in shapes:

@@ -245,9 +245,9 @@ class AutoencoderKL(nn.Module):
         return self._exactly(latents / scale + shift, self.post_quant_conv, self.decoder)
 
     def _scaling(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Shift and scale of `(z - shift) * scale`: numbers, or [1, C, 1, 1]."""
+        """Shift and scale of `(z - shift) * scale`: numbers, or [C, 1, 1]."""
         config = self.config
-        shift, std = (default if numbers is None else torch.tensor(numbers).to(like)[None, :, None, None]
+        shift, std = (default if numbers is None else torch.tensor(numbers, dtype=torch.float64).to(like)[:, None, None]
                       for numbers, default in ((config.mean, 0.0), (config.std, 1.0)))
         return shift, config.scale / std
 

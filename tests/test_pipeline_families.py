@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ella_kd import CFG, PAG, And, Box, Concat, Pipeline, Regions, Switch, draw, generate
 from ella_kd.conditioning import Conditioning, Constant, Lerp, Stack, With, window
-from ella_kd.models import CLIPTextEncoder, NoiseSchedule
+from ella_kd.models import CLIPTextEncoder, NoiseSchedule, UNet
 from ella_kd.models.text import TextFeatures
 from ella_kd.samplers import sample_euler
 from families import BOS, EOS, LENGTH, POOLED, Family, byte_tokenizer, family, text_model
@@ -218,10 +218,12 @@ def test_the_same_generate_draws_them_all(name: str) -> None:
     args: dict[str, Any] = {"mode": mode, "steps": 2, "seeds": 3, "progress": False}
     first = generate(sd, PROMPT, **args)[0].image
     assert first.size == (64, 64)
-    for change in ({"sampler": "dpmpp_2m_cfg_pp", "scale": 0.6}, {"guidance": PAG(CFG(3.0), 2.0)}, {"negative": "blue"},
-                   {"syntax": True, "prompt": "a (red:1.4) fox AND a dog :0.5"}, {"prompt": "a dog"},
-                   {"width": 48, "height": 80}):
-        image = generate(sd, **{"prompts": change.pop("prompt", PROMPT), **args, **change})[0].image
+    changes: list[dict[str, Any]] = [
+        {"sampler": "dpmpp_2m_cfg_pp", "scale": 0.6}, {"guidance": PAG(CFG(3.0), 2.0)}, {"negative": "blue"},
+        {"syntax": True, "prompts": "a (red:1.4) fox AND a dog :0.5"}, {"prompts": "a dog"},
+        {"width": 48, "height": 80}, *([{"tags": "dark"}] if sd.tsc else [])]
+    for change in changes:
+        image = generate(sd, **{"prompts": PROMPT, **args, **change})[0].image
         assert image.size != (64, 64) or (np.asarray(image) != np.asarray(first)).any(), change
     a, b = (sd.encode(text, mode) for text in ("a cat", "a dog"))
     drawn = draw(sd, Regions((a, Box(0, 0, 0.5, 1)), (b, Box(0.5, 0, 1, 1))), uncond=sd.encode("", mode), steps=2,
@@ -264,7 +266,7 @@ def test_a_connector_of_sdxls_width_is_trained() -> None:
     optimizer = torch.optim.Adam(tsc.parameters(), 1e-2)
     losses = []
     for _ in range(12):
-        loss = denoiser.loss(x, z, sigma, training.encode(["a cat", "the sea"])).mean()  # type: ignore[operator]
+        loss = denoiser.loss(x, z, sigma, training.encode(["a cat", "the sea"])).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -287,17 +289,17 @@ def test_a_fast_copy_draws_the_same() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_lcm_passes_its_boundary(prediction: Any) -> None:
-    """diffusers' LCMScheduler at every tenth timestep, the lowest ones too, where the boundary counts."""
+    """diffusers' LCMScheduler, at the lowest timesteps above all: from 20 on the boundary is less than 1e-5."""
     named = {"eps": "epsilon", "v": "v_prediction"}[prediction]
-    scheduler = diffusers.LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+    scheduler: Any = diffusers.LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                        prediction_type=named, clip_sample=False)
     scheduler.set_timesteps(50)
     schedule = replace(NoiseSchedule.sd15(prediction), consistency=True)
     x, out = noise(1, 4, 2, 2), noise(1, 4, 2, 2, seed=4)
-    for i, t in enumerate(scheduler.timesteps):
-        scheduler._step_index = i
+    for t in (0, 1, 5, 400, 999):
+        scheduler._step_index = 49
         want = scheduler.step(out, t, x, return_dict=False)[1]
-        sigma = schedule.t_to_sigma(t.double())
+        sigma = schedule.t_to_sigma(torch.tensor(float(t), dtype=torch.float64))
         c_skip, c_out, c_in = schedule.scalings(sigma)
         assert relative(c_skip * (x / c_in) + c_out * out, want) < 1e-5
     assert schedule.zero_terminal_snr().consistency
@@ -306,7 +308,8 @@ def test_lcm_passes_its_boundary(prediction: Any) -> None:
 @torch.no_grad()
 def test_a_network_that_is_told_the_scale_runs_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     sd = family("sd2").ours
-    told = randomised(type(sd.unet)(replace(sd.unet.config, guidance_dim=16)), 0, 0.06)  # type: ignore[arg-type]
+    config: Any = sd.unet.config
+    told = randomised(UNet(replace(config, guidance_dim=16)), 0, 0.1)
     lcm = replace(sd, unet=told, noise_schedule=replace(NoiseSchedule.sd15(), consistency=True))
     seen = watched(told, monkeypatch)
     generate(lcm, [PROMPT, "the sea"], mode="clip", steps=2, scale=7.5, sampler="lcm", seeds=1, progress=False)
