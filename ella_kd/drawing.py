@@ -73,9 +73,11 @@ def draw(
     if latents is None:
         latents = (randn(shape, rows) if noise is None else noise).to(pipeline.device) * sigmas[0]
     sample = SAMPLERS[sampler].function
-    latents = sample(denoiser, latents.to(pipeline.device), sigmas, extra_args=extra_args, callback=callback,
-                     disable=not progress, seeds=rows)
-    return to_images(pipeline.vae.decode(latents.to(pipeline.vae.dtype)))
+    with pipeline.at_work("unet", "tsc"):
+        latents = sample(denoiser, latents.to(pipeline.device), sigmas, extra_args=extra_args, callback=callback,
+                         disable=not progress, seeds=rows)
+    with pipeline.at_work("vae"):
+        return to_images(pipeline.vae.decode(latents.to(pipeline.vae.dtype)))
 
 
 def plain_scale(guidance: Guidance | float, cfg_pp: bool) -> Guidance | float:

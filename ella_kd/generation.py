@@ -133,10 +133,11 @@ def _drawer(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callab
         return encode(negatives, asked.negative_mode or asked.mode, no_tags, NEGATIVE_SCORE)
 
     def draw_batch(batch: list[Request], **shown: Any) -> list[Picture]:
-        images = draw(pipeline, cond_of(_one_if_equal(r.prompt for r in batch)),
-                      uncond=uncond_of(_one_if_equal(r.negative for r in batch)), guidance=guidance,
-                      sampler=asked.sampler, sigmas=sigmas, width=width, height=height,
-                      seeds=[r.seed for r in batch], **shown)
+        cond = cond_of(_one_if_equal(r.prompt for r in batch))
+        uncond = uncond_of(_one_if_equal(r.negative for r in batch))
+        pipeline.rest()
+        images = draw(pipeline, cond, uncond=uncond, guidance=guidance, sampler=asked.sampler, sigmas=sigmas,
+                      width=width, height=height, seeds=[r.seed for r in batch], **shown)
         return [Picture(image, replace(r, width=width, height=height, model=pipeline.name, version=VERSION,
                                        dtype=str(pipeline.dtype).removeprefix("torch.")))
                 for image, r in zip(images, batch, strict=True)]

@@ -16,6 +16,7 @@ from ella_kd.models.files.hub import find_all, with_preset
 from ella_kd.models.files.kinds import kind_of_path
 from ella_kd.models.files.presets import PRESETS, Part
 from ella_kd.models.shapes import count_of
+from ella_kd.models.tokenizers import BPE, find_clip_tokenizer
 from ella_kd.pipeline import MINIATURE, Pipeline, size_of
 from ella_kd.request import MODES, Mode, Request, mode_named
 
@@ -46,7 +47,9 @@ def model_options(command: Command) -> Command:
         click.option("--vae", metavar="FILE", help="An autoencoder instead of the checkpoint's: a file or a folder."),
         click.option("--tsc", metavar="FILE", help="ELLA's connector: ella-sd1.5-tsc-t5xl.safetensors."),
         click.option("--t5", metavar="DIR", help="The folder of flan-t5-xl: model and tokenizer."),
-        click.option("--clip-tokenizer", metavar="DIR", help="CLIP's tokenizer folder: for plain SD and --tags."),
+        click.option("--clip-tokenizer", metavar="DIR",
+                     help="CLIP's tokenizer folder, for plain SD and --tags.  [default: an installed package's, or the "
+                          "hub's]"),
         click.option("--prediction", type=click.Choice(["eps", "v"]),
                      help="What the UNet predicts, where its files do not say (ella-kd inspect)."),
         click.option("--device", metavar="NAME", help="cuda, cpu, mps ... [default: cuda if there is one, else cpu]"),
@@ -125,15 +128,16 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
     model = options.pop("model")
     prediction = options.pop("prediction")
     dtype, fast, device = options.pop("dtype"), options.pop("fast"), check_device(options.pop("device"))
-    files = with_preset({name: options.pop(name) for name in FILES}, None if model == "miniature" else model)
-    given = [name for name in FILES if files[name]]
-    if given and not files["checkpoint"]:
+    specs = with_preset({name: options.pop(name) for name in FILES}, None if model == "miniature" else model)
+    files: dict[str, Any] = {"checkpoint": MINIATURE / "sd.safetensors"}
+    given = [name for name in FILES if specs[name]]
+    if given and not specs["checkpoint"]:
         raise ValueError(f"{_flag(given[0])} belongs to a checkpoint: name it with --checkpoint")
     if given:
-        _check_modes(files, wanted)
-        files = find_all(files)
+        _check_modes(specs, wanted)
+        files = {**find_all(specs)}
         _check_files(files)
-    checkpoint = Path(files["checkpoint"] or MINIATURE / "sd.safetensors")
+    checkpoint = Path(files["checkpoint"])
     factor = _factor(Path(files.get("vae") or checkpoint))
     own = size_of(checkpoint, factor)
     check_multiples(options.get("width") or own or factor, options.get("height") or own or factor, factor)
@@ -158,20 +162,22 @@ def _check_files(files: dict[str, Any]) -> None:
     if (files["tsc"] is None) != (files["t5"] is None):
         raise ValueError("ELLA takes both --tsc, the connector, and --t5, the folder of the T5 it was trained with")
     for name, what in (("t5", "config.json"), ("clip_tokenizer", "a tokenizer")):
-        folder = files[name] and Path(str(files[name]))
+        folder = files[name] and Path(files[name])
         wanted = ("config.json",) if name == "t5" else ("tokenizer.json", "vocab.json", "spiece.model")
-        if folder and not any((folder / found).is_file() for found in wanted):
+        if folder and folder.name != BPE and not any((folder / found).is_file() for found in wanted):
             raise FileNotFoundError(f"{_flag(name)} takes a folder that holds {what}, and {folder} does not")
 
 
-def _check_modes(files: dict[str, str | None], wanted: Iterable[tuple[str, Mode | None]]) -> None:
+def _check_modes(files: dict[Part, str | Path | None], wanted: Iterable[tuple[str, Mode | None]]) -> None:
     for said, mode in wanted:
         if not mode:
             continue
         if mode_named(mode) == "clip":
-            if not files["clip_tokenizer"]:
-                raise ValueError(f"{said} needs CLIP's tokenizer, which no checkpoint holds: name its folder with "
-                                 "--clip-tokenizer")
+            if not files["clip_tokenizer"] and not Path(str(files["checkpoint"]), "tokenizer").is_dir():
+                try:
+                    files["clip_tokenizer"] = find_clip_tokenizer()
+                except FileNotFoundError as error:
+                    raise ValueError(f"{said} needs {error}") from error
         elif not files["tsc"]:
             raise ValueError(f"{said} needs ELLA: name its files with --tsc and --t5, or draw without it, --mode clip")
 

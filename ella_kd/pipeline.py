@@ -1,7 +1,9 @@
 """All the networks of one text-to-image system, loaded together."""
 
 import copy
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -25,7 +27,9 @@ from ella_kd.models.files.saving import save
 from ella_kd.models.files.weights import Weights
 from ella_kd.models.noise_schedule import EDMSchedule, PredictionType
 from ella_kd.models.t5 import T5TextEncoder
+from ella_kd.models.tokenizers import published_clip_tokenizer
 from ella_kd.models.winograd import WinogradConv2d
+from ella_kd.placement import Name, Placement, carried
 from ella_kd.request import Mode, mode_named
 from ella_kd.scale import Scale
 
@@ -51,6 +55,7 @@ class Pipeline:
     t5: T5TextEncoder | None = None
     size: int = 512
     name: str = ""
+    placement: Placement | None = None
 
     @classmethod
     def load(
@@ -64,22 +69,28 @@ class Pipeline:
         prediction: PredictionType | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        placement: Placement | None = None,
     ) -> "Pipeline":
         """Read a Stable Diffusion checkpoint, a single file or a diffusers folder, and, for ELLA, the connector's file
         and the T5 folder.
 
         Each is a path, `org/repo:file` or `org/repo` on the Hugging Face hub, or the name of a preset that has it
         (`ella_kd.models.files.hub.find`); for a preset's name as checkpoint, its other parts need not be named:
-        `Pipeline.load("ella-sd15")`. vae: an autoencoder instead of the checkpoint's. clip_tokenizer, a tokenizer
-        folder, is needed for plain Stable Diffusion only, and there for single files. prediction: "eps" or "v", where
-        the files do not say which (`load_checkpoint`, which takes the networks from any files).
+        `Pipeline.load("ella-sd15")`. vae: an autoencoder instead of the checkpoint's. clip_tokenizer: CLIP's tokenizer
+        folder; None: a diffusers folder's own, that of an installed open_clip or clip package, or of the hub's cache,
+        and where nothing is drawn without CLIP it is fetched. prediction: "eps" or "v", where the files do not say
+        which (`load_checkpoint`, which takes the networks from any files).
         device None: cuda if there is one, else the CPU; dtype (torch.float16 or "float16") None: fp16 on a GPU, fp32 on
-        a CPU. The size is the first number of `modelspec.resolution` in the file's metadata, or in the configuration of
-        the folder's UNet, otherwise the family's: 64 latents (512 px) or SDXL's 128 (1024 px).
+        a CPU. placement, instead of these two: the dtype of each part and where it is when (`Placement`; by default T5
+        leaves once `generate` has encoded a batch). The size is the first number of `modelspec.resolution` in the
+        file's metadata, or in the configuration of the folder's UNet, otherwise the family's: 64 latents (512 px) or
+        SDXL's 128 (1024 px).
         Raises FileNotFoundError, or ValueError for files that do not hold what they should.
         """
-        device = check_device(device)
-        dtype = check_dtype(dtype, device)
+        if placement is not None and (device, dtype) != (None, None):
+            raise ValueError("device and dtype belong to the placement, Placement(device=..., dtype=...): give either")
+        placement = placement or Placement(device, dtype)
+        at, t5_at = placement.of("unet"), placement.of("t5")
         specs = with_preset({"checkpoint": checkpoint, "tsc": tsc, "t5": t5, "vae": vae,
                              "clip_tokenizer": clip_tokenizer})
         if (specs["tsc"] is None) != (specs["t5"] is None):
@@ -88,15 +99,25 @@ class Pipeline:
         found = find_all(specs)
         path = found["checkpoint"]
         assert path is not None
-        parts = load_checkpoint(path, vae=found["vae"], dtype=dtype, device=device, prediction=prediction,
-                                clip_tokenizer=found["clip_tokenizer"])
-        connector = None if found["tsc"] is None else load_tsc(found["tsc"], dtype=dtype, device=device)
+        waiting = at.rest or at.device
+        with warnings.catch_warnings():
+            if placement.offload:
+                warnings.filterwarnings("ignore", "float16 on a CPU")  # where it only waits
+            parts = load_checkpoint(path, vae=found["vae"], dtype=at.dtype, device=waiting, prediction=prediction,
+                                    vae_dtype=lambda family: placement.of("vae", family).dtype,
+                                    clip_tokenizer=found["clip_tokenizer"])
+            connector = None if found["tsc"] is None else load_tsc(found["tsc"], dtype=at.dtype, device=waiting)
+        if parts.clip_tokenizer is None and parts.text_model is not None:
+            needed = found["tsc"] is None or parts.unet.config.vector_dim is not None
+            words = published_clip_tokenizer(parts.text_model.config.vocab_size, fetch=needed)
+            parts = replace(parts, clip_tokenizer=words)
         encoder = None
         if connector is not None and found["t5"] is not None:
             check_connector(connector, found["tsc"], parts.unet.config.context_dim, found["t5"])
-            encoder = T5TextEncoder.from_folder(found["t5"], dtype=dtype, device=device)
+            encoder = T5TextEncoder.from_folder(found["t5"], dtype=t5_at.dtype, device=t5_at.device)
         sided = size_of(path, parts.vae.factor) or parts.kind.size * parts.vae.factor // 8
-        return cls.of(parts, connector, encoder, sided, path.name if path.is_dir() else path.stem)
+        system = cls.of(parts, connector, encoder, sided, path.name if path.is_dir() else path.stem)
+        return replace(system, placement=placement)
 
     @classmethod
     def of(cls, parts: Checkpoint, tsc: TSC | None = None, t5: T5TextEncoder | None = None, size: int = 512,
@@ -139,7 +160,7 @@ class Pipeline:
                   dtype: str | torch.dtype = torch.float32) -> "Pipeline":
         """The small system that comes with the package: coloured shapes in 32 px, every part of the real one."""
         pipeline = cls.load(MINIATURE / "sd.safetensors", tsc=MINIATURE / "tsc.safetensors", t5=MINIATURE / "t5",
-                            clip_tokenizer=MINIATURE / "clip", device=device, dtype=dtype)
+                            clip_tokenizer=MINIATURE / "clip", placement=Placement(device, dtype, keep_t5=True))
         return replace(pipeline, name="miniature")
 
     def fast_on_cpu(self) -> "Pipeline":
@@ -173,12 +194,34 @@ class Pipeline:
             vae=_moved(self.vae, device, dtype),
             clip=clip and clip.moved(lambda model: _moved(model, device, dtype)),
             tsc=self.tsc and _moved(self.tsc, device, dtype),
-            t5=T5TextEncoder(_moved(t5.model, device, dtype), t5.tokenizer) if isinstance(t5, T5TextEncoder) else t5,
+            t5=t5.moved(lambda model: _moved(model, device, dtype)) if isinstance(t5, T5TextEncoder) else t5,
+            placement=self.placement and replace(self.placement, device=device or self.placement.device,
+                                                 dtype=dtype or self.placement.dtype),
         )
+
+    @contextmanager
+    def at_work(self, *parts: Name) -> Iterator[None]:
+        """The parts on the device where they run, for the block, if the placement lets them wait elsewhere.
+
+        `generate`, `draw` and `encode` do it themselves; around a sampler of yours: `with sd.at_work("unet", "tsc")`.
+        """
+        with ExitStack() as stack:
+            for part in parts if self.placement is not None and self.placement.offload else ():
+                module = getattr(self, part)
+                module = getattr(module, "model", module)
+                if isinstance(module, nn.Module):
+                    stack.enter_context(carried(module, self.device))
+            yield
+
+    def rest(self) -> None:
+        """Let T5 go until the next prompt, as the placement says; `generate` does it when a batch is encoded."""
+        release = getattr(self.t5, "release", None)
+        if release is not None and self.placement is not None and not self.placement.keep_t5:
+            release(self.placement.of("t5").rest)
 
     def __repr__(self) -> str:
         modules = {"unet": self.unet, "vae": self.vae, "clip": getattr(self.clip, "model", self.clip), "tsc": self.tsc,
-                   "t5": getattr(self.t5, "model", self.t5)}
+                   "t5": self.t5.model if isinstance(self.t5, T5TextEncoder) and self.t5.loaded else self.t5}
         parts = ", ".join(f"{name} {_count(part)}" for name, part in modules.items() if part is not None)
         dtype = str(self.dtype).removeprefix("torch.")
         return f"<Pipeline {self.name!r}: {parts}; {self.size} px, {dtype} on {self.device}>"
@@ -202,8 +245,10 @@ class Pipeline:
         row = torch.tensor([texts.index(prompt) for prompt in prompts], device=self.device)
         if mode == "clip":
             if self.clip is None:
-                raise ValueError('mode "clip" needs CLIP\'s tokenizer: load the pipeline with clip_tokenizer=<folder>')
-            read = (self.clip.weighted if weighted else self.clip)(texts, clip_skip)
+                raise ValueError('mode "clip" needs CLIP\'s tokenizer: load the pipeline with clip_tokenizer=<folder>, '
+                                 'or "clip-tokenizer" to fetch it, or install open_clip_torch, which brings it')
+            with self.at_work("clip"):
+                read = (self.clip.weighted if weighted else self.clip)(texts, clip_skip)
             return self._scored(Constant(read.take(row)), score)
         if self.tsc is None or self.t5 is None:
             raise ValueError(f'mode "{mode}" needs ELLA: load the pipeline with tsc=<file> and t5=<folder>, or use '
@@ -211,7 +256,8 @@ class Pipeline:
         length = FIXED_LENGTH if mode == "fixed" else None
         cond: Conditioning = ELLA(self.tsc, (self.t5.weighted if weighted else self.t5)(texts, length), row)
         if self.clip is not None and self.clip.vector_dim is not None:
-            vector = self.clip.weighted(texts if weighted else [escape(text) for text in texts]).vector
+            with self.at_work("clip"):
+                vector = self.clip.weighted(texts if weighted else [escape(text) for text in texts]).vector
             assert vector is not None
             cond = With(cond, vector=vector[row])
         return self._scored(cond, score)
@@ -224,6 +270,9 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
+        """That of the UNet's weights, at work."""
+        if self.placement is not None and self.placement.offload:
+            return self.placement.of("unet").device
         return next((x.device for x in self.unet.parameters()), torch.device("cpu"))
 
     @property

@@ -42,6 +42,11 @@ class FeatureCache:
             self._t5 = self._t5 or self._load()
             return self._t5
 
+    def release(self, rest: torch.device | None = None) -> None:
+        """Let the encoder go until the next prompt that the folder lacks: `T5TextEncoder.release`."""
+        if self._t5 is not None:
+            self._t5.release(rest)
+
     def __repr__(self) -> str:
         return f"FeatureCache({str(self.folder)!r}, {self.encoder!r})"
 

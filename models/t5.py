@@ -3,9 +3,10 @@
 import json
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -21,9 +22,42 @@ if TYPE_CHECKING:  # transformers takes seconds to import: it is loaded when a t
 class T5TextEncoder:
     """The encoder half of a T5 and its tokenizer: ELLA's text encoder is `flan-t5-xl`, features [B, L, 2048]."""
 
-    def __init__(self, model: "T5EncoderModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-        self.model = model
+    def __init__(self, model: "T5EncoderModel", tokenizer: "PreTrainedTokenizerBase",
+                 again: "Callable[[], T5EncoderModel] | None" = None) -> None:
+        """again: reads the model once more, after `release`; None: it stays."""
         self.tokenizer = tokenizer
+        self._model: T5EncoderModel | None = model
+        self._again, self._moving = again, Lock()
+        self._back: torch.device | None = None  # where it runs, while it waits elsewhere
+
+    @property
+    def model(self) -> "T5EncoderModel":
+        """The network, back where it was if it was released; once, whichever thread asks."""
+        with self._moving:
+            if self._model is None:
+                assert self._again is not None
+                self._model = self._again()
+            if self._back is not None:
+                self._model.to(self._back)  # type: ignore[arg-type]
+                self._back = None
+            return self._model
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the network is in memory."""
+        return self._model is not None
+
+    def release(self, rest: torch.device | None = None) -> None:
+        """Let the network go until the next prompt: to the device `rest`, or None: out of memory, if it can be read
+        again. Not while another thread encodes."""
+        with self._moving:
+            if self._model is None or self._back is not None:
+                return
+            if rest is not None:
+                self._back = self._model.device
+                self._model.to(rest)  # type: ignore[arg-type]
+            elif self._again is not None:
+                self._model = None
 
     @classmethod
     def from_folder(cls, folder: str | Path, dtype: str | torch.dtype | None = None,
@@ -50,7 +84,7 @@ class T5TextEncoder:
         if not any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
             raise FileNotFoundError(f"no weights in {path}: expected .safetensors or .bin files beside config.json")
         try:  # mismatches are not ignored: they are collected, and refused below with the rest
-            loaded: Any = T5EncoderModel.from_pretrained(path, local_files_only=True, dtype=torch.float32,
+            loaded: Any = T5EncoderModel.from_pretrained(path, local_files_only=True, dtype=kind,
                                                          output_loading_info=True, ignore_mismatched_sizes=True)
         except pickle.UnpicklingError as error:
             raise ValueError(f"the weights in {path} cannot be read: they hold Python objects, which may run code; use "
@@ -65,9 +99,17 @@ class T5TextEncoder:
             raise ValueError(f"the weights in {path} are not the T5 that its config.json describes: missing, misshapen "
                              f"or unexpected are {', '.join(wrong[:5])}" + ", ..." * (len(wrong) > 5))
         check_vocabulary(tokenizer, model.config.vocab_size, "T5", path)
-        return cls(model.to(device, kind).eval().requires_grad_(False), tokenizer)
+        model = model.to(device, kind).eval().requires_grad_(False)  # kind again: some stay float32 by its config
+        return cls(model, tokenizer, lambda: cls.from_folder(path, kind, device).model)
+
+    def moved(self, move: "Callable[[T5EncoderModel], T5EncoderModel]") -> Self:
+        """The same encoder around `move(model)`."""
+        again = self._again
+        return type(self)(move(self.model), self.tokenizer, None if again is None else lambda: move(again()))
 
     def __repr__(self) -> str:
+        if not self.loaded:
+            return "T5TextEncoder(not in memory)"
         config = self.model.config
         return f"T5TextEncoder(width {config.d_model}, {config.num_layers} layers, {place_of(self.model)})"
 

@@ -14,6 +14,8 @@ from ella_kd.models.devices import place_of
 from ella_kd.models.pictures import Images, to_pixels
 from ella_kd.models.shapes import Shapes, count_of, shape_of
 
+AT_ONCE = 512 * 512
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -250,6 +252,15 @@ class AutoencoderKL(nn.Module):
         return shift, config.scale / std
 
     def _exactly(self, x: Tensor, *layers: nn.Module) -> Tensor:
+        """The layers' answer, computed for as many pictures at once as make `AT_ONCE` pixels: a batch takes no more
+        memory than one large picture."""
+        side = 1 if layers[0] is self.encoder else self.factor
+        n = max(AT_ONCE // max(x.shape[2] * x.shape[3] * side * side, 1), 1)
+        if len(x) <= n:
+            return self._some(x, *layers)
+        return torch.cat([self._some(part, *layers) for part in x.split(n)])
+
+    def _some(self, x: Tensor, *layers: nn.Module) -> Tensor:
         """The layers' answer; pictures that overflow in float16 are computed again in float32, which is told once."""
         network = nn.Sequential(*layers)
         y = network(x)

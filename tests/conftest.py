@@ -1,11 +1,13 @@
 """One thread, one hypothesis profile, float64 on request; and a whole text-to-image system with random weights, in the
 files of the real one."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -17,6 +19,8 @@ from mixtures import Guided, Mixture
 from tiny import randomised
 
 torch.set_num_threads(1)
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub, nor does a process that it starts
+constants.HF_HUB_OFFLINE = True
 settings.register_profile(
     "ella_kd", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

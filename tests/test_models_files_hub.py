@@ -142,9 +142,14 @@ def test_a_download_that_stays_broken_leaves_nothing(hub: Hub, tmp_path: Path) -
 def test_a_file_with_another_hash_is_not_used(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the table says, and as the hub says; read once, refused every time, right again once it is removed."""
     preset(monkeypatch, checkpoint=HubFile("org/sd", "sd.safetensors", sha256="0" * 64))
-    read = []
+    read: list[Path] = []
     plain = hashes._read
-    monkeypatch.setattr(hashes, "_read", lambda path, size: read.append(path) or plain(path, size))
+
+    def reading(path: Path, size: int) -> str:
+        read.append(path)
+        return plain(path, size)
+
+    monkeypatch.setattr(hashes, "_read", reading)
     for _ in range(2):
         with pytest.raises(ValueError, match=f"is not used: its sha256 is {SHA}, expected {'0' * 64}.* remove"):
             find("tiny")
@@ -254,14 +259,18 @@ def serve_miniature(hub: Hub) -> None:
 
 
 def test_as_a_user_runs_it(tmp_path: Path) -> None:
+    url = ""
+
     def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-        place = {"HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1", "HF_ENDPOINT": hub.url}
+        place = {"HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1", "HF_ENDPOINT": url,
+                 "HF_HUB_OFFLINE": "0"}
         return subprocess.run([sys.executable, "-m", "ella_kd", *words], cwd=tmp_path, text=True, capture_output=True,
                               check=False, env={**os.environ, **place, **env})
 
     files = ["org/mini:sd.safetensors", "org/mini:tsc.safetensors", "org/mini:t5"]
     with serving() as hub:
         serve_miniature(hub)
+        url = hub.url
         fetched = run("download", *files, TQDM_POSITION="-1")  # a bar without a terminal
     assert fetched.returncode == 0 and "100%" in fetched.stderr, fetched.stderr
     assert Path(fetched.stdout.splitlines()[0]).read_bytes() == (MINIATURE / "sd.safetensors").read_bytes()

@@ -76,15 +76,16 @@ class Checkpoint:
 def load_checkpoint(path: File, *, vae: File | None = None, text_encoder: File | None = None,
                     text_encoder_2: File | None = None, dtype: str | torch.dtype | None = None,
                     device: str | torch.device = "cpu", clip_tokenizer: File | None = None,
-                    prediction: PredictionType | None = None, ema: bool = False,
-                    variant: str | None = None) -> Checkpoint:
+                    prediction: PredictionType | None = None, ema: bool = False, variant: str | None = None,
+                    vae_dtype: Callable[[str], torch.dtype] | None = None) -> Checkpoint:
     """Read a system: a single file in LDM's layout, a diffusers folder, or a UNet alone with the rest beside it.
 
     vae, text_encoder, text_encoder_2: files or folders of one network, instead of those in `path`. dtype None: fp32 on
     a CPU, fp16 elsewhere, whatever the file holds. clip_tokenizer: a tokenizer folder (a diffusers folder has its own).
     prediction: what the network returns, "eps" or "v"; None: as the file says (`models.files.schedule`), and a warning
     where nothing does. ema: the moving averages of the UNet's weights, in a file that has both. variant: of a folder's
-    files, such as "fp16"; None: the plain ones, or what there is.
+    files, such as "fp16"; None: the plain ones, or what there is. vae_dtype(family): the autoencoder's dtype, if it is
+    another.
     Raises FileNotFoundError, or ValueError naming the first tensors that are missing, extra, misshapen or no finite
     floats, and saying what the file looks like if it is another kind and where it belongs.
     """
@@ -115,7 +116,8 @@ def load_checkpoint(path: File, *, vae: File | None = None, text_encoder: File |
         if tokenizer is not None and name in models:
             check_vocabulary(tokenizer, models[name].config.vocab_size, "CLIP", clip_tokenizer or path)
     warn_of_guess(known, path)
-    filled: dict[str, Any] = {name: fill(model, parts[name], _told(parts[name], told), dtype, device)
+    dtypes = {"vae": dtype if vae_dtype is None else vae_dtype(kind.family)}
+    filled: dict[str, Any] = {name: fill(model, parts[name], _told(parts[name], told), dtypes.get(name, dtype), device)
                               for name, model in models.items()}
     return Checkpoint(filled["unet"], filled["vae"], filled.get("text"), schedule, tokenizers[0] or tokenizers[1],
                       filled.get("text_2"), tokenizers[1], kind, known)
