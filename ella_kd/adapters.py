@@ -39,6 +39,17 @@ class DiffusersUNet(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.unet.parameters()).dtype
 
+    @property
+    def vector_dim(self) -> int | None:
+        """Of SDXL's added vector, sizes included; None for a network without."""
+        config = self.unet.config
+        return config.projection_class_embeddings_input_dim if config.addition_embed_type == "text_time" else None
+
+    @property
+    def guidance_dim(self) -> int | None:
+        """Of what a guidance scale is told by (LCM); None for a network that is not told it."""
+        return self.unet.config.time_cond_proj_dim
+
     def at(self, levels: Levels) -> Self:
         """Itself: it is the same at every noise level."""
         return self
@@ -57,21 +68,21 @@ class DiffusersUNet(nn.Module):
 
     def _told(self, seen: Context, x: Tensor) -> dict[str, Any]:
         """diffusers' arguments for what is seen beside tokens."""
-        config, told = self.unet.config, dict[str, Any]()
-        known = {"channels": True, "vector": config.addition_embed_type == "text_time",
-                 "label": bool(config.num_class_embeds), "guidance": bool(config.time_cond_proj_dim)}
-        known |= {"sizes": known["vector"], "score": known["vector"]}
+        told: dict[str, Any] = {}
+        known = {"channels": True, "label": bool(self.unet.config.num_class_embeds),
+                 "guidance": self.guidance_dim is not None}
+        known |= dict.fromkeys(("vector", "sizes", "score"), self.vector_dim is not None)
         refuse_inputs(seen, [name for name, is_known in known.items() if is_known], self.unet)
         for name in ("vector", "label", "guidance"):
             if known[name] and getattr(seen, name) is None:
                 raise ValueError(f"this UNet needs {NEEDED[name]}: give it beside the tokens, With(cond, {name}=...)")
-        if seen.vector is not None:
-            count = count_told(seen.vector, x, config.projection_class_embeddings_input_dim)
+        if seen.vector is not None and self.vector_dim is not None:
+            count = count_told(seen.vector, x, self.vector_dim)
             if not count:
                 raise ValueError("diffusers' UNet takes SDXL's vector in parts: the pooled text alone, and sizes")
             told["added_cond_kwargs"] = {"text_embeds": seen.vector, "time_ids": told_numbers(seen, x, count)}
-        if seen.guidance is not None:
-            told["timestep_cond"] = guidance_embedding(seen.guidance, config.time_cond_proj_dim).to(self.dtype)
+        if seen.guidance is not None and self.guidance_dim is not None:
+            told["timestep_cond"] = guidance_embedding(seen.guidance, self.guidance_dim).to(self.dtype)
         return told if seen.label is None else {**told, "class_labels": seen.label}
 
 

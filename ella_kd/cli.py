@@ -12,10 +12,15 @@ from typing import Any, NoReturn
 
 import click
 import torch
+from huggingface_hub.utils import enable_progress_bars
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from ella_kd.commands.convert import convert
+from ella_kd.commands.download import download
+from ella_kd.commands.inspect import inspect as inspect_files
 from ella_kd.commands.invert import invert
+from ella_kd.commands.models import models
 from ella_kd.drawing import innermost_scale
 from ella_kd.generation import draw_requests
 from ella_kd.generation import generate as draw_all
@@ -95,9 +100,14 @@ def main(ctx: click.Context) -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no letter for a prompt's
     ctx.with_resource(warnings.catch_warnings())
     warnings.showwarning = _show_warning
-    disable_progress_bar()  # the one transformers shows while it reads T5
+    disable_progress_bar()  # the one transformers shows while it reads T5, and with it those of downloads
+    enable_progress_bars()
 
 
+main.add_command(convert)
+main.add_command(download)
+main.add_command(models)
+main.add_command(inspect_files)
 main.add_command(invert)
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ella_kd.conditioning import Composition, Conditioning
+from ella_kd.conditioning import Composition, Conditioning, With, as_conditioning
 from ella_kd.denoiser import Condition
 from ella_kd.guidance import CFG, Guidance
 from ella_kd.images import to_images
@@ -86,21 +86,30 @@ def draw(
     conditions = {"cond": cond, "uncond": uncond, **conditions}
     beside = as_network(pipeline.unet).in_channels - shape[1]
     if beside and not any(map(has_channels, conditions.values())):
-        conditions = seen_beside(beside, begun, pipeline.vae, shape[2:], denoiser.inner_model.lift, conditions)
+        with pipeline.at_work("vae"):
+            conditions = seen_beside(beside, begun, pipeline.vae, shape[2:], denoiser.inner_model.lift, conditions)
         begun = begun and begun.unkept() if beside > shape[1] else begun
-    extra_args: dict[str, Any] = conditions if isinstance(rule, Guidance) else {**conditions, "cond_scale": rule}
-    if noise is None:
+    if not isinstance(rule, Guidance):
+        if getattr(pipeline.unet, "guidance_dim", None) and not get_sampler(sampler).cfg_pp:
+            told = torch.tensor([float(rule)], device=pipeline.device)  # the network guides itself (LCM)
+            conditions = {name: each and as_conditioning(each).map(lambda leaf: With(leaf, guidance=told))
+                          for name, each in conditions.items()}
+            rule = 1.0
+        conditions["cond_scale"] = rule
+    if noise is None and latents is None:
         noise = randn(shape, rows)
         if asked.variation:
             noise = slerp(noise, randn(shape, [asked.variation_seed] * len(rows)), asked.variation)
-    if begun is not None:
-        latents = begun.x(noise.to(pipeline.device), rows)
-    elif latents is None:
-        latents = noise.to(pipeline.device) * sigmas[0]
+    if noise is not None:
+        noise = noise.to(pipeline.device)
+        latents = noise * sigmas[0] if begun is None else begun.x(noise, rows)
+    assert latents is not None
     sample = get_sampler(sampler).function if begun is None else partial(begun.sample, sampler)
-    latents = sample(denoiser, latents.to(pipeline.device), sigmas, extra_args=extra_args, callback=callback,
-                     disable=not progress, seeds=rows, **asked.of_method)
-    images = to_images(pipeline.vae.decode(latents.to(pipeline.vae.dtype)))
+    with pipeline.at_work("unet", "tsc"):
+        latents = sample(denoiser, latents.to(pipeline.device), sigmas, extra_args=conditions, callback=callback,
+                         disable=not progress, seeds=rows, **asked.of_method)
+    with pipeline.at_work("vae"):
+        images = to_images(pipeline.vae.decode(latents.to(pipeline.vae.dtype)))
     return images if begun is None else [begun.canvas.back(image) for image in images]
 
 
@@ -111,7 +120,8 @@ def begin_from(pipeline: Pipeline, asked: FromPicture, schedule: str, steps: int
     if asked.strength is None and edits(pipeline):
         asked = replace(asked, strength=1.0)
     canvas = Canvas.of(asked, given, picture_size(pipeline, None, None), pipeline.vae.factor)
-    return Beginning.of(canvas, pipeline.vae, pipeline.denoiser(), schedule, whole("steps", steps), sigmas)
+    with pipeline.at_work("vae"):
+        return Beginning.of(canvas, pipeline.vae, pipeline.denoiser(), schedule, whole("steps", steps), sigmas)
 
 
 def edits(pipeline: Pipeline) -> bool:

@@ -16,6 +16,7 @@ from ella_kd.drawing import begin_from, draw, innermost_scale, picture_size, ref
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import parse
 from ella_kd.images import Picture
+from ella_kd.models.added import NEGATIVE_SCORE, POSITIVE_SCORE
 from ella_kd.pictures.inversion import load_latents
 from ella_kd.pictures.options import FromPicture
 from ella_kd.pipeline import Pipeline
@@ -61,7 +62,7 @@ def generate(
     whose tokens follow ELLA's (trigger words, styles). syntax: read `(phrase:1.3)`, `[phrase]`, `[from:to:when]` and
     `[a|b]` in every text, and `AND` in prompts, as A1111's web UI does (`ella_kd.models.emphasis`, `.prompt_editing`).
     wildcards: a folder of text files; `__name__` in a prompt becomes a line of name.txt, chosen by the picture's seed.
-    clip_skip: the layer of CLIP, counted from the last, 1.
+    clip_skip: the layer of CLIP, 1 the one that the model was trained with, 2 that before.
     sampler, schedule: names in `ella_kd.samplers.SAMPLERS` and `SCHEDULES`. scale: of classifier-free guidance; lambda
     for a sampler in `_cfg_pp`. guidance: a rule in its place, `Rescale(CFG(7), 0.7)`, or its text.
     width, height: pixels; by default the size the model was trained on. seeds: a number s gives every prompt the seeds
@@ -135,8 +136,8 @@ def _drawer(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callab
     # ELLA's tokens of "" and CLIP's of "" stand against ELLA's and the tags': the same kinds on both sides.
     no_tags = "" if asked.tags is not None and asked.negative_mode is None else None
 
-    def encode(texts: Sequence[str], mode: Mode, extra: str | None) -> Conditioning:
-        encoded = _over_steps(texts, lambda t: pipeline.encode(t, mode, weighted=asked.syntax,
+    def encode(texts: Sequence[str], mode: Mode, extra: str | None, score: float = POSITIVE_SCORE) -> Conditioning:
+        encoded = _over_steps(texts, lambda t: pipeline.encode(t, mode, weighted=asked.syntax, score=score,
                                                                clip_skip=asked.clip_skip), levels)
         return encoded if extra is None else Concat(encoded, encode([extra], "clip", None))
 
@@ -146,14 +147,16 @@ def _drawer(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callab
 
     @lru_cache(1)
     def uncond_of(negatives: tuple[str, ...]) -> Conditioning:
-        return encode(negatives, asked.negative_mode or asked.mode, no_tags)
+        return encode(negatives, asked.negative_mode or asked.mode, no_tags, NEGATIVE_SCORE)
 
     def draw_batch(batch: list[Request], **shown: Any) -> list[Picture]:
+        cond = cond_of(_one_if_equal(r.prompt for r in batch))
+        uncond = uncond_of(_one_if_equal(r.negative for r in batch))
+        pipeline.rest()
         if asked.latents is not None:
             more["latents"] = latents.expand(len(batch), -1, -1, -1)
-        images = draw(pipeline, cond_of(_one_if_equal(r.prompt for r in batch)),
-                      uncond=uncond_of(_one_if_equal(r.negative for r in batch)), guidance=guidance,
-                      sampler=asked.sampler, sigmas=sigmas, seeds=[r.seed for r in batch], **size, **more, **shown)
+        images = draw(pipeline, cond, uncond=uncond, guidance=guidance, sampler=asked.sampler, sigmas=sigmas,
+                      seeds=[r.seed for r in batch], **size, **more, **shown)
         return [Picture(image, replace(r, width=width, height=height, model=pipeline.name, version=VERSION,
                                        dtype=str(pipeline.dtype).removeprefix("torch.")))
                 for image, r in zip(images, batch, strict=True)]

@@ -8,7 +8,7 @@ from ella_kd.models.timestep import timestep_embedding
 
 WIDTH = 256  # of one number's sinusoid
 PIXELS = 8  # per latent, along one side
-SCORE = 6.0  # the refiner's aesthetic score, where nobody says
+POSITIVE_SCORE = 6.0  # the refiner's aesthetic score, where nobody says
 NEGATIVE_SCORE = 2.5  # and the one that its negative prompts are given
 NEEDED = {"vector": "a vector [B, D] (SDXL: the pooled text)", "guidance": "a guidance scale [B] (LCM)",
           "label": "a label [B], int64 (the x4 upscaler: how noisy the picture beside x is)"}
@@ -57,7 +57,7 @@ def told_numbers(context: Context, x: Tensor, count: int) -> Tensor:
         return sizes.float()
     if score is not None and score.shape != x.shape[:1]:
         raise ValueError(f"score must be [{len(x)}], one per sample, got {list(score.shape)}")
-    return torch.cat([sizes.float()[:, :4], (same(SCORE) if score is None else score.float())[:, None]], 1)
+    return torch.cat([sizes.float()[:, :4], (same(POSITIVE_SCORE) if score is None else score.float())[:, None]], 1)
 
 
 def refuse(who: str, inputs: dict[str, Tensor | None]) -> None:

@@ -105,6 +105,8 @@ class UNetConfig:
             return shape_of(shapes, name, 2)[side] if name in shapes else None
 
         model_channels, in_channels = shape_of(shapes, "input_blocks.0.0.weight", 4)[:2]
+        if not model_channels:
+            raise ValueError("tensor input_blocks.0.0.weight is empty")
         levels: list[list[str]] = [[]]  # per level the names of its blocks
         for n in range(1, count_of(shapes, "input_blocks")):
             if f"input_blocks.{n}.0.op.weight" in shapes or f"input_blocks.{n}.0.op.bias" in shapes:
@@ -155,7 +157,7 @@ class TimeEmbed(nn.Sequential):
         if guidance_dim is not None:
             self.cond_proj = nn.Linear(guidance_dim, channels, bias=False)
 
-    def forward(self, sinusoid: Tensor, guidance: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, sinusoid: Tensor, guidance: Tensor | None = None) -> Tensor:
         if guidance is not None:
             sinusoid = sinusoid + self.cond_proj(guidance)
         return self[2](F.silu(self[0](sinusoid)))
@@ -244,6 +246,14 @@ class UNet(nn.Module):
     @property
     def out_channels(self) -> int:
         return self.config.out_channels
+
+    @property
+    def vector_dim(self) -> int | None:
+        return self.config.vector_dim
+
+    @property
+    def guidance_dim(self) -> int | None:
+        return self.config.guidance_dim
 
     def at(self, levels: Levels) -> "UNet":
         """Itself: it is the same at every noise level."""

@@ -251,7 +251,7 @@ def test_mistakes_are_one_line_and_exit_code_2_before_any_work(run: Run, tiny_fi
 @pytest.mark.parametrize(("words", "parts", "message"), [
     (["generate", "a"], [], "--mode flexible needs ELLA: name its files with --tsc and --t5, or draw without"),
     (["generate", "a"], ["tsc"], "ELLA takes both --tsc, the connector, and --t5"),
-    (["generate", "a", "--mode", "plain"], [], "--mode clip needs CLIP's tokenizer, which no checkpoint holds: name"),
+    (["generate", "a", "--mode", "plain"], [], "--mode clip needs CLIP's tokenizer, which no checkpoint holds: no"),
     (["generate", "a", "--tags", "red"], ["tsc", "t5"], "--tags needs CLIP's tokenizer"),
     (["generate", "a", "--mode", "clip", "--negative-mode", "fixed"], ["clip_tokenizer"], "--negative-mode fixed"),
     (["compare", "good.txt"], ["clip_tokenizer"], "the column ELLA fixed needs ELLA"),

@@ -62,7 +62,7 @@ def test_a_unet_of_diffusers_is_named_as_its_own_conversion_reads_it(kind: str) 
     assert len(ldm) == len(want) and not any(name.startswith(("down_", "mid_", "up_")) for name in ldm)
     file = {"model.diffusion_model." + name: x for name, x in ldm.items()}
     got = convert_ldm_unet_checkpoint(file, {**model.config, "num_class_embeds": model.config.num_class_embeds})
-    extra = {"time_embedding.cond_proj.weight"} & set(want)  # its conversion does not know LCM's, the map keeps it
+    extra = {"time_embedding.cond_proj.weight"} & set(want)  # its conversion does not know LCM's
     assert set(got) | extra == set(want) and all(torch.equal(got[name], want[name]) for name in got)
     assert unet_to_diffusers(ldm) == {ours: source.name for ours, source in sources.items()}
     assert unet_to_diffusers(unet_to_ldm(want).values()) == {b: a for a, b in unet_to_ldm(want).items()}

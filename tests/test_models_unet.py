@@ -96,7 +96,7 @@ def beside(config: UNetConfig, dtype: torch.dtype) -> tuple[dict[str, Tensor], d
 
 
 def latent_consistency_embedding(scale: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    made = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, scale - 1, channels)  # type: ignore[arg-type]
+    made = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, scale - 1, channels)
     return made.to(dtype)
 
 
@@ -247,6 +247,20 @@ def test_a_half_network_still_sees_the_timestep_in_float32() -> None:
     assert not torch.equal(one, other)
 
 
+def test_a_half_network_still_sees_whole_sizes() -> None:
+    """1025 and 1027 are the same number in bf16; so are guidance scales as LCM is told them, 1000 (w - 1)."""
+    x, t, context = inputs(SDXL, torch.bfloat16)
+    unet, vector = random_unet(SDXL).bfloat16(), torch.randn(2, 20)
+    one, other = (unet(x, t, Context(context, vector=vector, sizes=torch.full((2, 6), size)).to(torch.bfloat16))
+                  for size in (1025.0, 1027.0))
+    assert one.dtype == torch.bfloat16 and not torch.equal(one, other)
+    lcm = random_unet(LCM).bfloat16()
+    x, t, context = inputs(LCM, torch.bfloat16)
+    one, other = (lcm(x, t, Context(context, guidance=torch.full((2,), scale)).to(torch.bfloat16))
+                  for scale in (7.5, 7.501))
+    assert not torch.equal(one, other)
+
+
 def test_a_fresh_network_predicts_zero() -> None:
     """The last convolution starts at zero, and every residual branch does too."""
     unet = UNet(MINIATURE)
@@ -296,3 +310,32 @@ def test_wrong_input_is_refused(change: dict[str, Any], says: str) -> None:
 def test_a_contradictory_configuration_is_refused(change: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         UNetConfig(**change)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", "sd2", "sdxl"])
+@torch.no_grad()
+def test_at_full_size_equals_diffusers(name: str) -> None:
+    """SDXL's weights are 10 GB; diffusers' network is on the same tensors."""
+    config = PUBLISHED[name][0]
+    with torch.device("meta"):
+        unet = UNet(config)
+    unet = unet.to_empty(device="cpu").requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(1_000_003, generator=generator)  # again and again: 2.6 billion would take a minute to draw
+    for key, x in unet.state_dict().items():
+        if x.ndim > 1:
+            x.copy_(numbers.repeat(-(-x.numel() // len(numbers)))[:x.numel()].view_as(x)).mul_(x[0].numel() ** -0.5)
+        else:
+            x.fill_(float(key.endswith("weight")))
+    twin = as_diffusers(unet)
+    x = torch.randn(1, 4, 16, 16, generator=generator)
+    context = torch.randn(1, 77, config.context_dim, generator=generator)
+    t, ours, theirs = torch.tensor([703.0]), dict[str, Tensor](), dict[str, Any]()
+    if config.vector_dim:
+        ours = {"vector": torch.randn(1, 1280, generator=generator)}
+        sizes = torch.tensor([[128.0, 128, 0, 0, 128, 128]])
+        theirs = {"added_cond_kwargs": {"text_embeds": ours["vector"], "time_ids": sizes}}
+    got = unet(x, t, Context(context, **ours))
+    assert got.std() > 0.1
+    assert error(got, twin(x, t, context, **theirs).sample) < 2e-5

@@ -58,10 +58,12 @@ def invert(
         extra_args["cond_scale"] = guidance
     sigmas = get_schedule(schedule).sigmas(whole("steps", steps), model)
     up = sigmas[sigmas > 0].flip(0).to(pipeline.device)
-    x = pipeline.vae.encode(read_picture(picture)[0]).float().contiguous()
-    if name in ("euler", "euler_cfg_pp"):
-        return undone(model, x, up, extra_args, row.cfg_pp, refine, disable=not progress)
-    return row.function(model, x, up, extra_args=extra_args, disable=not progress)
+    with pipeline.at_work("vae"):
+        x = pipeline.vae.encode(read_picture(picture)[0]).float().contiguous()
+    with pipeline.at_work("unet", "tsc"):
+        if name in ("euler", "euler_cfg_pp"):
+            return undone(model, x, up, extra_args, row.cfg_pp, refine, disable=not progress)
+        return row.function(model, x, up, extra_args=extra_args, disable=not progress)
 
 
 @torch.no_grad()

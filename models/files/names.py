@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ella_kd.models.shapes import Shapes
+from ella_kd.models.shapes import Shapes, count_of
 
 Table = dict[str, str]  # module -> module
 DEPTH = 6  # the longest module in a table: encoder.mid_block.attentions.0.to_out.0
@@ -26,6 +26,7 @@ ENDS = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "t
         "class_embedding": "label_emb", "class_embedding.linear_1": "label_emb.0.0",
         "class_embedding.linear_2": "label_emb.0.2",
         "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+LCM = {"time_embedding.cond_proj": "time_embed.cond_proj"}  # LDM's files have diffusers' name of it
 ATTENTION = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",  # before diffusers .18; today's come last
              "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 OPEN_LAYER = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
@@ -51,7 +52,7 @@ class Source:
     def __call__(self, tensor: Tensor) -> Tensor:
         if self.third is not None:
             tensor = tensor.chunk(3)[self.third]
-        return (tensor.T if self.transposed else tensor).reshape(self.shape)
+        return tensor.T.contiguous() if self.transposed else tensor.reshape(self.shape)
 
 
 Sources = dict[str, Source]  # our name -> where it is
@@ -59,7 +60,7 @@ Sources = dict[str, Source]  # our name -> where it is
 
 def unet_sources(shapes: Shapes) -> Sources:
     """Our UNet's tensors in a file that spells them as LDM or as diffusers does (names without their prefix)."""
-    spelled = unet_to_ldm(shapes) if _diffusers(shapes) else {name: name for name in shapes}
+    spelled = unet_to_ldm(shapes) if _diffusers(shapes) else _translated(shapes, LCM)
     return _sources(spelled, shapes)
 
 
@@ -95,7 +96,7 @@ def taken(tensors: Mapping[str, Tensor], sources: Sources) -> dict[str, Tensor]:
 def unet_to_ldm(names: Iterable[str]) -> dict[str, str]:
     """diffusers' name -> LDM's, for all names of one UNet."""
     names = list(names)
-    levels, blocks = _count(names, "down_blocks."), _count(names, "down_blocks.0.resnets.")
+    levels, blocks = count_of(names, "down_blocks"), count_of(names, "down_blocks.0.resnets")
     last = {name.split(".")[1] for name in names if re.match(rf"up_blocks\.\d{{1,2}}\.attentions\.{blocks}\.", name)}
     return _translated(names, _unet_table(_Plan(levels, blocks, {int(level) for level in last})))
 
@@ -104,7 +105,7 @@ def unet_to_diffusers(names: Iterable[str]) -> dict[str, str]:
     """LDM's name -> diffusers', for all names of one UNet (without `model.diffusion_model.`)."""
     names = list(names)
     downs = sorted({int(found[1]) for name in names if (found := re.match(r"input_blocks\.(\d{1,2})\.0\.op\.", name))})
-    blocks = max(downs[0] if downs else _count(names, "input_blocks."), 1) - 1
+    blocks = max(downs[0] if downs else count_of(names, "input_blocks"), 1) - 1
     whole, known = blocks + 1, set(names)
     last = {i for i in range(len(downs) + 1) if f"output_blocks.{whole * i + blocks}.1.norm.weight" in known}
     table = _unet_table(_Plan(len(downs) + 1, blocks, last))
@@ -114,16 +115,16 @@ def unet_to_diffusers(names: Iterable[str]) -> dict[str, str]:
 def vae_to_ldm(names: Iterable[str]) -> dict[str, str]:
     """diffusers' name -> LDM's, for all names of one autoencoder."""
     names = list(names)
-    return _translated(names, _vae_table(*(max(_count(names, prefix) for prefix in either) for either in (
-        ("encoder.down_blocks.", "decoder.up_blocks."),
-        ("encoder.down_blocks.0.resnets.", "decoder.up_blocks.0.resnets.")))))
+    return _translated(names, _vae_table(*(max(count_of(names, prefix) for prefix in either) for either in (
+        ("encoder.down_blocks", "decoder.up_blocks"),
+        ("encoder.down_blocks.0.resnets", "decoder.up_blocks.0.resnets")))))
 
 
 def vae_to_diffusers(names: Iterable[str]) -> dict[str, str]:
     """LDM's name -> diffusers', for all names of one autoencoder. There the attention's weights are [C, C]."""
     names = list(names)
-    table = _vae_table(*(max(_count(names, prefix) for prefix in either) for either in (
-        ("encoder.down.", "decoder.up."), ("encoder.down.0.block.", "decoder.up.0.block."))))
+    table = _vae_table(*(max(count_of(names, prefix) for prefix in either) for either in (
+        ("encoder.down", "decoder.up"), ("encoder.down.0.block", "decoder.up.0.block"))))
     return _translated(names, {ldm: diffusers for diffusers, ldm in table.items()})
 
 
@@ -158,7 +159,7 @@ class _Plan(NamedTuple):
 
 def _unet_table(plan: _Plan) -> Table:
     """diffusers' modules -> LDM's. Where two have one name there, the later is the one back."""
-    table = dict(ENDS)
+    table = ENDS | LCM
     whole = plan.blocks + 1
     resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
     table["mid_block.attentions.0"] = "middle_block.1"
@@ -242,11 +243,3 @@ def _diffusers(names: Iterable[str]) -> bool:
     """Whether a UNet or an autoencoder is spelled as diffusers does."""
     return any(re.match(r"((en|de)coder\.)?(down|up|mid)_block", name) for name in names)
 
-
-def _count(names: Iterable[str], prefix: str) -> int:
-    """How many of `prefix0.`, `prefix1.`, ... there are, without a gap; no network has a hundred, a bad file might."""
-    found = {name[len(prefix):].partition(".")[0] for name in names if name.startswith(prefix)}
-    n = 0
-    while str(n) in found and n < 100:
-        n += 1
-    return n
