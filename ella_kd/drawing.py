@@ -83,19 +83,19 @@ def draw(
     if sigmas is None:
         sigmas = get_schedule(schedule).sigmas(whole("steps", steps), denoiser)
     sigmas = sigmas.to(pipeline.device)
-    conditions = {"cond": cond, "uncond": uncond, **conditions}
+    extra_args: dict[str, Any] = {"cond": cond, "uncond": uncond, **conditions}
     beside = as_network(pipeline.unet).in_channels - shape[1]
-    if beside and not any(map(has_channels, conditions.values())):
+    if beside and not any(map(has_channels, extra_args.values())):
         with pipeline.at_work("vae"):
-            conditions = seen_beside(beside, begun, pipeline.vae, shape[2:], denoiser.inner_model.lift, conditions)
+            extra_args = seen_beside(beside, begun, pipeline.vae, shape[2:], denoiser.inner_model.lift, extra_args)
         begun = begun and begun.unkept() if beside > shape[1] else begun
     if not isinstance(rule, Guidance):
         if getattr(pipeline.unet, "guidance_dim", None) and not get_sampler(sampler).cfg_pp:
             told = torch.tensor([float(rule)], device=pipeline.device)  # the network guides itself (LCM)
-            conditions = {name: each and as_conditioning(each).map(lambda leaf: With(leaf, guidance=told))
-                          for name, each in conditions.items()}
+            extra_args = {name: each and as_conditioning(each).map(lambda leaf: With(leaf, guidance=told))
+                          for name, each in extra_args.items()}
             rule = 1.0
-        conditions["cond_scale"] = rule
+        extra_args["cond_scale"] = rule
     if noise is None and latents is None:
         noise = randn(shape, rows)
         if asked.variation:
@@ -106,7 +106,7 @@ def draw(
     assert latents is not None
     sample = get_sampler(sampler).function if begun is None else partial(begun.sample, sampler)
     with pipeline.at_work("unet", "tsc"):
-        latents = sample(denoiser, latents.to(pipeline.device), sigmas, extra_args=conditions, callback=callback,
+        latents = sample(denoiser, latents.to(pipeline.device), sigmas, extra_args=extra_args, callback=callback,
                          disable=not progress, seeds=rows, **asked.of_method)
     with pipeline.at_work("vae"):
         images = to_images(pipeline.vae.decode(latents.to(pipeline.vae.dtype)))

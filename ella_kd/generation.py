@@ -123,7 +123,7 @@ def _drawer(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callab
     if asked.start is None:
         width, height = picture_size(pipeline, asked.width, asked.height)
         sigmas = get_schedule(asked.schedule).sigmas(asked.steps, pipeline.denoiser()) if sigmas is None else sigmas
-        size = {"width": width, "height": height}
+        size: dict[str, Any] = {"width": width, "height": height}
         if asked.latents is not None:
             latents = load_latents(asked.latents, float(sigmas[0]))
             height, width = (side * pipeline.vae.factor for side in latents.shape[2:])

@@ -66,7 +66,7 @@ def request_options(*left_out: str) -> Callable[[Command], Command]:
     """The options that `Request` declares, and those of drawing many."""
     def add(command: Command) -> Command:
         for option in reversed([
-            *(_option(each) for each in sorted(fields(Request), key=lambda each: each.kw_only)  # the picture's last
+            *(_option(each) for each in sorted(fields(Request), key=lambda each: bool(each.kw_only))  # pictures last
               if "help" in each.metadata and each.name not in left_out),
             click.option("--wildcards", metavar="DIR",
                          help="A folder of text files: __name__ in a prompt becomes a line of name.txt, by the seed."),

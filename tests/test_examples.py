@@ -38,8 +38,8 @@ def seen(images: list[Image.Image]) -> list[str]:
     return [describe(parse(np.asarray(image.convert("RGB")))) for image in images]
 
 
-def test_there_are_ten_short_ones_and_each_is_listed() -> None:
-    assert len(EXAMPLES) == 10
+def test_there_are_eleven_short_ones_and_each_is_listed() -> None:
+    assert len(EXAMPLES) == 11
     text = (FOLDER / "README.md").read_text()
     for name in EXAMPLES:
         source = (FOLDER / f"{name}.py").read_text()
@@ -87,6 +87,13 @@ def test_prompt_travel(run: Run) -> None:
 def test_img2img(run: Run) -> None:
     names = run("img2img")
     assert seen([names["image"], names["edited"]]) == ["red heart center, night", "red heart center, forest"]
+
+
+def test_inpainting(run: Run) -> None:
+    names = run("inpainting")
+    cross = f"{HEART}, yellow cross middle right, night"
+    found = seen([names[name] for name in ("image", "repainted", "extended")])
+    assert found == [f"{HEART}, {RING}, night", cross, cross]
 
 
 def test_guidance_rules(run: Run) -> None:

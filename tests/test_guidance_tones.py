@@ -1,5 +1,7 @@
 """Rules that change what is answered, whatever the prompt says, and the average of the last steps."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -35,7 +37,8 @@ def test_what_each_does(rule: Guidance) -> None:
 
 
 def test_refusals() -> None:
-    for make, what in ((lambda: Contrast(CFG(3), -1.0), "0 or more"), (lambda: Mirrored(CFG(3), "z"), "choose x, y"),
+    axis: Any = "z"
+    for make, what in ((lambda: Contrast(CFG(3), -1.0), "0 or more"), (lambda: Mirrored(CFG(3), axis), "choose x, y"),
                        (lambda: Mirrored(CFG(3), "x", 2.0, 1.0), "sigma_lo"),
                        (lambda: Shifted(CFG(3), (1.0,))(make_answers()), "each of 4 channels"),
                        (lambda: towards(studio.miniature().vae, red=3.0), "-1 to 1"), (lambda: Average(0), "1 or more"),

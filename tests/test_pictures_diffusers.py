@@ -4,11 +4,12 @@ import copy
 import inspect
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import pytest
 import torch
+from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
@@ -34,15 +35,20 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """What is given to the decoder."""
     seen: list[Tensor] = []
     whole = AutoencoderKL.decode
-    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z: (seen.append(z), whole(self, z))[1])
+
+    def decode(self: AutoencoderKL, z: Tensor) -> Tensor:
+        seen.append(z)
+        return whole(self, z)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", decode)
     return seen
 
 
 @pytest.fixture
 def quiet() -> Iterator[None]:
-    diffusers.logging.set_verbosity_error()
+    logging.set_verbosity_error()
     yield
-    diffusers.logging.set_verbosity_warning()
+    logging.set_verbosity_warning()
 
 
 def of_channels(pipeline: Pipeline, channels: int) -> Pipeline:
@@ -54,7 +60,7 @@ def theirs(kind: Any, pipeline: Pipeline, **options: Any) -> Tensor:
     """The latents at the end of diffusers' pipeline, DDIM."""
     scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                         clip_sample=False, set_alpha_to_one=True, steps_offset=1)
-    unet: Any = as_diffusers(pipeline.unet)
+    unet: Any = as_diffusers(cast(UNet, pipeline.unet))
     unet.register_to_config(sample_size=64)
     parts = {"text_encoder": None, "tokenizer": None, "feature_extractor": None, "safety_checker": None,
              "depth_estimator": None, "requires_safety_checker": False}

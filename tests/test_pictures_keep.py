@@ -111,7 +111,7 @@ def test_segments(row: Sampler) -> None:
 
 
 @pytest.mark.parametrize(("sampler", "options"), [("euler_ancestral", {"s_noise": 0.0}), ("dpmpp_2m", {})])
-def test_resampling_agrees_better_with_what_is_kept(sampler: str, options: dict[str, float],
+def test_resampling_agrees_better_with_what_is_kept(sampler: str, options: dict[str, Any],
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     """A Gaussian field and its exact denoiser: everything is linear, so a run without noise of each unit picture gives
     the mean of what is repainted, exactly. Its distance to the true conditional mean, 1 if the kept part were ignored:

@@ -43,7 +43,8 @@ class Beginning:
     def of(cls, canvas: Canvas, vae: AutoencoderKL, model: Denoiser, schedule: str, steps: int,
            sigmas: Tensor | None = None) -> "Beginning":
         """sigmas: in place of those that schedule, steps and the strength give. Raises ValueError for no step."""
-        asked, picture, mask = canvas.asked, vae.encode(canvas.image).float().contiguous(), None
+        asked, picture = canvas.asked, vae.encode(canvas.image).float().contiguous()
+        mask: Repaint | Unlock | None = None
         everywhere = canvas.hard is None and canvas.strengths is None
         strength = asked.strength if asked.strength is not None else STRENGTH if everywhere else 1.0
         repaint = torch.ones(picture.shape[2:], dtype=torch.float64)

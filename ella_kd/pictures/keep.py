@@ -79,6 +79,8 @@ class Keep(Denoiser):
     Raises ValueError for latents or a mask that fit neither each other nor x.
     """
 
+    inner_model: Any
+
     def __init__(self, inner_model: Any, latents: Tensor, mask: Repaint | Unlock) -> None:
         super().__init__()
         if latents.ndim != 4 or not latents.is_floating_point():
@@ -132,10 +134,11 @@ class KeepRun:
             level = levels[0] if isinstance(levels, tuple) else levels
         mask = self.mask.at(level).to(x.dtype).expand_as(x)
 
-        def blended(answer: Tensor | None) -> Tensor | None:
-            return None if answer is None else torch.lerp(self.picture, answer, mask)
+        def blended(answer: Tensor) -> Tensor:
+            return torch.lerp(self.picture, answer, mask)
 
-        return Prediction(blended(found.denoised), blended(getattr(found, "cond", None)), blended(found.uncond))
+        return Prediction(blended(found.denoised), blended(getattr(found, "cond", found.denoised)),
+                          None if found.uncond is None else blended(found.uncond))
 
 
 def _checked(what: str, values: Tensor, most: float) -> Tensor:

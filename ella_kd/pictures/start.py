@@ -73,8 +73,7 @@ def sigmas_by_strength(schedule: str, steps: int, model: Any, strength: float,
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     """From noise a to noise b on the arc between them, row by row, so that the length of noise is kept: [B, ...]."""
-    rows = [x.flatten(1).double() for x in (a, b)]
-    cosine = torch.cosine_similarity(*rows, dim=1).clamp(-1, 1).view(-1, *[1] * (a.ndim - 1))
+    cosine = torch.cosine_similarity(a.flatten(1).double(), b.flatten(1).double(), dim=1).clamp(-1, 1).view(-1, *[1] * (a.ndim - 1))
     angle = cosine.acos()
     if bool((angle.sin() < 1e-3).any()):  # the same noise, or its opposite: no arc
         return torch.lerp(a, b, share)
