@@ -73,8 +73,8 @@ def sigmas_by_strength(schedule: str, steps: int, model: Any, strength: float,
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     """From noise a to noise b on the arc between them, row by row, so that the length of noise is kept: [B, ...]."""
-    cosine = torch.cosine_similarity(a.flatten(1).double(), b.flatten(1).double(), dim=1).clamp(-1, 1).view(-1, *[1] * (a.ndim - 1))
-    angle = cosine.acos()
+    cosine = torch.cosine_similarity(a.flatten(1).double(), b.flatten(1).double(), dim=1).clamp(-1, 1)
+    angle = cosine.view(-1, *[1] * (a.ndim - 1)).acos()
     if bool((angle.sin() < 1e-3).any()):  # the same noise, or its opposite: no arc
         return torch.lerp(a, b, share)
     there, here = ((part * angle).sin() / angle.sin() for part in (share, 1 - share))
