@@ -35,7 +35,7 @@ class Recipe:
 SD2: dict[str, Any] = {"use_linear_projection": True, "block_out_channels": (64, 128), "attention_head_dim": (1, 2)}
 XL: dict[str, Any] = {**SD2, **SECOND_HAND, "down": (PLAIN, CROSS, CROSS), "block_out_channels": (64, 64, 128),
                       "attention_head_dim": (1, 1, 2), "transformer_layers_per_block": (1, 2, 3),
-                      "projection_class_embeddings_input_dim": 64 + 6 * 256, "cross_attention_dim": 128}
+                      "projection_class_embeddings_input_dim": 64 + 6 * 256, "cross_attention_dim": 64 + 128}
 XL_TEXTS = ("conditioner.embedders.0." + HF, "conditioner.embedders.1." + OPEN)
 SD2_TEXT = ("cond_stage_model." + OPEN,)
 RECIPES = {
@@ -57,7 +57,7 @@ RECIPES = {
     "refiner": Recipe("an SDXL refiner checkpoint",
                       {**XL, "down": (PLAIN, CROSS, CROSS, PLAIN), "block_out_channels": (64, 64, 128, 128),
                        "attention_head_dim": (1, 1, 2, 2), "transformer_layers_per_block": 2,
-                       "projection_class_embeddings_input_dim": 64 + 5 * 256, "cross_attention_dim": 64},
+                       "projection_class_embeddings_input_dim": 64 + 5 * 256, "cross_attention_dim": 128},
                       ("conditioner.embedders.0." + OPEN,), scale=0.13025),
     "vega": Recipe("a Segmind Vega checkpoint",
                    {**XL, "mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [0, 1, 2],
@@ -132,8 +132,9 @@ def system(kind: str, seed: int = 0) -> System:
 
 
 def _text(open_clip: bool, projected: bool) -> nn.Module:
+    width = 128 if open_clip and projected else 64  # diffusers tells SDXL's two by their widths
     config = CLIPTextConfig(
-        vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=1,
+        vocab_size=99, hidden_size=width, intermediate_size=96, num_hidden_layers=3, num_attention_heads=width // 64,
         max_position_embeddings=77, projection_dim=64, hidden_act="gelu" if open_clip else "quick_gelu",
         bos_token_id=97, eos_token_id=98, pad_token_id=0 if open_clip else 98)
     return CLIPTextModelWithProjection(config) if open_clip and projected else CLIPTextModel(config)

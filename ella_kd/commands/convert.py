@@ -1,6 +1,7 @@
 """`ella-kd convert`."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ella_kd.models.files.checkpoint import load_checkpoint, parts_at
 from ella_kd.models.files.hub import find
 from ella_kd.models.files.metadata import kept
 from ella_kd.models.files.saving import save
+from ella_kd.models.tokenizers import published_clip_tokenizer
 
 SHORT = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
@@ -45,7 +47,10 @@ def convert(source: str, target: Path, dtype: str | None, vae: str | None, text_
         found = load_checkpoint(path, dtype=name, device="cpu", vae=vae and find(vae, "vae"),
                                 text_encoder=text_encoder, clip_tokenizer=clip_tokenizer, **options)
     if target.suffix != ".safetensors" and found.text_model is not None and found.clip_tokenizer is None:
-        warnings.warn("the folder lacks CLIP's tokenizer, which a single file has not: give it with --clip-tokenizer",
-                      stacklevel=1)
+        words = published_clip_tokenizer(found.text_model.config.vocab_size, fetch=False)
+        found = replace(found, clip_tokenizer=words)
+        if words is None:
+            warnings.warn("the folder lacks CLIP's tokenizer, which no single file has: give it with --clip-tokenizer",
+                          stacklevel=1)
     save(target, found, kept(weights["unet"].weights.metadata))
     click.echo(click.format_filename(target))

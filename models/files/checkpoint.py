@@ -192,7 +192,7 @@ def _numbers(part: Part, marker: str, key: str) -> tuple[float, ...] | None:
     said = part.config.get(key)
     if said is None:
         return None
-    if not isinstance(said, list) or not all(type(x) in (int, float) for x in said):
+    if not isinstance(said, list | tuple) or not all(type(x) in (int, float) for x in said):
         raise ValueError(f"{key} in config.json must be a list of numbers, got {said!r:.60}")
     return tuple(map(float, said))
 
@@ -209,7 +209,7 @@ def _heads(part: Part) -> dict[str, int]:
         return {}
     if type(heads) is int:
         return {"num_heads": heads}
-    if isinstance(heads, list) and isinstance(widths, list) and len(heads) == len(widths) and all(
+    if isinstance(heads, list | tuple) and isinstance(widths, list | tuple) and len(heads) == len(widths) and all(
             type(n) is int and n > 0 for n in [*heads, *widths]):
         if len(set(heads)) == 1:
             return {"num_heads": heads[0]}

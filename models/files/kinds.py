@@ -76,10 +76,7 @@ def kind_of(weights: Weights) -> Kind:
 
 def kind_of_folder(folder: Path) -> Kind:
     """What a folder holds: a diffusers pipeline, or one network; `Kind()` if nobody knows."""
-    try:
-        parts, _ = parts_of_folder(folder)
-    except FileNotFoundError:
-        return Kind()
+    parts, _ = parts_of_folder(folder)
     one = next(iter(parts.values()), None)
     if one is None or one.weights.path == folder:
         return kind_of(Weights(folder))

@@ -154,10 +154,10 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _safetensors(path: Path) -> Any:
+    with path.open("rb"):  # PermissionError, which safe_open tells as no such file
+        pass
     try:
         return safe_open(path, framework="pt")
-    except PermissionError:
-        raise
     except Exception as error:  # SafetensorError, and what a damaged header leads to
         empty = "it is empty" if path.stat().st_size == 0 else error
         raise ValueError(f"{path} is not a whole safetensors file ({empty}): fetch it again") from error
