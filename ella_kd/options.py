@@ -135,7 +135,7 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
         raise ValueError(f"{_flag(given[0])} belongs to a checkpoint: name it with --checkpoint")
     if given:
         _check_modes(specs, wanted)
-        files = {**find_all(specs)}
+        files = {str(part): path for part, path in find_all(specs).items()}
         _check_files(files)
     checkpoint = Path(files["checkpoint"])
     factor = _factor(Path(files.get("vae") or checkpoint))

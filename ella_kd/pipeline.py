@@ -148,7 +148,8 @@ class Pipeline:
         """
         if not isinstance(self.unet, UNet):
             raise TypeError(f"a UNet of ours can be saved, got {type(self.unet).__name__}")
-        texts = [self.clip.first, self.clip.second] if isinstance(self.clip, TwoTextEncoders) else [self.clip]
+        clip: Any = self.clip
+        texts = [clip.first, clip.second] if isinstance(clip, TwoTextEncoders) else [clip]
         models, tokenizers = ([*(each and getattr(each, what) for each in texts), None][:2]
                               for what in ("model", "tokenizer"))
         parts = Checkpoint(self.unet, self.vae, models[0], self.noise_schedule, tokenizers[0], models[1], tokenizers[1])

@@ -291,15 +291,15 @@ def as_nobody(call: Callable[[], list[str]]) -> list[str]:
 
 
 def test_a_t5_of_another_width_and_a_connector_of_another_model(tiny_files: dict[str, str], tmp_path: Path) -> None:
-    t5 = tmp_path / "t5"
+    t5, given = tmp_path / "t5", dict[str, Any](tiny_files)
     shutil.copytree(tiny_files["t5"], t5)
     config = json.loads((t5 / "config.json").read_text())
     (t5 / "config.json").write_text(json.dumps(config | {"d_model": 48}))
     with pytest.raises(ValueError, match=rf"the T5 in {t5} has width 48, the connector .* was trained on one of 32"):
-        Pipeline.load(**{**tiny_files, "t5": str(t5)}, device="cpu")
+        Pipeline.load(**{**given, "t5": str(t5)}, device="cpu")
     save_tsc(tmp_path / "tsc.safetensors", TSC(32, 32, 96, 1, 2, 4, 32))
     with pytest.raises(ValueError, match="makes tokens of width 96, the checkpoint's UNet takes 64: they belong to"):
-        Pipeline.load(**{**tiny_files, "tsc": str(tmp_path / "tsc.safetensors")}, device="cpu")
+        Pipeline.load(**{**given, "tsc": str(tmp_path / "tsc.safetensors")}, device="cpu")
 
 
 def test_code_in_a_folders_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
