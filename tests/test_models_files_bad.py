@@ -231,6 +231,12 @@ def test_what_is_no_file(tmp_path: Path, saved: Path) -> None:
                 load(tmp_path / name)
 
 
+def test_a_tensor_that_is_larger_than_its_file(tmp_path: Path) -> None:
+    torch.save({"connector.latents": torch.zeros(1).expand(10**9, 10**6)}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"x.ckpt is not a whole torch file \(the tensor connector.latents is larger"):
+        load_tsc(tmp_path / "x.ckpt")
+
+
 @pytest.mark.parametrize(("content", "says"), [
     ("", "is no index of weights"), ("[]", "is no index of weights"), ("{}", "is no index of weights"),
     ('{"weight_map": []}', "is no index"), ('{"weight_map": {}}', "weight_map must name files beside it"),
