@@ -22,8 +22,8 @@ from ella_kd.commands.inspect import inspect as inspect_files
 from ella_kd.commands.invert import invert
 from ella_kd.commands.models import models
 from ella_kd.drawing import innermost_scale
-from ella_kd.generation import draw_requests
 from ella_kd.generation import generate as draw_all
+from ella_kd.generation import jobs
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import known, parse
 from ella_kd.images import Picture, contact_sheet, save_image
@@ -157,11 +157,12 @@ def generate(prompts: tuple[str, ...], file: str | None, count: int, out: Path, 
     saved = 0
     try:
         with tqdm(total=total, unit="picture", disable=total <= batch) as bar:
-            for picture in draw_requests(pipeline, requests(), guidance=rule, batch_size=batch):
-                number, path = save(picture, out, number, enlarge)
-                saved += 1
-                bar.update()
-                tqdm.write(click.format_filename(path), file=sys.stdout)
+            for job in jobs(pipeline, requests(), guidance=rule, batch_size=batch):
+                for picture in map(Picture, job.draw(), job.requests):
+                    number, path = save(picture, out, number, enlarge)
+                    saved += 1
+                    bar.update()
+                    tqdm.write(click.format_filename(path), file=sys.stdout)
     except KeyboardInterrupt as error:
         raise Stopped(f"stopped: {saved} of {total} pictures are saved in {out}") from error
 

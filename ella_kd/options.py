@@ -18,6 +18,7 @@ from ella_kd.models.files.presets import PRESETS, Part
 from ella_kd.models.shapes import count_of
 from ella_kd.models.tokenizers import BPE, find_clip_tokenizer
 from ella_kd.pipeline import MINIATURE, Pipeline, size_of
+from ella_kd.placement import Placement
 from ella_kd.request import MODES, Mode, Request, mode_named
 
 Command = Callable[..., Any]
@@ -55,6 +56,10 @@ def model_options(command: Command) -> Command:
         click.option("--device", metavar="NAME", help="cuda, cpu, mps ... [default: cuda if there is one, else cpu]"),
         click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]),
                      help="[default: float16 on a GPU, float32 on a CPU]"),
+        click.option("--offload", is_flag=True,
+                     help="For small cards: every network waits in the CPU's memory until its turn."),
+        click.option("--keep-t5", is_flag=True,
+                     help="Keep T5 where it runs; else it leaves once a batch is encoded, to be read again."),
         click.option("--fast", is_flag=True,
                      help="On a CPU: faster, for more memory: 2 GB with SD1.5 in float32, 4 while loading."),
     ]):
@@ -131,7 +136,7 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
     wanted: which options need which mode. Files, modes, device and sizes are checked before any weight is read.
     """
     model = options.pop("model")
-    prediction = options.pop("prediction")
+    prediction, offload, keep_t5 = (options.pop(name) for name in ("prediction", "offload", "keep_t5"))
     dtype, fast, device = options.pop("dtype"), options.pop("fast"), check_device(options.pop("device"))
     specs = with_preset({name: options.pop(name) for name in FILES}, None if model == "miniature" else model)
     files: dict[str, Any] = {"checkpoint": MINIATURE / "sd.safetensors"}
@@ -140,7 +145,7 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
         raise ValueError(f"{_flag(given[0])} belongs to a checkpoint: name it with --checkpoint")
     if given:
         _check_modes(specs, wanted)
-        files = {**find_all(specs)}
+        files = {str(part): path for part, path in find_all(specs).items()}
         _check_files(files)
     checkpoint = Path(files["checkpoint"])
     factor = _factor(Path(files.get("vae") or checkpoint))
@@ -150,7 +155,8 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
     if fast and (device.type != "cpu" or dtype == "float16"):
         raise ValueError(f"--fast is for float32 or bfloat16 on the CPU, got {dtype or numbers} on {device}")
     if given:
-        pipeline = Pipeline.load(**files, prediction=prediction, device=device, dtype=numbers)
+        pipeline = Pipeline.load(**files, prediction=prediction,
+                                 placement=Placement(device, numbers, keep_t5=keep_t5, offload=offload))
     else:
         pipeline = Pipeline.miniature(device=device, **({"dtype": numbers} if dtype else {}))
     return pipeline.fast_on_cpu() if fast else pipeline

@@ -148,10 +148,11 @@ class Pipeline:
         """
         if not isinstance(self.unet, UNet):
             raise TypeError(f"a UNet of ours can be saved, got {type(self.unet).__name__}")
-        texts = [self.clip.first, self.clip.second] if isinstance(self.clip, TwoTextEncoders) else [self.clip]
-        models, tokenizers = ([*(each and getattr(each, what) for each in texts), None][:2]
-                              for what in ("model", "tokenizer"))
-        parts = Checkpoint(self.unet, self.vae, models[0], self.noise_schedule, tokenizers[0], models[1], tokenizers[1])
+        clip: Any = self.clip
+        texts: list[Any] = [clip.first, clip.second] if isinstance(clip, TwoTextEncoders) else [clip]
+        models: list[Any] = [*(each and each.model for each in texts), None]
+        words: list[Any] = [*(each and each.tokenizer for each in texts), None]
+        parts = Checkpoint(self.unet, self.vae, models[0], self.noise_schedule, words[0], models[1], words[1])
         save(path, parts, {"modelspec.title": self.name, "modelspec.resolution": f"{self.size}x{self.size}"},
              dtype=None if dtype is None else check_dtype(dtype, "meta"))
 

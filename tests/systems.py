@@ -72,9 +72,9 @@ class System:
     """A kind's networks, diffusers' and transformers'."""
 
     recipe: Recipe
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    texts: tuple[nn.Module, ...]
+    unet: Any
+    vae: Any
+    texts: tuple[Any, ...]
 
     def ldm(self) -> dict[str, Tensor]:
         """The tensors as a single file has them, markers included."""
@@ -128,7 +128,7 @@ def system(kind: str, seed: int = 0) -> System:
     texts = tuple(_text("transformer" not in prefix, "conditioner" in prefix) for prefix in recipe.texts)
     models = [randomised(cast(nn.Module, model), seed + i, 0.1).eval()
               for i, model in enumerate([network, vae, *texts])]
-    return System(recipe, cast(UNet2DConditionModel, models[0]), cast(AutoencoderKL, models[1]), tuple(models[2:]))
+    return System(recipe, models[0], models[1], tuple(models[2:]))
 
 
 def _text(open_clip: bool, projected: bool) -> nn.Module:

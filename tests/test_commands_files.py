@@ -1,14 +1,17 @@
 """`ella-kd inspect` and `ella-kd convert`."""
 
 import json
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ella_kd import Pipeline
 from ella_kd.cli import main
 from ella_kd.models import load_checkpoint
 from ella_kd.models.files import presets
@@ -73,6 +76,25 @@ def test_convert_goes_there_and_back(tmp_path: Path) -> None:
     with safe_open(tmp_path / "titled.safetensors", "pt") as file:
         assert file.metadata()["modelspec.title"] == "a title"
     assert same(load_checkpoint(tmp_path / "titled.safetensors").unet, load_checkpoint(source).unet)
+
+
+def test_a_folder_with_another_autoencoder_draws_as_told(tmp_path: Path, tiny_files: dict[str, str],
+                                                         pipeline: Pipeline) -> None:
+    pipeline.save(tmp_path / "folder")
+    pipeline.save(tmp_path / "sd.safetensors")
+    args = ["generate", "a red circle", "--mode", "clip", "--negative-mode", "clip", "--steps", "2", "--seed", "1",
+            "--device", "cpu", "--vae", tmp_path / "folder" / "vae"]
+    for name, more in (("folder", []), ("sd.safetensors", ["--clip-tokenizer", tiny_files["clip_tokenizer"]]),
+                       ("folder", ["--prediction", "v"])):
+        said, code = run(*args, "--checkpoint", tmp_path / name, "--out", tmp_path / "out", *more)
+        assert code == 0, said
+    folder, file, v = (path.read_bytes() for path in sorted((tmp_path / "out").glob("*.png")))
+    assert pixels(folder) == pixels(file) != pixels(v)
+
+
+def pixels(png: bytes) -> bytes:
+    with Image.open(BytesIO(png)) as image:
+        return image.tobytes()
 
 
 def test_convert_writes_nothing_over_what_is_there(tmp_path: Path, saved: Path) -> None:

@@ -231,6 +231,12 @@ def test_what_is_no_file(tmp_path: Path, saved: Path) -> None:
                 load(tmp_path / name)
 
 
+def test_a_tensor_that_is_larger_than_its_file(tmp_path: Path) -> None:
+    torch.save({"connector.latents": torch.zeros(1).expand(10**9, 10**6)}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"x.ckpt is not a whole torch file \(the tensor connector.latents is larger"):
+        load_tsc(tmp_path / "x.ckpt")
+
+
 @pytest.mark.parametrize(("content", "says"), [
     ("", "is no index of weights"), ("[]", "is no index of weights"), ("{}", "is no index of weights"),
     ('{"weight_map": []}', "is no index"), ('{"weight_map": {}}', "weight_map must name files beside it"),
@@ -291,15 +297,15 @@ def as_nobody(call: Callable[[], list[str]]) -> list[str]:
 
 
 def test_a_t5_of_another_width_and_a_connector_of_another_model(tiny_files: dict[str, str], tmp_path: Path) -> None:
-    t5 = tmp_path / "t5"
+    t5, given = tmp_path / "t5", dict[str, Any](tiny_files)
     shutil.copytree(tiny_files["t5"], t5)
     config = json.loads((t5 / "config.json").read_text())
     (t5 / "config.json").write_text(json.dumps(config | {"d_model": 48}))
     with pytest.raises(ValueError, match=rf"the T5 in {t5} has width 48, the connector .* was trained on one of 32"):
-        Pipeline.load(**{**tiny_files, "t5": str(t5)}, device="cpu")
+        Pipeline.load(**{**given, "t5": str(t5)}, device="cpu")
     save_tsc(tmp_path / "tsc.safetensors", TSC(32, 32, 96, 1, 2, 4, 32))
     with pytest.raises(ValueError, match="makes tokens of width 96, the checkpoint's UNet takes 64: they belong to"):
-        Pipeline.load(**{**tiny_files, "tsc": str(tmp_path / "tsc.safetensors")}, device="cpu")
+        Pipeline.load(**{**given, "tsc": str(tmp_path / "tsc.safetensors")}, device="cpu")
 
 
 def test_code_in_a_folders_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ def test_a_whole_checkpoint_comes_back(networks: Networks, saved: Path) -> None:
     loaded = load_checkpoint(saved)
     assert (loaded.unet.config, loaded.vae.config) == (unet.config, vae.config)
     assert all(map(same, networks, (loaded.unet, loaded.vae, loaded.text_model)))
-    assert torch.equal(loaded.noise_schedule.alphas_cumprod, NoiseSchedule.sd15().alphas_cumprod)
+    assert torch.equal(loaded.noise_schedule.sigmas, NoiseSchedule.sd15().sigmas) and loaded.text_model
     assert loaded.noise_schedule.prediction == "eps"
     ids = torch.tensor([[1, 5, 2, 0, 0, 0]])
     with torch.no_grad():
@@ -57,6 +57,7 @@ def test_dtypes_on_disk_and_in_memory_are_independent(networks: Networks, tmp_pa
     got, want = loaded.vae.quant_conv.weight, networks[1].quant_conv.weight
     assert torch.allclose(got, want, rtol=1e-3, atol=1e-4)
     half = load_checkpoint(tmp_path / "x.safetensors", dtype=torch.bfloat16)
+    assert half.text_model
     for model in (half.unet, half.vae, half.text_model):
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
@@ -96,6 +97,7 @@ def test_a_text_encoder_needs_a_tokenizer(saved: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "red": 1, "<unk>": 2}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(tmp_path)
     checkpoint = load_checkpoint(saved, clip_tokenizer=tmp_path)
+    assert checkpoint.text_model
     tokens = checkpoint.text_encoder("red").tokens
     assert tokens.shape == (1, 6, 128)
     assert torch.equal(tokens, checkpoint.text_model(torch.tensor([[1, 0, 0, 0, 0, 0]])).last_hidden_state)
@@ -144,6 +146,7 @@ def test_a_full_size_sd15_file_loads_and_runs(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "sd15.safetensors")
     del tensors
     checkpoint = load_checkpoint(tmp_path / "sd15.safetensors")
+    assert checkpoint.text_model
     assert (checkpoint.unet.config, checkpoint.vae.config) == (UNetConfig(), VAEConfig())
     latents = torch.randn(1, 4, 64, 64, generator=generator)
     with torch.no_grad():

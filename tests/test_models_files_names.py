@@ -46,7 +46,7 @@ UNETS: dict[str, dict[str, Any]] = {
 }
 
 
-def unet(down: tuple[str, ...], **config: Any) -> UNet2DConditionModel:
+def unet(down: tuple[str, ...], **config: Any) -> Any:
     up = tuple(each.replace("Down", "Up") for each in reversed(down))
     widths = (32, 32, 64, 64)[:len(down)]
     return UNet2DConditionModel(**{"block_out_channels": widths, "layers_per_block": 1, "down_block_types": down,
@@ -71,9 +71,9 @@ def test_a_unet_of_diffusers_is_named_as_its_own_conversion_reads_it(kind: str) 
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("levels", [4, 3])
 def test_an_autoencoder_of_diffusers_is_named_as_its_own_conversion_reads_it(levels: int, old: bool) -> None:
-    model = AutoencoderKL(block_out_channels=(32, 32, 64, 64)[-levels:], layers_per_block=2, norm_num_groups=32,
-                          down_block_types=("DownEncoderBlock2D",) * levels,
-                          up_block_types=("UpDecoderBlock2D",) * levels)
+    model: Any = AutoencoderKL(block_out_channels=(32, 32, 64, 64)[-levels:], layers_per_block=2, norm_num_groups=32,
+                               down_block_types=("DownEncoderBlock2D",) * levels,
+                               up_block_types=("UpDecoderBlock2D",) * levels)
     want = given = model.state_dict()
     if old:
         spelled = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}

@@ -1,18 +1,20 @@
 """What a model predicts, its noise levels, and how that is known."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ella_kd.models import EDMSchedule, NoiseSchedule, load_checkpoint
 from ella_kd.models.files.layout import Part
 from ella_kd.models.files.names import Source
 from ella_kd.models.files.schedule import V_BIAS, Known, known_prediction
 from ella_kd.models.files.weights import Weights
-from filing import Edit
+from filing import Edit, Tensors
 
 
 @pytest.mark.parametrize(("said", "argument", "want"), [
@@ -24,17 +26,21 @@ def test_prediction_is_the_argument_then_the_metadata(edited: Edit, said: str, a
 
 
 def test_the_schedule_is_the_exact_one_unless_the_file_has_another(edited: Edit) -> None:
+    def table_of(tensors: Callable[[Tensors], Tensors], **args: Any) -> Tensor:
+        schedule = load_checkpoint(edited(tensors), **args).noise_schedule
+        assert isinstance(schedule, NoiseSchedule)
+        return schedule.alphas_cumprod
+
     exact = NoiseSchedule.sd15().alphas_cumprod
-    rounded = load_checkpoint(edited(lambda t: {**t, "alphas_cumprod": exact.half()}))
-    assert torch.equal(rounded.noise_schedule.alphas_cumprod, exact)
+    assert torch.equal(table_of(lambda t: {**t, "alphas_cumprod": exact.half()}), exact)
     other = NoiseSchedule.scaled_linear(beta_end=0.014, n=1100, prediction="v")
-    loaded = load_checkpoint(edited(lambda t: {**t, "alphas_cumprod": other.alphas_cumprod}), prediction="v")
-    assert torch.equal(loaded.noise_schedule.alphas_cumprod, other.alphas_cumprod)
+    found = table_of(lambda t: {**t, "alphas_cumprod": other.alphas_cumprod}, prediction="v")
+    assert torch.equal(found, other.alphas_cumprod)
     with pytest.raises(ValueError, match=r"edited.safetensors has a noise schedule of its own .*decrease strictly"):
         load_checkpoint(edited(lambda t: {**t, "alphas_cumprod": torch.zeros(1000)}))
     for table in (exact.bfloat16(), exact.bfloat16().float(), exact.half().float(), exact.half().bfloat16()):
-        loaded = load_checkpoint(edited(lambda t, table=table: {**t, "alphas_cumprod": table}))
-        assert torch.equal(loaded.noise_schedule.alphas_cumprod, exact)
+        changed: Tensors = {"alphas_cumprod": table}
+        assert torch.equal(table_of(lambda t: t | changed), exact)  # noqa: B023
     with pytest.raises(ValueError, match=r"strictly.* \(bfloat16 is coarse: give the table in float32\)"):
         load_checkpoint(edited(lambda t: {**t, "alphas_cumprod": other.alphas_cumprod.bfloat16()}))
 

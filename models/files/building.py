@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,9 @@ def fill(model: Model, part: Part, told: str, dtype: torch.dtype, device: torch.
     tensors = {names[name]: _read(part, name, dtype, device) for name in part.sources}
     model.load_state_dict(tensors, assign=True)
     for module in model.modules():
-        if hasattr(module, "position_ids"):  # a buffer that no file needs to hold, so it is still on meta
-            module.position_ids = torch.arange(module.position_ids.shape[-1], device=device)[None]
+        ids: Any = getattr(module, "position_ids", None)
+        if ids is not None:  # a buffer that no file needs to hold, so it is still on meta
+            module.position_ids = torch.arange(ids.shape[-1], device=device)[None]
     return model.eval().requires_grad_(False)
 
 

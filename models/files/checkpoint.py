@@ -69,7 +69,9 @@ class Checkpoint:
         if two:
             second: Any = self.text_model_2
             return TwoTextEncoders.sdxl(model, second, self.clip_tokenizer, self.clip_tokenizer_2)
-        make = {"sd2": CLIPTextEncoder.sd2, "refiner": CLIPTextEncoder.big_g}.get(self.kind.family, CLIPTextEncoder)
+        makers: dict[str, Callable[..., CLIPTextEncoder]] = {"sd2": CLIPTextEncoder.sd2,
+                                                             "refiner": CLIPTextEncoder.big_g}
+        make = makers.get(self.kind.family, CLIPTextEncoder)
         return make(model, self.clip_tokenizer)
 
 
@@ -126,7 +128,7 @@ def load_checkpoint(path: File, *, vae: File | None = None, text_encoder: File |
 def unet_of(part: Part, kind: Kind) -> UNet:
     """A UNet of a file's shapes; the heads are in our metadata or in diffusers' configuration, else the family's."""
     own = config_of(part.weights)
-    heads = {key: own[key] for key in ("num_heads", "head_dim") if key in own} or _heads(part)
+    heads: dict[str, int] = {key: own[key] for key in own if key in ("num_heads", "head_dim")} or _heads(part)
     return UNet(UNetConfig.from_shapes(part.shapes, **heads))
 
 

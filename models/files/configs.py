@@ -94,12 +94,12 @@ def scheduler_config(schedule: NoiseSchedule | EDMSchedule) -> dict[str, Any]:
 
 def _betas(table: Tensor) -> dict[str, Any]:
     """beta_schedule and its ends, where the table is one of the usual ones; otherwise each beta."""
-    usual = (NoiseSchedule.sd15(), NoiseSchedule.kolors(), NoiseSchedule.paints_undo())
-    names = (("scaled_linear", 0.00085, 0.012), ("scaled_linear", 0.00085, 0.014), ("linear", 0.00085, 0.020))
-    for each, (kind, start, end) in zip(usual, names):
-        for known in (each.alphas_cumprod, each.zero_terminal_snr().alphas_cumprod):
-            if known.shape == table.shape and torch.allclose(known, table, 1e-6, 0):
-                return {"beta_schedule": kind, "beta_start": start, "beta_end": end, "trained_betas": None}
+    sd15 = NoiseSchedule.sd15()
+    usual = ((sd15, "scaled_linear", 0.012), (sd15.zero_terminal_snr(), "scaled_linear", 0.012),
+             (NoiseSchedule.kolors(), "scaled_linear", 0.014), (NoiseSchedule.paints_undo(), "linear", 0.020))
+    for known, kind, end in usual:
+        if known.alphas_cumprod.shape == table.shape and torch.allclose(known.alphas_cumprod, table, 1e-6, 0):
+            return {"beta_schedule": kind, "beta_start": 0.00085, "beta_end": end, "trained_betas": None}
     betas = 1 - table / torch.cat([torch.ones(1, dtype=table.dtype), table[:-1]])
     return {"trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
 

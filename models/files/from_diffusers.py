@@ -16,7 +16,7 @@ from ella_kd.models.files.weights import Weights
 
 def from_modules(pipe: Any) -> Checkpoint:
     """The networks of a diffusers pipeline. Raises TypeError and ValueError as `Pipeline.from_diffusers` says."""
-    modules = {"unet": getattr(pipe, "unet", None), "vae": getattr(pipe, "vae", None)}
+    modules: dict[str, Any] = {"unet": getattr(pipe, "unet", None), "vae": getattr(pipe, "vae", None)}
     for name, module in modules.items():
         if not isinstance(module, nn.Module):
             raise TypeError(f"expected a diffusers pipeline with a {name}, such as StableDiffusionPipeline, got "

@@ -39,7 +39,7 @@ TABLE = "alphas_cumprod"
 IGNORED = {"betas", TABLE, "alphas_cumprod_prev", "log_one_minus_alphas_cumprod", "logvar", "lvlb_weights",
            "scale_factor", "denoiser.sigmas", *MARKERS}
 IGNORED_PREFIXES = ("model_ema.", VAE + "loss.", VAE + "model_ema.", "loss.", "posterior_", "sqrt_",
-                    "low_scale_model.", "depth_model.")
+                    "low_scale_model.", "depth_model.", "embedding_manager.")
 # A network without a prefix, alone in its file: what one of its names begins with.
 BARE = ((r"(input_blocks|output_blocks)\.\d", "unet"),
         (r"(down_blocks|up_blocks)\.\d+\.(resnets|attentions)\.", "unet"),

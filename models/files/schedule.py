@@ -103,18 +103,20 @@ def noise_schedule(path: Path, weights: Weights, known: Known, kind: Kind,
                    scheduler: Mapping[str, Any] | None = None) -> NoiseSchedule | EDMSchedule:
     """The noise levels. Raises ValueError for a table or a configuration that cannot be used, naming the file."""
     scheduler = scheduler_config(path) if scheduler is None else scheduler
-    edm = [_number(weights, f"edm_vpred.sigma_{end}", usual) for end, usual in (("min", 0.002), ("max", 120.0))]
     try:
         if known.prediction == "edm":
-            given = {name: float(scheduler[name]) for name in ("sigma_min", "sigma_max", "sigma_data")
-                     if name in scheduler}
-            return EDMSchedule(**given)
+            low, high, data = (float(scheduler.get(name, usual)) for name, usual in (
+                ("sigma_min", 0.002), ("sigma_max", 80.0), ("sigma_data", 0.5)))
+            return EDMSchedule(low, high, data)
         prediction: PredictionType = "v" if known.prediction == "v" else "eps"
         if "edm_vpred.sigma_max" in weights:
-            return EDMSchedule(*edm, sigma_data=1.0, prediction="v")
+            low, high = (_number(weights, f"edm_vpred.sigma_{end}", usual)
+                         for end, usual in (("min", 0.002), ("max", 120.0)))
+            return EDMSchedule(low, high, 1.0, prediction="v")
         if "EDM" in str(scheduler.get("_class_name")) and prediction == "v":
-            return EDMSchedule(*(float(scheduler.get(name, usual)) for name, usual in (
-                ("sigma_min", 0.002), ("sigma_max", 120.0), ("sigma_data", 1.0))), prediction="v")
+            low, high, data = (float(scheduler.get(name, usual)) for name, usual in (
+                ("sigma_min", 0.002), ("sigma_max", 120.0), ("sigma_data", 1.0)))
+            return EDMSchedule(low, high, data, prediction="v")
         schedule = (_table(weights[TABLE], prediction) if TABLE in weights
                     else _of_config(scheduler, prediction))
         zero = "ztsnr" in weights or scheduler.get("rescale_betas_zero_snr") is True

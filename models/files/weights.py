@@ -3,7 +3,6 @@ tensor when it is asked for. Safetensors, or pickles read by `torch.load(weights
 
 import json
 import pickle
-import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -218,7 +217,7 @@ def _harmless() -> AbstractContextManager[Any]:
     """
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
         return nullcontext()
-    scalar = (sys.modules.get("numpy._core.multiarray") or np.core.multiarray).scalar
+    scalar = np.float64(0).__reduce__()[0]
     allowed: list[Any] = [(type("ModelCheckpoint", (), {}),
                            f"pytorch_lightning.callbacks.{module}ModelCheckpoint") for module in
                           ("model_checkpoint.", "")]
