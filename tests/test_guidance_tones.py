@@ -53,7 +53,7 @@ def test_colour_and_mirror_on_the_miniature() -> None:
     """The shift of a colour makes the picture redder or darker; a mirrored one is symmetric; the average of the last
     denoised is one, between them."""
     sd = studio.miniature()
-    cond, uncond = studio.t5("A blue ring rests in the center of a dark night."), studio.t5("")
+    cond, uncond = studio.t5("The scene is set in a dark night. A blue ring sits at the middle left."), studio.t5("")
     side = sd.size // sd.vae.factor
 
     def pixels(rule: Guidance, callback: Average | None = None) -> np.ndarray:
