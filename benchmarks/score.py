@@ -101,7 +101,7 @@ def measure_samplers(pipeline: Pipeline, count: int) -> dict[str, Any]:
 
 def systems_table(result: dict[str, Any]) -> str:
     lines = ["| things | system | score | all right | " + " | ".join(CATEGORIES) + " | shuffled: score | all right |"]
-    lines.append("|---" * 10 + "|")
+    lines.append("|---" * (6 + len(CATEGORIES)) + "|")
     for things, systems in result.items():
         for name, row in systems.items():
             right, chance = row["right"], row["shuffled"]
