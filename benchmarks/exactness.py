@@ -25,7 +25,7 @@ from benchmarks.miniature.questions import ask
 from benchmarks.miniature.scenes import Scene, parse, random_scene, random_thing, render, to_pictures, to_tensor
 from benchmarks.readme import between_marks
 from ella_kd import CFGDenoiser, ELLADenoiser, Pipeline
-from ella_kd.models import TSC
+from ella_kd.models import TSC, NoiseSchedule
 from ella_kd.samplers import get_sigmas_karras, randn, sample_dpmpp_2m
 
 HERE = Path(__file__).parent
@@ -63,22 +63,25 @@ def changes(timesteps: Sequence[float]) -> dict[str, Change]:
 
 @dataclass(frozen=True)
 class Run:
-    """A schedule of STEPS steps from timestep `start` on; below 999 it starts from a picture."""
+    """A schedule of STEPS steps; with `denoise` below 1 the last ones of a longer schedule, from a picture on."""
 
     spacing: str  # "karras", or "normal": equal steps of t
-    start: float = 999.0
+    denoise: float = 1.0
 
     @property
     def name(self) -> str:
-        return self.spacing if self.start == 999 else f"{self.spacing}, img2img from t = {self.start:g}"
+        return self.spacing if self.denoise == 1 else f"{self.spacing}, img2img {self.denoise:g}"
 
-    def sigmas(self, denoiser: ELLADenoiser) -> Tensor:
+    def sigmas(self, schedule: NoiseSchedule) -> Tensor:
+        steps = round(STEPS / self.denoise)
         if self.spacing == "normal":
-            return torch.cat([denoiser.t_to_sigma(torch.linspace(self.start, 0, STEPS)), torch.zeros(1)])
-        return get_sigmas_karras(STEPS, denoiser.sigma_min, float(denoiser.t_to_sigma(torch.tensor(self.start))))
+            whole = torch.cat([schedule.t_to_sigma(torch.linspace(999, 0, steps)), torch.zeros(1)])
+        else:
+            whole = get_sigmas_karras(steps, schedule.sigma_min, schedule.sigma_max)
+        return whole[-STEPS - 1 :]
 
 
-RUNS = (Run("normal"), Run("karras"), Run("normal", 500.0), Run("karras", 500.0))
+RUNS = (Run("normal"), Run("karras"), Run("normal", 0.5), Run("karras", 0.5))
 
 
 def scenes(count: int, things: int) -> list[Scene]:
@@ -102,7 +105,7 @@ def draw(pipeline: Pipeline, wanted: Sequence[Scene], run: Run, change: str, mod
     """What is read from one picture per scene, seeds 0, 1, 2, ..."""
     assert pipeline.t5 is not None and pipeline.tsc is not None
     exact = ELLADenoiser(pipeline.unet, pipeline.tsc, pipeline.noise_schedule)
-    sigmas = run.sigmas(exact)
+    sigmas = run.sigmas(pipeline.noise_schedule)
     told = changes(exact.sigma_to_t(sigmas[:-1]).tolist())[change]
     connector = AskedAt(pipeline.tsc, told)
     model = CFGDenoiser(ELLADenoiser(pipeline.unet, connector, pipeline.noise_schedule))  # type: ignore[arg-type]
@@ -113,7 +116,7 @@ def draw(pipeline: Pipeline, wanted: Sequence[Scene], run: Run, change: str, mod
     for first in range(0, len(wanted), BATCH):
         part = wanted[first : first + BATCH]
         x = randn((len(part), 4, side, side), list(range(first, first + len(part)))) * sigmas[0]
-        if run.start < 999:
+        if run.denoise < 1:
             begin = random.Random(f"exactness start {first}")
             x = x + pipeline.vae.encode(to_tensor([render(redecorated(scene, begin)) for scene in part]))
         extra_args = {"cond": pipeline.t5(prompts[first : first + BATCH], length), "uncond": pipeline.t5("", length),

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.miniature import autoencoder, diffusion, text, train
-from benchmarks.miniature.captions import Wording, dense
+from benchmarks.miniature import autoencoder, captions, diffusion, text, train
 from benchmarks.miniature.loop import Budget, Stage
 from benchmarks.miniature.loop import train as run_stage
 from benchmarks.miniature.scenes import Scene, Thing, random_scene
@@ -166,13 +165,12 @@ def test_training_never_shows_what_is_held_out(monkeypatch: pytest.MonkeyPatch) 
 def test_case_and_marks_are_nothing_to_the_tokenizers() -> None:
     rng = random.Random(0)
     for reader in (text.t5_tokenizer(), text.clip_tokenizer()):
-        words = dense(Scene("snow", (Thing(0, "ring", "red", "striped", "dark"),)), rng, Wording(marks="stops"))
-        from benchmarks.miniature.captions import text as written
-
-        lower, upper = reader(written(words)).input_ids, reader(written(words, upper=True)).input_ids
+        words = captions.dense(Scene("snow", (Thing(0, "ring", "red", "striped", "dark"),)), rng,
+                               captions.Wording(marks="stops"))
+        lower, upper = (reader(captions.text(words, upper)).input_ids for upper in (False, True))
         assert lower == upper
         assert reader.unk_token_id not in lower
-    assert len(text.t5_tokenizer()(written(words)).input_ids) == len(words) + 1  # word-level, and the end
+    assert len(text.t5_tokenizer()(captions.text(words)).input_ids) == len(words) + 1  # word-level, and the end
 
 
 def test_the_stages_make_files_that_the_library_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
