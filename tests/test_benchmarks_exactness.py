@@ -31,7 +31,7 @@ def test_step_indexed_tokens_are_off_by_as_much_as_was_computed_from_comfyui(run
     t = schedule.sigma_to_t(sigmas[:-1])
     off = (by_step(t.tolist())(t) - t).abs()
     assert off.mean().item() == pytest.approx(mean, abs=0.6)
-    assert off.max().item() == pytest.approx(largest, abs=0.6)
+    assert off.max().item() == pytest.approx(largest, abs=1)  # ComfyUI rounds its timesteps
 
 
 def test_the_connector_is_asked_at_the_changed_timestep_and_nowhere_else() -> None:
