@@ -9,10 +9,10 @@ STAMP  := $(VENV)/.installed
 export OMP_WAIT_POLICY := PASSIVE
 
 # glibc gives large buffers back to the system at each free and pays for them again in page faults: 15 % of a UNet step.
-bench: export MALLOC_MMAP_MAX_ := 0
-bench: export MALLOC_TRIM_THRESHOLD_ := 34359738368
+bench bench-speed: export MALLOC_MMAP_MAX_ := 0
+bench bench-speed: export MALLOC_TRIM_THRESHOLD_ := 34359738368
 
-.PHONY: demo test test-slow check bench install clean
+.PHONY: demo test test-slow mutants check bench bench-score bench-samplers bench-speed install clean
 
 demo: $(STAMP)          ## draw eight dense prompts with the miniature
 	$(PY) -m benchmarks.demo
@@ -23,14 +23,27 @@ test: $(STAMP)          ## every test but the slow ones
 test-slow: $(STAMP)     ## the tests that take minutes or gigabytes
 	$(PY) -m pytest -m slow $(ARGS)
 
+mutants: $(STAMP)       ## plant 300 small faults, one at a time: which do the tests not notice?
+	$(PY) tests/mutants.py $(ARGS)
+
 check: $(STAMP)         ## lint and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-bench: $(STAMP)         ## the semantic score, the samplers' orders and the driver's own time, steps per second
+bench-score: $(STAMP)   ## the semantic score; ARGS=--publish replaces the tables on file, --help tells the rest
 	$(PY) -m benchmarks.score $(ARGS)
-	$(PY) -m benchmarks.samplers
-	$(PY) -m benchmarks.steps_per_second
+
+bench-samplers: $(STAMP)  ## the samplers' orders and the driver's own time
+	$(PY) -m benchmarks.samplers $(ARGS)
+
+bench-speed: $(STAMP)   ## steps per second
+	$(PY) -m benchmarks.steps_per_second $(ARGS)
+
+bench: $(STAMP)         ## all three; ARGS that all three understand
+	$(if $(filter-out --publish --out=%,$(ARGS)),$(error make bench takes ARGS=--publish or ARGS=--out=DIR; for other options name one: make bench-score, bench-samplers, bench-speed))
+	$(PY) -m benchmarks.score $(ARGS)
+	$(PY) -m benchmarks.samplers $(ARGS)
+	$(PY) -m benchmarks.steps_per_second $(ARGS)
 
 install: $(STAMP)
 

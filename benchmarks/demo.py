@@ -16,8 +16,7 @@ from benchmarks.miniature import captions
 from benchmarks.miniature.questions import ask
 from benchmarks.miniature.scenes import PLACES, Scene, parse, random_scene
 from ella_kd import CFGDenoiser, ELLADenoiser, Pipeline, generate
-from ella_kd.draw import to_images
-from ella_kd.images import contact_sheet, save_image, save_png
+from ella_kd.images import contact_sheet, save_image, save_png, to_images
 from ella_kd.samplers import get_sigmas_karras, randn
 from ella_kd.samplers.upstream import k_diffusion
 
@@ -51,7 +50,7 @@ def drawn_by_k_diffusion(pipeline: Pipeline, prompt: str, seed: int) -> Image.Im
 
 
 @click.command(help=__doc__)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("out/demo"), show_default=True)
 def main(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     disable_progress_bar()

@@ -1,28 +1,22 @@
-"""Writes the README's table of samplers from the library's own: `python -m benchmarks.readme`."""
+"""The README's tables, from the library's own and from what was measured: `python -m benchmarks.readme --publish`."""
 
 from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+from typing import Any
 
+import click
+
+from benchmarks.results import HERE, Results, between_marks, writes
 from ella_kd.samplers import SAMPLERS, Sampler
 
-README = Path(__file__).parents[1] / "README.md"
-MEASURED = Path(__file__).parent / "samplers.json"
-
-
-def between_marks(text: str, name: str, content: str) -> str:
-    """`text` with what stands between `<!-- name -->` and `<!-- /name -->` replaced. ValueError without the marks."""
-    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    if start not in text or end not in text:
-        raise ValueError(f"expected the marks {start.strip()} and {end}")
-    return text[: text.index(start) + len(start)] + content + "\n" + text[text.index(end) :]
+README = HERE.parent / "README.md"
 
 
 def samplers_table() -> str:
     """A Markdown row per method; the orders are those that `python -m benchmarks.samplers` measured."""
-    orders = json.loads(MEASURED.read_text())["orders"] if MEASURED.exists() else {}
+    orders = json.loads((HERE / "samplers.json").read_text())["orders"]
     rows = ["| `sample_` | family, paper | evaluations a step | measured order | adds noise | CFG++ |"]
     rows.append("|---" * 6 + "|")
     for name, sampler in SAMPLERS.items():
@@ -46,5 +40,47 @@ def paper(sampler: Sampler) -> str:
     return ""
 
 
+def measured_table(systems: dict[str, Any]) -> str:
+    """What each system draws of two and of three things, from `systems` in score.json."""
+    counts = [things for things in ("two", "three") if things in systems]
+    lines = ["| | " + " | ".join(f"{things} things: score | all right" for things in counts) + " |"]
+    lines.append("|---" * (1 + 2 * len(counts)) + "|")
+    rows = {name: [systems[things][name]["right"] for things in counts] for name in systems["one"]}
+    rows["ELLA flexible, pictures of other prompts (chance)"] = [
+        systems[things]["ELLA flexible, dense prompt"]["shuffled"] for things in counts]
+    lines += [f"| {name} | " + " | ".join(f"{row['score']:.1f} | {row['all_right']:.1f} %" for row in found) + " |"
+              for name, found in rows.items()]
+    return "\n".join(lines)
+
+
+def forms_table(forms: dict[str, Any]) -> str:
+    lines = ["| ELLA flexible, how the text is written | all right |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {row['all_right']:.0f} % |" for name, row in forms.items())])
+
+
+def tables() -> dict[str, str]:
+    """The README's tables by the names of their marks."""
+    score = json.loads((HERE / "score.json").read_text())
+    return {"samplers": samplers_table(), "measured": measured_table(score["systems"]),
+            "forms": forms_table(score["forms"])}
+
+
+def publish() -> None:
+    """Writes them into the README."""
+    text = README.read_text()
+    for name, table in tables().items():
+        text = between_marks(text, name, table)
+    README.write_text(text)
+
+
+@click.command(help=__doc__)
+@writes("readme")
+def main(results: Results) -> None:
+    if results.published:
+        publish()
+    else:
+        results.write_tables(tables())
+
+
 if __name__ == "__main__":
-    README.write_text(between_marks(README.read_text(), "samplers", samplers_table()))
+    main()

@@ -1,7 +1,7 @@
 """What the samplers are: measured order of convergence, error against evaluations, and the driver's own time.
 
 All on the exact mixture of `benchmarks/mixture.py`, in float64, from sigma 20 to .05 on a Karras grid without the jump
-to 0. Writes `samplers.json`, `orders.png`, the tables in `benchmarks/README.md` and the one in the README.
+to 0. Writes `samplers.json`, `orders.png` and the tables.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -18,14 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import plots, readme
 from benchmarks.machine import machine
 from benchmarks.mixture import Mixture
-from benchmarks.readme import README, between_marks
-from benchmarks.readme import samplers_table as readme_table
+from benchmarks.results import Results, writes
 from ella_kd.samplers import SAMPLERS, Solver, get_sigmas_karras, sample
 from ella_kd.samplers.upstream import k_diffusion
 
-HERE = Path(__file__).parent
 SIGMA_MIN, SIGMA_MAX = 0.05, 20.0
 COUNTS = (40, 80, 160, 320, 640)
 FEW = (4, 6, 8, 12, 16, 20, 28, 40, 64)
@@ -149,32 +147,10 @@ def same(result: dict[str, Any]) -> list[list[str]]:
     return groups
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Error against evaluations; methods that are the same without their noise share a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 5.5), dpi=100)
-    colours = plt.get_cmap("tab20")
-    for k, names in enumerate(same(result)):
-        row = result[names[0]]
-        evaluations, error = zip(*(row["errors"] + row["many"][1:3]), strict=True)
-        style, label = ("-", "--")[k // 20 % 2], "\n".join(names)
-        axes.loglog(evaluations, error, style, marker="o", markersize=2.5, lw=1.1, color=colours(k % 20), label=label)
-    axes.set(xlabel="evaluations of the denoiser", ylabel="error against the exact flow (rms)")
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-
-
 @click.command(help=__doc__)
 @click.option("--rounds", default=40, show_default=True, help="Runs of each side of the overhead.")
-@click.option("--out", type=click.Path(path_type=Path), default=HERE, show_default="benchmarks/")
-def main(rounds: int, out: Path) -> None:
+@writes("samplers")
+def main(rounds: int, results: Results) -> None:
     overhead = measure_overhead(rounds)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -183,15 +159,16 @@ def main(rounds: int, out: Path) -> None:
     finally:
         torch.set_default_dtype(before)
     result = {"machine": machine(), "rounds": rounds, "orders": orders, "overhead": overhead}
-    (out / "samplers.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(orders, out / "orders.png")
-    readme = out / "README.md"
-    text = between_marks(readme.read_text(), "orders", orders_table(orders))
-    text = between_marks(text, "overhead", overhead_table(overhead))
-    measured = f"`python -m benchmarks.samplers --rounds {rounds}` on {result['machine']}."
-    readme.write_text(between_marks(text, "samplers machine", measured))
-    if out == HERE:
-        README.write_text(between_marks(README.read_text(), "samplers", readme_table()))
+    path = results.folder / "samplers.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    plots.orders(orders, same(orders), results.folder / "orders.png")
+    results.write_tables({
+        "orders": orders_table(orders), "overhead": overhead_table(overhead),
+        "samplers machine": f"`python -m benchmarks.samplers --rounds {rounds}` on {result['machine']}.",
+    })
+    if results.published:
+        readme.publish()
+    click.echo(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The semantic score: how much of a dense prompt is in the picture, read from the pixels of the miniature's pictures.
 
-Scores plain Stable Diffusion, ELLA fixed and ELLA flexible on held-out prompts at equal seeds, and ten samplers at 5,
-10 and 20 steps. Writes `score.json`, the tables in `benchmarks/README.md` and the plot beside it.
+In three parts: plain Stable Diffusion, ELLA fixed and ELLA flexible on held-out prompts at equal seeds; ten samplers at
+5, 10 and 20 steps; ELLA flexible on other forms of text than it was trained on. Writes `score.json`, where a part that
+is not measured stays as it is, the tables, and the samplers' plot.
 """
 
 from __future__ import annotations
@@ -9,22 +10,21 @@ from __future__ import annotations
 import json
 import random
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 import numpy as np
 
+from benchmarks import forms, plots, readme
 from benchmarks.machine import machine
 from benchmarks.miniature import captions
 from benchmarks.miniature.questions import CATEGORIES, ask, summary
 from benchmarks.miniature.scenes import Scene, parse, random_scene
-from benchmarks.readme import between_marks
+from benchmarks.results import Results, writes
 from ella_kd import Pipeline, generate
 from ella_kd.samplers import SAMPLERS, get_sigmas_karras
 
-HERE = Path(__file__).parent
 STEPS, SCALE, LAMBDA, BATCH = 20, 3.0, 0.6, 50
 SYSTEMS = {
     "plain SD, short tags": ("plain", "tags"),
@@ -33,6 +33,7 @@ SYSTEMS = {
     "ELLA flexible, dense prompt": ("flexible", "dense"),
 }
 NUMBERS = ("one", "two", "three")
+PARTS = ("systems", "samplers", "forms")
 #: The samplers that are scored: what most scripts use, with and without CFG++.
 SCORED = (
     "euler", "euler_ancestral", "heun", "dpm_2", "dpmpp_2s_ancestral", "dpmpp_2m", "dpmpp_2m_sde",
@@ -119,49 +120,61 @@ def samplers_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Score against evaluations of the model, one line per sampler."""
-    import matplotlib
+def forms_table(result: dict[str, Any]) -> str:
+    lines = ["| ELLA flexible | pictures | score | all right |", "|---|---|---|---|"]
+    lines += [f"| {name} | {row['pictures']} | {row['score']:.1f} | {row['all_right']:.1f} |"
+              for name, row in result.items()]
+    return "\n".join(lines)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), dpi=110)
-    for name, row in result.items():
-        style = "--" if name.endswith("_cfg_pp") else "-"
-        axes.plot([r["evaluations"] for r in row.values()], [r["score"] for r in row.values()], style + "o", label=name,
-                  markersize=4)
-    axes.set(xlabel="evaluations of the denoiser", ylabel="semantic score, two things", xscale="log")
-    axes.set_xticks([5, 10, 20, 40], ["5", "10", "20", "40"])
-    axes.minorticks_off()
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
-    figure.tight_layout()
-    figure.savefig(path)
+def measure_forms(pipeline: Pipeline, count: int) -> dict[str, Any]:
+    def found(texts: Sequence[str]) -> list[Scene]:
+        return draw(pipeline, texts, mode="flexible", steps=STEPS, scale=SCALE)
+
+    result = forms.measure(found, held_out(count, 3), held_out(count, 4))
+    click.echo(forms_table(result))
+    return result
 
 
 @click.command(help=__doc__)
-@click.option("--count", default=200, show_default=True, help="Held-out prompts per row.")
-@click.option("--sampler-count", default=100, show_default=True, help="Held-out prompts per sampler and step count.")
-@click.option("--most", default=3, show_default=True, help="Score scenes of one up to this many things.")
-@click.option("--out", type=click.Path(path_type=Path), default=HERE, show_default="benchmarks/")
-def main(count: int, sampler_count: int, most: int, out: Path) -> None:
+@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, help="Only this; again for more.  [all]")
+@click.option("--count", default=200, show_default=True, help="systems: held-out prompts per row.")
+@click.option("--most", default=3, show_default=True, help="systems: scenes of one up to this many things.")
+@click.option("--sampler-count", default=100, show_default=True, help="samplers: prompts per sampler and step count.")
+@click.option("--form-count", default=64, show_default=True, help="forms: held-out prompts per row.")
+@writes("score")
+def main(parts: tuple[str, ...], count: int, most: int, sampler_count: int, form_count: int, results: Results) -> None:
+    path = results.folder / "score.json"
+    found = json.loads(path.read_text()) if path.exists() else {"settings": {}, "measured": {}}
     pipeline = Pipeline.miniature()
-    result = {
-        "command": f"python -m benchmarks.score --count {count} --sampler-count {sampler_count} --most {most}",
-        "machine": machine(),
-        "settings": {"sampler": "dpmpp_2m", "schedule": "karras", "steps": STEPS, "scale": SCALE, "lambda": LAMBDA},
-        "systems": measure_systems(pipeline, count, most),
-        "samplers": measure_samplers(pipeline, sampler_count),
-    }
-    (out / "score.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(result["samplers"], out / "samplers.png")  # type: ignore[arg-type]
-    readme = out / "README.md"
-    text = readme.read_text()
-    text = between_marks(text, "systems", systems_table(result["systems"]))  # type: ignore[arg-type]
-    text = between_marks(text, "samplers", samplers_table(result["samplers"]))  # type: ignore[arg-type]
-    text = between_marks(text, "machine", f"`{result['command']}` on {result['machine']}.")
-    readme.write_text(text)
+    found["settings"] = {"sampler": "dpmpp_2m", "schedule": "karras", "steps": STEPS, "scale": SCALE, "lambda": LAMBDA}
+    for part, measure, options in (
+        ("systems", lambda: measure_systems(pipeline, count, most), f"--count {count} --most {most}"),
+        ("samplers", lambda: measure_samplers(pipeline, sampler_count), f"--sampler-count {sampler_count}"),
+        ("forms", lambda: measure_forms(pipeline, form_count), f"--form-count {form_count}"),
+    ):
+        if part in (parts or PARTS):
+            found[part] = measure()
+            command = f"python -m benchmarks.score --part {part} {options}"
+            found["measured"][part] = {"command": command, "machine": machine()}
+            path.write_text(json.dumps(found, indent=1) + "\n")
+    write(found, results)
+    click.echo(f"wrote {path}")
+
+
+def write(found: dict[str, Any], results: Results) -> None:
+    """The tables of the parts that were measured, and the plot."""
+    tables = {part: TABLES[part](found[part]) for part in PARTS if part in found}
+    tables |= {f"{part} measured": f"`{by['command']}` on {by['machine']}." for part, by in found["measured"].items()}
+    results.write_tables(tables)
+    if "samplers" in found:
+        plots.scores(found["samplers"], results.folder / "samplers.png")
+    if results.published:
+        readme.publish()
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "systems": systems_table, "samplers": samplers_table, "forms": forms_table}
 
 
 if __name__ == "__main__":

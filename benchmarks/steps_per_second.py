@@ -6,7 +6,7 @@ A run is timed from an idle device to an idle device, the connector's planning i
 the rounds, its spread, and the median of the ratios to `published, eager` within each round; for bf16 on a CPU, where
 the published way is fp32, to that.
 
-Writes `steps_per_second.json`, the plot, and the tables in `benchmarks/README.md`; settings measured before stay.
+Writes `steps_per_second.json`, the plot and the tables; settings measured before stay in them.
 
 On a CPU set OMP_WAIT_POLICY, MALLOC_MMAP_MAX_ and MALLOC_TRIM_THRESHOLD_ as the Makefile does. Examples:
 
@@ -35,8 +35,9 @@ import click
 import diffusers
 import torch
 
+from benchmarks import plots
 from benchmarks.machine import machine
-from benchmarks.readme import between_marks
+from benchmarks.results import Results, device, writes
 from benchmarks.speed.clock import Measured, Way, interleave
 from benchmarks.speed.ways import MODES, WAYS, Setting, networks, published_in_fp32, ways
 
@@ -126,50 +127,29 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def ratios(result: dict[str, Any]) -> list[tuple[str, float, float, float]]:
+    """Per way its name, and the slowest, the median and the fastest round over the reference in the same round."""
+    seconds = {(way["way"], way["mode"]): way["seconds"] for way in result["ways"]}
+    reference = next((seconds[name] for name in REFERENCES if name in seconds), None)
+    if reference is None:
+        return []
+    rounds = {name: [theirs / ours for theirs, ours in zip(reference, seconds[name])] for name in seconds}
+    return [(f"{way}, {mode}", min(found), median(found), max(found)) for (way, mode), found in rounds.items()]
+
+
 def _cell(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Steps per second over the published way's, a panel per setting."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = [result for result in results if any("ratio" in way for way in result["ways"])]
-    if not shown:
-        return
-    columns = min(3, len(shown))
-    rows = -(-len(shown) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 4.2 * rows), dpi=80, squeeze=False)
-    colours = dict(zip((*MODES, "fp32"), plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
-    for axis, result in zip(axes.flat, shown, strict=False):
-        ways_here = result["ways"][::-1]
-        axis.barh([f"{way['way']}, {way['mode']}" for way in ways_here], [way["ratio"] for way in ways_here],
-                  color=[colours[way["mode"]] for way in ways_here])
-        axis.axvline(1, color="black", lw=0.8)
-        axis.set_title(title(result), fontsize=9)
-        axis.set_xlabel("steps/s, published = 1", fontsize=8)
-        axis.tick_params(labelsize=7)
-    for axis in axes.flat[len(shown):]:
-        axis.set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def write(results: list[dict[str, Any]], out: Path) -> None:
-    """Adds the results to the file, in place of those of the same setting, and draws tables and plot anew."""
-    path = out / "steps_per_second.json"
+def write(measured: list[dict[str, Any]], results: Results) -> None:
+    """Adds the measured to the file, in place of those of the same setting, and draws tables and plot anew."""
+    path = results.folder / "steps_per_second.json"
     before = json.loads(path.read_text()) if path.exists() else []
-    new = {key(result) for result in results}
-    merged = sorted([*(result for result in before if key(result) not in new), *results], key=key)
+    new = {key(result) for result in measured}
+    merged = sorted([*(result for result in before if key(result) not in new), *measured], key=key)
     path.write_text(json.dumps(merged, indent=1) + "\n")
-    plot(merged, out / "steps_per_second.png")
-    readme = out / "README.md"
-    if readme.exists():
-        readme.write_text(between_marks(readme.read_text(), "speed", table(merged)))
+    plots.speed({title(result): ratios(result) for result in merged}, results.folder / "steps_per_second.png")
+    results.write_tables({"speed": table(merged)})
 
 
 @click.command(help=__doc__)
@@ -177,29 +157,29 @@ def write(results: list[dict[str, Any]], out: Path) -> None:
 @click.option("--pixels", type=int, multiple=True, help="Side of the pictures.  [default: 32 or 512]")
 @click.option("--batch", type=int, multiple=True, help="Pictures at once.  [default: 1, 4 and 16, or 1]")
 @click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, default=("fp32",), show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--device", default="cpu", show_default=True, callback=device, help="cpu or cuda.")
 @click.option("--steps", default=10, show_default=True, help="Solver steps of a run; one evaluation each.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--way", "names", type=click.Choice(WAYS), multiple=True, default=WAYS, help="Only these; default all.")
 @click.option("--mode", "modes", type=click.Choice(MODES), multiple=True, default=MODES, help="The same.")
 @click.option("--skip", multiple=True, help='Without this one: "constant, compiled".')
 @click.option("--threads", type=int, help="Of the CPU.  [default: torch's]")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=HERE, show_default="benchmarks/")
-def main(network: str, pixels: tuple[int, ...], batch: tuple[int, ...], dtypes: tuple[str, ...], device: str,
+@writes("speed")
+def main(network: str, pixels: tuple[int, ...], batch: tuple[int, ...], dtypes: tuple[str, ...], device: torch.device,
          steps: int, rounds: int, names: tuple[str, ...], modes: tuple[str, ...], skip: tuple[str, ...],
-         threads: int | None, out: Path) -> None:
+         threads: int | None, results: Results) -> None:
     if steps < 2:
         raise click.BadParameter("a run of DPM++ 2M takes at least 2 steps", param_hint="--steps")
     if threads:
         torch.set_num_threads(threads)
-    results = []
     small = network == "miniature"
     for side, dtype, b in product(pixels or (32 if small else 512,), dtypes, batch or ((1, 4, 16) if small else (1,))):
-        setting = Setting(network, side // FACTOR[network], b, steps, DTYPES[dtype], torch.device(device))
+        setting = Setting(network, side // FACTOR[network], b, steps, DTYPES[dtype], device)
         click.echo(f"{network}, {side} px, batch {b}, {dtype}, {device}")
-        results.append(measure(setting, side, dtype, names, modes, rounds, skip))
-        click.echo("\n" + table(results[-1:]) + "\n")
-        write([results[-1]], out)
+        found = [measure(setting, side, dtype, names, modes, rounds, skip)]
+        click.echo("\n" + table(found) + "\n")
+        write(found, results)
+    click.echo(f"wrote {results.folder / 'steps_per_second.json'}")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,21 @@
-"""A k-diffusion style sampler library for ELLA: the prompt is a function of the noise level."""
+"""A k-diffusion style sampler library for ELLA: the prompt is a function of the noise level.
 
+What a script needs is here; the rest is one level down: `ella_kd.samplers`, `.models`, `.guidance`, `.conditioning`.
+"""
+
+import ella_kd.clone  # noqa: F401
 from ella_kd.adapters import DiffusersUNet
-from ella_kd.conditioning import (
-    ELLA,
-    And,
-    Box,
-    Channels,
-    Composition,
-    Concat,
-    Conditioning,
-    Constant,
-    Context,
-    Lerp,
-    Mask,
-    Regions,
-    Stack,
-    Switch,
-    lerp_features,
-    window,
-)
+from ella_kd.conditioning import ELLA as ELLA
+from ella_kd.conditioning import And, Box, Concat, Lerp, Mask, Regions, Stack, Switch, window
+from ella_kd.conditioning import Channels as Channels
+from ella_kd.conditioning import Composition as Composition
+from ella_kd.conditioning import Conditioning as Conditioning
+from ella_kd.conditioning import Constant as Constant
+from ella_kd.conditioning import Context as Context
+from ella_kd.conditioning import lerp_features as lerp_features
 from ella_kd.denoiser import ELLADenoiser, LDMDenoiser
-from ella_kd.draw import draw
-from ella_kd.generate import generate
+from ella_kd.drawing import draw
+from ella_kd.generation import generate
 from ella_kd.guidance import (
     APG,
     CFG,
@@ -34,24 +28,25 @@ from ella_kd.guidance import (
     CFGDenoiser,
     CFGZeroStar,
     DynamicThreshold,
-    Guidance,
     GuidedDenoiser,
     InstructPix2Pix,
     Interval,
     MimicScale,
-    Perturbed,
-    Prediction,
     Rescale,
 )
-from ella_kd.images import Picture
-from ella_kd.models.noise_schedule import NoiseSchedule
+from ella_kd.guidance import Guidance as Guidance
+from ella_kd.guidance import Perturbed as Perturbed
+from ella_kd.guidance import Prediction as Prediction
+from ella_kd.images import Picture as Picture
+from ella_kd.models.noise_schedule import NoiseSchedule as NoiseSchedule
 from ella_kd.pipeline import Pipeline
+from ella_kd.request import VERSION as __version__
+from ella_kd.request import Request, read_settings
 from ella_kd.upsample import CaptionUpsampler
 
 __all__ = [
     "APG",
     "CFG",
-    "ELLA",
     "PAG",
     "SAG",
     "SEG",
@@ -63,16 +58,10 @@ __all__ = [
     "CFGDenoiser",
     "CFGZeroStar",
     "CaptionUpsampler",
-    "Channels",
-    "Composition",
     "Concat",
-    "Conditioning",
-    "Constant",
-    "Context",
     "DiffusersUNet",
     "DynamicThreshold",
     "ELLADenoiser",
-    "Guidance",
     "GuidedDenoiser",
     "InstructPix2Pix",
     "Interval",
@@ -80,17 +69,15 @@ __all__ = [
     "Lerp",
     "Mask",
     "MimicScale",
-    "NoiseSchedule",
-    "Perturbed",
-    "Picture",
     "Pipeline",
-    "Prediction",
     "Regions",
+    "Request",
     "Rescale",
     "Stack",
     "Switch",
+    "__version__",
     "draw",
     "generate",
-    "lerp_features",
+    "read_settings",
     "window",
 ]

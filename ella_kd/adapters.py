@@ -1,32 +1,55 @@
-"""Other people's networks, called as ours are: `unet(x, t, context, mask)`."""
+"""diffusers' networks as ours: `models.network.Network`."""
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
 
-from ella_kd.models.layers import check_mask, log_weights
+from ella_kd.models.attention import check_mask, log_weights
+from ella_kd.models.context import Context
+from ella_kd.models.network import Levels, Patches, refuse_patches
 
 
 class DiffusersUNet(nn.Module):
-    """diffusers' `UNet2DConditionModel` as the inner model of a denoiser.
+    """diffusers' `UNet2DConditionModel` as the inner model of a denoiser: a `models.network.Network`.
 
-    x [B, C, h, w]; t [B] fp32, fractional welcome; context [B, L, D]; mask [B, L] bool, True at real tokens, or floats
-    >= 0, the factor by which a token's attention is multiplied, or None. Raises ValueError for tokens of the wrong
-    width, or a mask that does not fit them.
+    x [B, C, h, w]; t [B] fp32, fractional welcome; context: tokens [B, L, D], a mask bool or of weights, channels; or
+    bare tokens. Raises ValueError for tokens of the wrong width, a mask that does not fit them, and patches, for which
+    it has no place.
     """
+
+    places: tuple[str, ...] = ()
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+    @property
+    def in_channels(self) -> int:
+        return int(self.unet.config.in_channels)
+
+    @property
+    def out_channels(self) -> int:
+        return int(self.unet.config.out_channels)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+    def at(self, levels: Levels) -> Self:
+        """Itself: it is the same at every noise level."""
+        return self
+
+    def forward(self, x: Tensor, t: Tensor, context: Context | Tensor, patches: Patches = ()) -> Tensor:
+        seen = Context.of(context)
         expected = self.unet.config.cross_attention_dim
-        if context.shape[2] != expected:
-            raise ValueError(f"the UNet takes tokens of width {expected}, got {context.shape[2]}")
-        check_mask(mask, context)
-        seen = mask if mask is None or mask.dtype == torch.bool else _Bias(log_weights(mask, torch.float32))
-        return self.unet(x, t, encoder_hidden_states=context, encoder_attention_mask=seen).sample
+        if seen.tokens.shape[2] != expected:
+            raise ValueError(f"the UNet takes tokens of width {expected}, got {seen.tokens.shape[2]}")
+        refuse_patches(patches, self.unet)
+        mask = seen.mask
+        check_mask(mask, seen.tokens)
+        bias = mask if mask is None or mask.dtype == torch.bool else _Bias(log_weights(mask, torch.float32))
+        return self.unet(seen.beside_x(x), t, encoder_hidden_states=seen.tokens, encoder_attention_mask=bias).sample
 
 
 class _Bias:

@@ -4,68 +4,82 @@ The contract is k-diffusion's, attributes included. x = x0 + sigma * noise (vari
 on x_in = c_in * x and on t, and returns eps or v.
 """
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ella_kd.conditioning import ELLA, Composition, Conditioning, Constant, Context, levels_of
+from ella_kd.bound import BoundRun, Conditions, check_levels, check_x
+from ella_kd.conditioning import ELLA, Conditioning, Constant, Levels, as_conditioning, levels_of
+from ella_kd.models.network import as_network
 from ella_kd.models.noise_schedule import EDMSchedule, NoiseSchedule
 from ella_kd.models.text import TextFeatures
 from ella_kd.models.tsc import TSC
-from ella_kd.models.unet import Patches
+from ella_kd.samplers.model import Prediction
 
-Condition = Conditioning | Composition | TextFeatures | Tensor
-"""What a script may pass as `cond`; a composition needs a guided denoiser."""
+Condition = Conditioning | TextFeatures | Tensor
+"""What a script may pass as `cond`."""
 
 
-class LDMDenoiser(nn.Module):
-    """A latent-diffusion network as a k-diffusion denoiser: `denoiser(x, sigma, cond) -> denoised`.
+class Denoiser(nn.Module, ABC):
+    """What every denoiser has: k-diffusion's call and attributes, all made of `bind` and of the noise schedule."""
 
-    inner_model: any `unet(x, t, context)`, and `unet(x, t, context, mask)` where a conditioning has a mask, of any
-    dtype. noise_schedule: what it was trained on, and whether it returns eps or v; with an EDMSchedule, which has a
-    sigma_data, the network is one in EDM's preconditioning (Playground v2.5). quantize: round t to the nearest
-    integer. With constant tokens this equals k-diffusion's `CompVisDenoiser` (eps) and `CompVisVDenoiser` (v).
-    """
-
-    def __init__(self, inner_model: nn.Module, noise_schedule: NoiseSchedule | EDMSchedule | None = None,
-                 quantize: bool = False) -> None:
-        super().__init__()
-        self.inner_model = inner_model
-        self.noise_schedule = noise_schedule or NoiseSchedule.sd15()
-        self.quantize = quantize
+    inner_model: nn.Module
 
     @property
-    def sigma_data(self) -> float:
-        """The standard deviation of the data that the network's scalings assume; 1 without EDM's preconditioning."""
-        return self.noise_schedule.sigma_data if isinstance(self.noise_schedule, EDMSchedule) else 1.0
+    @abstractmethod
+    def schedule(self) -> NoiseSchedule | EDMSchedule:
+        """What the network was trained on."""
+
+    @abstractmethod
+    def bind(self, x: Tensor, sigmas: Sequence[float] | Tensor | None = None, *, need_uncond: bool = False,
+             **extra_args: Any) -> BoundRun:
+        """The denoiser made ready for a run from latents like x: `bound(x, levels, scale=None) -> Prediction`.
+
+        sigmas: every sigma that will be asked for (a last 0 is none of them); None where nobody knows. need_uncond:
+        the prediction's uncond is wanted even where the guidance does without (CFG++). extra_args: as of the call.
+        Everything that can be is lifted, planned, checked and decided here. Raises what the call raises.
+        """
+
+    def predict(self, x: Tensor, sigma: Tensor, need_uncond: bool = False, **extra_args: Any) -> Prediction:
+        """The denoised with its two halves: x [B, C, h, w], sigma [B], fp32 or fp64."""
+        check_x(x, sigma)
+        bound = self.bind(x, None, need_uncond=need_uncond, **extra_args)
+        return bound(x, levels_of(sigma.to(x.dtype)))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._said()})"
+
+    def _said(self) -> str:
+        return type(self.inner_model).__name__
 
     @property
     def sigma_min(self) -> float:
-        return self.noise_schedule.sigma_min
+        return self.schedule.sigma_min
 
     @property
     def sigma_max(self) -> float:
-        return self.noise_schedule.sigma_max
+        return self.schedule.sigma_max
 
     @property
     def sigmas(self) -> Tensor:
         """[N] float64, ascending: the noise levels of the timesteps 0 .. N - 1."""
-        return self.noise_schedule.sigmas
+        return self.schedule.sigmas
 
     @property
     def log_sigmas(self) -> Tensor:
         """[N] float64, ascending."""
-        return self.noise_schedule.log_sigmas
+        return self.schedule.log_sigmas
 
+    @abstractmethod
     def sigma_to_t(self, sigma: Tensor, quantize: bool | None = None) -> Tensor:
         """The timestep of a noise level: any shape -> fp32, clamped to the schedule."""
-        return self.noise_schedule.sigma_to_t(sigma, self.quantize if quantize is None else quantize)
 
     def t_to_sigma(self, t: Tensor) -> Tensor:
         """The noise level of a timestep: any shape, dtype kept."""
-        return self.noise_schedule.t_to_sigma(t)
+        return self.schedule.t_to_sigma(t)
 
     def get_sigmas(self, n: int | None = None) -> Tensor:
         """n noise levels evenly spaced in t, or all of them, descending, then 0: [n + 1], default dtype."""
@@ -73,41 +87,69 @@ class LDMDenoiser(nn.Module):
         t = torch.linspace(last, 0, last + 1 if n is None else n, dtype=torch.float64)
         return torch.cat([self.t_to_sigma(t), t.new_zeros(1)]).to(torch.get_default_dtype())
 
-    def get_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """c_skip, c_out, c_in of `denoised = c_skip * x + c_out * network(c_in * x)`, each shaped as sigma.
 
-        eps: x0 = x - sigma * eps. v (Salimans and Ho 2022, arXiv 2202.00512): v = c_in * (noise - sigma * x0).
-        EDM: Karras et al. 2022 (arXiv 2206.00364), table 1.
-        """
-        if isinstance(self.noise_schedule, EDMSchedule):
-            return self.noise_schedule.scalings(sigma)
-        c_in = (sigma**2 + 1) ** -0.5
-        if self.noise_schedule.prediction == "v":
-            return c_in**2, -sigma * c_in, c_in
-        return torch.ones_like(sigma), -sigma, c_in
+class LDMDenoiser(Denoiser):
+    """A latent-diffusion network as a k-diffusion denoiser: `denoiser(x, sigma, cond) -> denoised`.
+
+    inner_model: a `models.network.Network`, or any `unet(x, t, tokens)`, and `unet(x, t, tokens, mask)` where a
+    conditioning has a mask, of any dtype. noise_schedule: what it was trained on, and whether it returns eps or v; with
+    an EDMSchedule the network is one in EDM's preconditioning (Playground v2.5). quantize: round t to the nearest
+    integer. With constant tokens this equals k-diffusion's `CompVisDenoiser` (eps) and `CompVisVDenoiser` (v).
+    """
+
+    def __init__(self, inner_model: nn.Module, noise_schedule: NoiseSchedule | EDMSchedule | None = None,
+                 quantize: bool = False) -> None:
+        super().__init__()
+        if isinstance(inner_model, Denoiser):
+            raise TypeError(f"{type(self).__name__} takes a network, called as unet(x, t, tokens), got the denoiser "
+                            f"{type(inner_model).__name__}: give it that one's inner_model")
+        as_network(inner_model)
+        self.inner_model = inner_model
+        self.noise_schedule = noise_schedule or NoiseSchedule.sd15()
+        self.quantize = quantize
+
+    @property
+    def schedule(self) -> NoiseSchedule | EDMSchedule:
+        return self.noise_schedule
+
+    @property
+    def sigma_data(self) -> float:
+        """The standard deviation of the data that the network's scalings assume; 1 without EDM's preconditioning."""
+        return self.noise_schedule.sigma_data
+
+    def sigma_to_t(self, sigma: Tensor, quantize: bool | None = None) -> Tensor:
+        return self.noise_schedule.sigma_to_t(sigma, self.quantize if quantize is None else quantize)
+
+    def get_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in of `denoised = c_skip * x + c_out * network(c_in * x)`, each shaped as sigma."""
+        return self.noise_schedule.scalings(sigma)
 
     def lift(self, cond: Condition) -> Conditioning:
         """What a script may pass as `cond`, as a conditioning: text features or bare tokens [B, L, D] are constant."""
-        if isinstance(cond, Composition):
-            raise TypeError(f"{type(cond).__name__} combines several answers of the network: give it to a "
-                            "GuidedDenoiser or CFGDenoiser around this one")
-        return cond if isinstance(cond, Conditioning) else self._lift_features(_as_features(cond))
+        return as_conditioning(cond).map(lambda leaf: leaf.lifted(self._read))
 
-    def _lift_features(self, features: TextFeatures) -> Conditioning:
+    def _read(self, features: TextFeatures) -> Conditioning:
         return Constant(features)
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Condition, *, level: float | None = None,
-                patches: Patches = ()) -> Tensor:
+    def bind(self, x: Tensor, sigmas: Sequence[float] | Tensor | None = None, *,  # type: ignore[override]
+             cond: Condition, need_uncond: bool = False) -> BoundRun:
+        """See `Denoiser.bind`. Raises TypeError if an uncond is needed: there is none without a guided denoiser."""
+        if need_uncond:
+            raise TypeError("CFG++ needs the unconditional denoised: put a CFGDenoiser around this "
+                            f"{type(self).__name__}")
+        levels = run_levels(sigmas, x)
+        run = BoundRun(self, x, levels, {"cond": self.lift(cond)})
+        run.prepare(levels[:1])
+        return run
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """x [B, C, h, w] and sigma [B], fp32 or fp64 -> denoised, x's shape and dtype.
 
         cond: a Conditioning, TextFeatures or tokens [b, L, D], b = 1 or B. A sigma beyond the schedule is clamped to it
-        for the network. level: the sigma of all rows as a number, where the caller knows it: a conditioning that
-        switches with sigma then need not read it from the device. patches: what rows change in the UNet, (rows, patch)
-        in order. Raises ValueError for a wrong shape or dtype, and for a sigma that is not finite and above 0;
-        that last on the CPU only: reading it elsewhere would stall the device, so there the row becomes NaN.
+        for the network. Raises ValueError for a wrong shape or dtype, and for a sigma that is not finite and above 0.
+        sigma is read by the host, which waits for a device; a sampler of ours knows it and spares that.
         """
-        c_skip, c_out, c_in = (c[:, None, None, None] for c in self.get_scalings(_checked(x, sigma)))
-        return c_skip * x + c_out * self._network(c_in * x, sigma, cond, level, patches)
+        return self.predict(x, sigma, cond=cond).denoised
 
     def compile(self, **options: Any) -> None:
         """Compile the network in place with torch.compile, as `nn.Module.compile` does; the first call then takes long.
@@ -128,43 +170,14 @@ class LDMDenoiser(nn.Module):
 
         x (clean latents) and noise [B, C, h, w], sigma [B]. Gradients reach the network and the connector.
         """
-        s = _checked(x, sigma)[:, None, None, None]
-        c_skip, c_out, c_in = self.get_scalings(s)
-        if isinstance(self.noise_schedule, EDMSchedule):
-            target = (x - c_skip * (x + s * noise)) / c_out
-        else:
-            target = c_in * (noise - s * x) if self.noise_schedule.prediction == "v" else noise
-        return (self._network(c_in * (x + s * noise), sigma, cond) - target).square().flatten(1).mean(1)
-
-    def _network(self, x_in: Tensor, sigma: Tensor, cond: Condition, level: float | None = None,
-                 patches: Patches = ()) -> Tensor:
-        conditioning = self.lift(cond)
-        if conditioning.varies:
-            conditioning = conditioning.at(levels_of(sigma, level))
-        t = self.sigma_to_t(sigma)
-        context = conditioning(t)
-        _check_seen(context)
-        dtype = next((p.dtype for p in self.inner_model.parameters() if p.is_floating_point()), x_in.dtype)
-        seen = x_in if context.channels is None else torch.cat([x_in, context.channels.to(x_in)], 1)
-        args = () if context.mask is None else (context.mask,)
-        if patches and not hasattr(self.inner_model, "places"):
-            raise ValueError("this guidance changes what happens inside the UNet, and "
-                             f"{type(self.inner_model).__name__} has no patch point: use ella_kd's own UNet")
-        inside = {"patches": patches} if patches else {}  # other people's networks do not know the argument
-        return self.inner_model(seen.to(dtype), t, context.tokens.to(dtype), *args, **inside).to(x_in.dtype)
-
-    def timesteps(self, sigmas: Tensor) -> Tensor:
-        """The timesteps of a run's sigmas [N], to plan for. Raises ValueError if one is not finite and above 0."""
-        return self.sigma_to_t(_positive(sigmas))
-
-    def planned(self, sigmas: Tensor, extra_args: Mapping[str, Any]) -> dict[str, Any]:
-        """The sampler's extra_args with `cond` planned for every sigma [N] of the run; call it before the loop.
-
-        `level` is added for the sampler to fill with each evaluation's sigma.
-        """
-        if "cond" not in extra_args:
-            return dict(extra_args)
-        return {**extra_args, "cond": self.lift(extra_args["cond"]).planned(self.timesteps(sigmas)), "level": None}
+        check_x(x, sigma)
+        levels = check_levels(levels_of(sigma.to(x.dtype)))
+        s = sigma[:, None, None, None].to(x.dtype)
+        network, t, conditioning = as_network(self.inner_model), self.sigma_to_t(sigma), self.lift(cond)
+        dtype = network.dtype or x.dtype
+        x_in = self.get_scalings(s)[2] * (x + s * noise)
+        out = network.at(levels)(x_in.to(dtype), t, conditioning.at(levels)(t).to(dtype)).to(x.dtype)
+        return (out - self.noise_schedule.target(x, noise, s)).square().flatten(1).mean(1)
 
 
 class ELLADenoiser(LDMDenoiser):
@@ -174,45 +187,27 @@ class ELLADenoiser(LDMDenoiser):
     to `ELLA(tsc, features)`; a Conditioning (a plain CLIP prompt, ELLA + CLIP) passes through.
     """
 
-    def __init__(self, inner_model: nn.Module, tsc: TSC, noise_schedule: NoiseSchedule | None = None,
+    def __init__(self, inner_model: nn.Module, tsc: TSC, noise_schedule: NoiseSchedule | EDMSchedule | None = None,
                  quantize: bool = False) -> None:
         super().__init__(inner_model, noise_schedule, quantize)
         self.tsc = tsc
 
-    def _lift_features(self, features: TextFeatures) -> Conditioning:
+    def _read(self, features: TextFeatures) -> Conditioning:
         return ELLA(self.tsc, features)
 
 
-def _check_seen(context: Context) -> None:
-    """A row without a token to see would be NaN; the mask is read on the CPU only, elsewhere that would wait."""
-    mask = context.mask if context.mask is not None and context.mask.device.type == "cpu" else None
-    if not context.tokens.shape[1] or (mask is not None and not bool(mask.any(1).all())):
-        raise ValueError("the conditioning has a row without a token to see: a closed window without `otherwise` "
-                         "belongs beside other tokens, Concat(ella, window(...)), and a mask needs one that is seen")
+def run_levels(sigmas: Sequence[float] | Tensor | None, x: Tensor) -> Levels:
+    """A run's distinct sigmas as x's dtype rounds them, without a 0; none for None. ValueError for what is no sigma."""
+    if sigmas is None:
+        return ()
+    values = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").to(x.dtype).tolist()
+    return check_levels(tuple(dict.fromkeys(value for value in values if value)))
 
 
-def _as_features(cond: object) -> TextFeatures:
-    if isinstance(cond, TextFeatures):
-        return cond
-    if isinstance(cond, Tensor):
-        return TextFeatures(cond, None)
-    raise TypeError("a condition is a Conditioning, text features or a tensor [B, L, D]; got "
-                    f"{type(cond).__name__}: encode prompts first, cond=t5(prompt)")
-
-
-def _checked(x: Tensor, sigma: Tensor) -> Tensor:
-    """sigma [B] in x's dtype; what is not a noise level is an error on the CPU and NaN elsewhere."""
-    if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x must be float32 or float64 [B, C, h, w], got {x.dtype} {list(x.shape)}: keep latents in "
-                         "fp32, the network inside may be half")
-    if sigma.shape != x.shape[:1]:
-        raise ValueError(f"sigma must have shape [{len(x)}], one per sample, got {list(sigma.shape)}")
-    if sigma.device.type == "cpu":
-        _positive(sigma)
-    return torch.where((sigma > 0) & sigma.isfinite(), sigma, torch.nan).to(x.dtype)
-
-
-def _positive(sigma: Tensor) -> Tensor:
-    if not bool(((sigma > 0) & sigma.isfinite()).all()):
-        raise ValueError(f"a denoiser needs finite sigmas above 0, got {sigma.tolist()}")
-    return sigma
+def lift_all(denoiser: LDMDenoiser, conditions: Mapping[str, Condition | None]) -> Conditions:
+    """The conditions that there are, lifted. TypeError for an argument that is none."""
+    for name, value in conditions.items():
+        if name not in ("cond", "uncond") and not isinstance(value, (Conditioning, TextFeatures, Tensor, type(None))):
+            raise TypeError(f"unknown argument {name}: a denoiser takes cond, uncond and other conditions, got "
+                            f"{type(value).__name__}; a CFGDenoiser takes cond_scale too")
+    return {name: denoiser.lift(condition) for name, condition in conditions.items() if condition is not None}

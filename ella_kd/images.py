@@ -1,91 +1,19 @@
 """Pictures on disk: PNGs that say how they were made, and contact sheets."""
 
-import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
-# The labels by which the AUTOMATIC1111 web UI knows these methods; what it does not know keeps our name.
-A1111_SAMPLERS = {
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "heun": "Heun",
-    "dpm_2": "DPM2",
-    "dpmpp_2s_ancestral": "DPM++ 2S a",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpm_2_ancestral": "DPM2 a",
-    "lms": "LMS",
-    "dpmpp_sde": "DPM++ SDE",
-    "dpmpp_3m_sde": "DPM++ 3M SDE",
-    "restart": "Restart",
-    "lcm": "LCM",
-    "ddim": "DDIM",
-    "uni_pc": "UniPC",
-}
-A1111_SCHEDULES = {
-    "karras": "Karras",
-    "exponential": "Exponential",
-    "polyexponential": "Polyexponential",
-    "sgm_uniform": "SGM Uniform",
-    "simple": "Simple",
-    "normal": "Normal",
-    "beta": "Beta",
-    "ays": "Align Your Steps",
-}
+from ella_kd.files import writing
+from ella_kd.request import Request
+
+Settings = Request  # its older name
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides a picture: with the same model and the same settings it comes out the same."""
-
-    prompt: str
-    negative: str
-    mode: str
-    sampler: str
-    schedule: str
-    steps: int
-    scale: float | None
-    seed: int
-    width: int
-    height: int
-    model: str
-    version: str
-    guidance: str = ""
-    negative_mode: str = ""
-    tags: str | None = None
-    syntax: bool = False
-    clip_skip: int = 1
-
-    def parameters(self) -> str:
-        """The text other tools read: the prompt, a `Negative prompt:` line if there is one, a line of `Key: value`."""
-        fields = {
-            "Steps": self.steps,
-            "Sampler": A1111_SAMPLERS.get(self.sampler, self.sampler),
-            "Schedule type": A1111_SCHEDULES.get(self.schedule, self.schedule),
-            "CFG scale": None if self.scale is None else f"{self.scale:g}",
-            "Seed": self.seed,
-            "Size": f"{self.width}x{self.height}",
-            "Model": self.model,
-            "Clip skip": self.clip_skip if self.clip_skip != 1 else None,
-            "ELLA": self.mode,
-            "ELLA negative": self.negative_mode if self.negative_mode not in ("", self.mode) else None,
-            "CLIP prompt": self.tags,
-            "Guidance": self.guidance or None,
-            "Version": f"ella_kd {self.version}",
-        }
-        lines = [self.prompt.strip()]
-        if self.negative.strip():
-            lines.append(f"Negative prompt: {self.negative.strip()}")
-        lines.append(", ".join(f"{key}: {_quote(str(value))}" for key, value in fields.items() if value is not None))
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,38 +21,42 @@ class Picture:
     """An image and how it was made."""
 
     image: Image.Image
-    settings: Settings
+    settings: Request
+
+    def save(self, path: str | Path, *, enlarge: int = 1, overwrite: bool = False) -> None:
+        """Write the PNG, whole or not at all, and not over another file unless told to.
+
+        It carries two texts: `parameters`, as the AUTOMATIC1111 web UI writes and reads it, and `ella_kd`, the request
+        itself as JSON, which `ella_kd.read_settings` gives back to `generate`. enlarge: every pixel becomes enlarge x
+        enlarge equal ones.
+        Raises OSError naming the file if it cannot be written, FileExistsError if there is one.
+        """
+        info = PngInfo()
+        info.add_text("parameters", self.settings.parameters())
+        info.add_text("ella_kd", self.settings.json())
+        image = self.image
+        if enlarge != 1:
+            image = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
+        save_image(image, path, info, overwrite=overwrite)
 
 
 def save_png(picture: Picture, path: str | Path, enlarge: int = 1) -> None:
-    """Write a picture as PNG, whole or not at all (a temporary file, then a rename).
-
-    It carries two texts: `parameters`, as the AUTOMATIC1111 web UI writes and reads it, and `ella_kd`, our exact
-    settings as JSON. enlarge: every pixel becomes enlarge x enlarge equal ones.
-    Raises OSError naming the file if the folder cannot be written to or the disk is full.
-    """
-    info = PngInfo()
-    info.add_text("parameters", picture.settings.parameters())
-    info.add_text("ella_kd", json.dumps(asdict(picture.settings), ensure_ascii=False))
-    image = picture.image
-    if enlarge != 1:
-        image = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
-    save_image(image, path, info)
+    """`picture.save(path, enlarge=enlarge)`, in place of a file that is there."""
+    picture.save(path, enlarge=enlarge, overwrite=True)
 
 
-def save_image(image: Image.Image, path: str | Path, info: PngInfo | None = None) -> None:
+def save_image(image: Image.Image, path: str | Path, info: PngInfo | None = None, *, overwrite: bool = True) -> None:
     """Write an image as PNG, whole or not at all. Raises OSError naming the file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            image.save(file, "PNG", pnginfo=info)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}; free some space or choose another "
-                                   "folder") from error
+    with writing(path, exclusive=not overwrite) as temporary, open(temporary, "wb") as file:
+        image.save(file, "PNG", pnginfo=info)
+
+
+def to_images(decoded: Tensor) -> list[Image.Image]:
+    """Decoded pictures [B, 3, H, W], about [-1, 1], as 8-bit images. Raises ValueError for NaN."""
+    if not bool(decoded.isfinite().all()):
+        raise ValueError("the autoencoder returned NaN or infinity; in float16 it may have overflowed: try float32")
+    pixels = ((decoded.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str]) -> Image.Image:
@@ -204,9 +136,3 @@ def _font(size: int) -> Font:
 
 def _line_height(font: Font) -> int:
     return round(font.getbbox("Ágjpq|")[3] * 1.25)
-
-
-def _quote(value: str) -> str:
-    """A value that holds a separator is written as a JSON string, as the web UI does."""
-    return json.dumps(value, ensure_ascii=False) if any(c in value for c in ",\n:") else value
-

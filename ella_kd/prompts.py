@@ -7,7 +7,27 @@ from pathlib import Path
 
 _AND = re.compile(r"\\AND\b|\\.|\bAND\b", re.DOTALL)
 _WEIGHT = re.compile(r"(?<!\\):\s*(?P<number>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))\s*$")
+_ADD_ON = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
 _WILDCARD = re.compile(r"__(?P<name>\w(?:[\w/-]*?\w)?)__")
+
+
+def check_text(name: str, text: object) -> str:
+    """A text that can be encoded and kept. TypeError for another type, ValueError for broken UTF-8 and for add-ons."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a string, got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {name} is not valid UTF-8 text, at character {error.start}: {text[:60]!a}") from error
+    if add_on := _ADD_ON.search(text):
+        raise ValueError(f"the {name} asks for the add-on {add_on[0]}, and LoRA files are not read yet: without it the "
+                         "picture would be another one; take it out of the text to draw that")
+    return text
+
+
+def without_add_ons(text: str) -> tuple[str, list[str]]:
+    """A text of another program without the add-ons that it asks for, and these: ("a cat ", ["<lora:x:0.8>"])."""
+    return _ADD_ON.sub("", text), [found[0] for found in _ADD_ON.finditer(text)]
 
 
 def split_and(prompt: str) -> list[tuple[str, float]]:
@@ -45,9 +65,7 @@ def expand_wildcards(prompt: str, folder: str | Path, seed: int) -> str:
     Raises FileNotFoundError for a missing folder or file (with the nearest names), ValueError for a file without a line
     to choose, that is no UTF-8 text, or that leads back to itself.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder of wildcards at {folder}")
+    folder = _existing(folder)
     rng = random.Random(f"{seed} {prompt}")
 
     def expand(text: str, inside: tuple[str, ...]) -> str:
@@ -60,6 +78,28 @@ def expand_wildcards(prompt: str, folder: str | Path, seed: int) -> str:
         return expand(lines[rng.randrange(len(lines))], (*inside, name))
 
     return expand(prompt, ())
+
+
+def check_wildcards(prompt: str, folder: str | Path) -> None:
+    """Raises, whatever the seed, what `expand_wildcards` raises for an unlucky one."""
+    folder, read = _existing(folder), set[str]()
+
+    def walk(text: str, inside: tuple[str, ...]) -> None:
+        for name in {found["name"] for found in _WILDCARD.finditer(text)}:
+            if name in inside:
+                raise ValueError(f"wildcards lead back to themselves: {' -> '.join((*inside, name))}")
+            if name not in read:
+                for line in _lines(folder, name):
+                    walk(line, (*inside, name))
+                read.add(name)
+
+    walk(prompt, ())
+
+
+def _existing(folder: str | Path) -> Path:
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no folder of wildcards at {folder}")
+    return Path(folder)
 
 
 def _lines(folder: Path, name: str) -> list[str]:

@@ -1,9 +1,7 @@
 """Caption upsampling: a chat LLM makes a short prompt the kind of caption that ELLA was trained on."""
 
 import json
-import os
 import re
-import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from ella_kd.files import writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -177,13 +177,8 @@ class CaptionUpsampler:
 
     def _write(self, captions: dict[str, str]) -> None:
         if self.cache:
-            path = Path(self.cache)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-            try:
+            with writing(self.cache) as temporary:
                 temporary.write_text(json.dumps(captions, indent=1), encoding="utf-8")
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, eq=False)

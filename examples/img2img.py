@@ -3,8 +3,7 @@
 import torch
 
 from ella_kd import CFGDenoiser, ELLADenoiser, Pipeline, draw
-from ella_kd.draw import to_images
-from ella_kd.images import contact_sheet, save_image
+from ella_kd.images import contact_sheet, save_image, to_images
 from ella_kd.samplers import get_sigmas_karras, randn, sample_dpmpp_2m
 
 sd = Pipeline.miniature()

@@ -1,6 +1,5 @@
 """The blocks of the latent-diffusion UNet."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,7 +7,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ella_kd.models.layers import attend, zero_init
+from ella_kd.models.attention import attend
+from ella_kd.models.network import Patches
+from ella_kd.models.parameters import zero_init
 
 if TYPE_CHECKING:
     from ella_kd.models.patches import Patch
@@ -103,9 +104,6 @@ class TransformerBlock(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.ff(self.norm3(x))
-
-
-Patches = Sequence[tuple[int, "Patch | None"]]  # how many rows of the batch, and what they do differently
 
 
 class SpatialTransformer(nn.Module):

@@ -1,24 +1,25 @@
 """Reading and writing weights: Stable Diffusion's single files (LDM layout) and ELLA's connector.
 
-Files are safetensors, or pickles read by `torch.load(weights_only=True)`: never an unpickled object. The architecture
-is read off the tensors' shapes, and every tensor must be there, once, with its shape.
+The architecture is read off the tensors' shapes, and every tensor must be there, once, with its shape.
 """
 
 import json
-import pickle
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ella_kd.models.layers import Shapes, count_of, shape_of
-from ella_kd.models.noise_schedule import NoiseSchedule, Prediction
-from ella_kd.models.text import CLIPTextEncoder, default_dtype, load_tokenizer
+from ella_kd.models.devices import check_device, check_dtype
+from ella_kd.models.kinds import CHECKPOINT, CONNECTOR, hint
+from ella_kd.models.noise_schedule import NoiseSchedule, PredictionType
+from ella_kd.models.shapes import Shapes, count_of, shape_of
+from ella_kd.models.tensors import check_weights, read_tensors, write_tensors
+from ella_kd.models.text import CLIPTextEncoder
+from ella_kd.models.tokenizers import check_vocabulary, load_tokenizer
 from ella_kd.models.tsc import TSC
 from ella_kd.models.unet import UNet, UNetConfig
 from ella_kd.models.vae import AutoencoderKL, VAEConfig
@@ -44,9 +45,9 @@ class Checkpoint:
 
     unet: UNet
     vae: AutoencoderKL
-    text_model: "CLIPTextModel"
+    text_model: "CLIPTextModel" = field(repr=False)
     noise_schedule: NoiseSchedule
-    clip_tokenizer: "PreTrainedTokenizerBase | None" = None
+    clip_tokenizer: "PreTrainedTokenizerBase | None" = field(default=None, repr=False)
 
     @property
     def text_encoder(self) -> CLIPTextEncoder:
@@ -57,32 +58,39 @@ class Checkpoint:
         return CLIPTextEncoder(self.text_model, self.clip_tokenizer)
 
 
-def load_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
-                    clip_tokenizer: str | Path | None = None, prediction: Prediction | None = None) -> Checkpoint:
+def load_checkpoint(path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu",
+                    clip_tokenizer: str | Path | None = None, prediction: PredictionType | None = None) -> Checkpoint:
     """Read a Stable Diffusion 1.x single file (`model.diffusion_model.*`, `first_stage_model.*`, `cond_stage_model.*`).
 
     dtype None: fp32 on a CPU, fp16 elsewhere, whatever the file holds. clip_tokenizer: a tokenizer folder.
     prediction: what the network returns, "eps" or "v"; None: as the file's metadata says, else "eps".
-    Raises FileNotFoundError, or ValueError naming the first tensors that are missing, extra or misshapen.
+    Raises FileNotFoundError, or ValueError naming the first tensors that are missing, extra, misshapen or no floats,
+    and saying what the file looks like if it is another kind.
     """
+    device = check_device(device)
+    dtype = check_dtype(dtype, device)
     tokenizer = None if clip_tokenizer is None else load_tokenizer(clip_tokenizer, "CLIP")
     tensors, metadata = read_tensors(path)
     config = _config(metadata, path)
     table = tensors.get("alphas_cumprod")
-    schedule = _noise_schedule(table, prediction or _prediction(metadata, path))
+    schedule = _noise_schedule(table, prediction or _prediction(metadata, path), path)
     groups, extra = _split(tensors, path)
-    heads = {key: config[key] for key in ("num_heads", "head_dim") if config.get(key) is not None}
+    told = f"{path} is not what this loads{hint(tensors, CHECKPOINT)}"
+    heads = {key: config[key] for key in ("num_heads", "head_dim") if key in config}
     with torch.device("meta"):
-        unet = _build(lambda shapes: UNet(UNetConfig.from_shapes(shapes, **heads)), groups[UNET], UNET, path)
+        unet = _build(lambda shapes: UNet(UNetConfig.from_shapes(shapes, **heads)), groups[UNET], UNET, told)
         vae = _build(lambda shapes: AutoencoderKL(VAEConfig.from_shapes(shapes, config.get("scale", VAEConfig.scale))),
-                     groups[VAE], VAE, path)
-        text_model = _build(_clip, groups[CLIP], CLIP, path)
+                     groups[VAE], VAE, told)
+        text_model = _build(_clip, groups[CLIP], CLIP, told)
     clip_names = {_plain(name): name for name in text_model.state_dict()}
     expected = {prefix + _plain(name): x.shape for prefix, model in ((UNET, unet), (VAE, vae), (CLIP, text_model))
                 for name, x in model.state_dict().items()}
-    _refuse(expected, {prefix + name: x.shape for prefix in groups for name, x in groups[prefix].items()} | extra, path)
+    _refuse(expected, {prefix + name: x.shape for prefix in groups for name, x in groups[prefix].items()} | extra, told)
+    for prefix, group in groups.items():
+        check_weights({prefix + name: x for name, x in group.items()}, path)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, text_model.config.vocab_size, "CLIP", clip_tokenizer)
 
-    dtype = dtype or default_dtype(device)
     _assign(unet, groups[UNET], dtype, device)
     _assign(vae, groups[VAE], dtype, device)
     _assign(text_model, {clip_names[name]: x for name, x in groups[CLIP].items()}, dtype, device)
@@ -112,18 +120,23 @@ def save_checkpoint(path: str | Path, unet: UNet, vae: AutoencoderKL, text_model
                                   CONFIG: json.dumps(config), **(metadata or {})})
 
 
-def load_tsc(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> TSC:
+def load_tsc(path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> TSC:
     """Read a connector, such as `ella-sd1.5-tsc-t5xl.safetensors`, in eval mode and without gradients.
 
     dtype None: fp32 on a CPU, fp16 elsewhere. The heads are not in the shapes: the file's metadata, else 8.
-    Raises FileNotFoundError, or ValueError naming the first tensors that are missing, extra or misshapen.
+    Raises FileNotFoundError, or ValueError naming the first tensors that are missing, extra, misshapen or no floats,
+    and saying what the file looks like if it is another kind.
     """
+    device = check_device(device)
+    dtype = check_dtype(dtype, device)
     tensors, metadata = read_tensors(path)
     heads = _config(metadata, path).get("heads", 8)
+    told = f"{path} is not what this loads{hint(tensors, CONNECTOR)}"
     with torch.device("meta"):
-        tsc = _build(lambda shapes: TSC(**TSC.arguments_from_shapes(shapes), heads=heads), tensors, "", path)
-    _refuse({name: x.shape for name, x in tsc.state_dict().items()}, _shapes(tensors), path)
-    _assign(tsc, tensors, dtype or default_dtype(device), device)
+        tsc = _build(lambda shapes: TSC(**TSC.arguments_from_shapes(shapes), heads=heads), tensors, "", told)
+    _refuse({name: x.shape for name, x in tsc.state_dict().items()}, _shapes(tensors), told)
+    check_weights(tensors, path)
+    _assign(tsc, tensors, dtype, device)
     return tsc
 
 
@@ -132,30 +145,6 @@ def save_tsc(path: str | Path, tsc: TSC, metadata: Mapping[str, str] | None = No
     """Write a connector as `load_tsc` reads it. The file appears whole or not at all."""
     tensors = {name: x if dtype is None else x.to(dtype) for name, x in tsc.state_dict().items()}
     write_tensors(path, tensors, {CONFIG: json.dumps({"heads": tsc.heads}), **(metadata or {})})
-
-
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a .safetensors file, or of a pickle that holds nothing but tensors."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds Python objects, which may run code when read, or is no checkpoint at all: "
-                         "it is refused; use the .safetensors version of this model") from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a whole torch file ({error}): fetch it again") from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
-        raise ValueError(f"{path} does not hold named tensors: expected a checkpoint's state dict")
-    return content, {}
 
 
 def _split(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Shape]]:
@@ -180,11 +169,11 @@ def _split(tensors: Mapping[str, Tensor], path: str | Path) -> tuple[dict[str, d
     return groups, extra
 
 
-def _build(make: Callable[[Shapes], Model], tensors: Mapping[str, Tensor], prefix: str, path: str | Path) -> Model:
+def _build(make: Callable[[Shapes], Model], tensors: Mapping[str, Tensor], prefix: str, told: str) -> Model:
     try:
         return make(_shapes(tensors))
     except ValueError as error:
-        raise ValueError(f"{path} is not what this loads, at {prefix or 'the top'}: {error}") from error
+        raise ValueError(f"{told}, at {prefix or 'the top'}: {error}") from error
 
 
 def _clip(shapes: Shapes) -> "CLIPTextModel":
@@ -209,7 +198,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: x.shape for name, x in tensors.items()}
 
 
-def _refuse(expected: Shapes, got: Shapes, path: str | Path) -> None:
+def _refuse(expected: Shapes, got: Shapes, told: str) -> None:
     """Raise ValueError naming the first tensors that do not agree."""
     problems = [f"missing: {name} {list(expected[name])}" for name in expected if name not in got]
     problems += [f"misshapen: {name} is {list(got[name])}, must be {list(expected[name])}"
@@ -217,25 +206,33 @@ def _refuse(expected: Shapes, got: Shapes, path: str | Path) -> None:
     problems += [f"unexpected: {name} {list(got[name])}" for name in got if name not in expected]
     if problems:
         more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{path} is not what this loads:\n  " + "\n  ".join(problems[:5]) + more)
+        raise ValueError(f"{told}:\n  " + "\n  ".join(problems[:5]) + more)
 
 
-def _assign(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str | torch.device) -> None:
+def _assign(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
     model.load_state_dict({name: x.to(device, dtype) for name, x in tensors.items()}, assign=True)
     model.eval().requires_grad_(False)
 
 
 def _config(metadata: Mapping[str, str], path: str | Path) -> dict[str, Any]:
+    """What the shapes do not say, without what is null."""
     try:
         config = json.loads(metadata.get(CONFIG, "{}"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: the metadata {CONFIG!r} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: the metadata {CONFIG!r} must be a JSON object, got {config!r}")
+        raise ValueError(f"{path}: the metadata {CONFIG!r} must be a JSON object, got {config!r:.200}")
+    config = {key: value for key, value in config.items() if value is not None}
+    for key in {"num_heads", "head_dim", "heads"} & config.keys():  # 2.0 is 2 to einops' cache: later a 2 fails too
+        if type(config[key]) is not int or config[key] < 1:
+            raise ValueError(f"{path}: {key} in the metadata {CONFIG!r} must be a whole number of at least 1, got "
+                             f"{config[key]!r}")
+    if "scale" in config and not (type(config["scale"]) in (int, float) and 0 < config["scale"] < math.inf):
+        raise ValueError(f"{path}: scale in the metadata {CONFIG!r} must be a number above 0, got {config['scale']!r}")
     return config
 
 
-def _prediction(metadata: Mapping[str, str], path: str | Path) -> Prediction:
+def _prediction(metadata: Mapping[str, str], path: str | Path) -> PredictionType:
     said = metadata.get(PREDICTION, "epsilon")
     if said == "epsilon":
         return "eps"
@@ -244,28 +241,22 @@ def _prediction(metadata: Mapping[str, str], path: str | Path) -> Prediction:
     raise ValueError(f'{path} says {PREDICTION} = {said!r}, known are "epsilon" and "v": pass prediction="eps" or "v"')
 
 
-def _noise_schedule(table: Tensor | None, prediction: Prediction) -> NoiseSchedule:
+def _noise_schedule(table: Tensor | None, prediction: PredictionType, path: str | Path) -> NoiseSchedule:
     """The file's own schedule, if it differs from Stable Diffusion's by more than rounding.
 
-    Files carry the table in fp32, pruned ones in fp16, where sigma_min is off by 15 %: the exact one replaces both.
+    Files carry the table in fp32, pruned ones in fp16, where sigma_min is off by 15 %, or in bf16, where neighbours are
+    equal: the exact one replaces all three, also where they were stored in a wider dtype later.
     """
     usual = NoiseSchedule.sd15(prediction)
-    if table is None or (table.shape == usual.alphas_cumprod.shape
-                         and torch.allclose(table.double(), usual.alphas_cumprod, rtol=0, atol=1e-3)):
+    if table is None:
         return usual
-    return NoiseSchedule(table, prediction)
-
-
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a .safetensors file that appears whole or not at all."""
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"tensors are written as .safetensors, got {path}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} to")
-    part = path.with_name(path.name + ".part")
+    exact = table.double()
+    rounded = [kind for kind in (torch.bfloat16, torch.float16) if torch.equal(exact.to(kind).double(), exact)]
+    tolerance = torch.finfo(rounded[0]).eps if rounded else 0.0
+    if exact.shape == usual.alphas_cumprod.shape and torch.allclose(exact, usual.alphas_cumprod, tolerance, 1e-3):
+        return usual
     try:
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, part, dict(metadata))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        return NoiseSchedule(exact, prediction)
+    except ValueError as error:
+        why = f" (in {str(rounded[0]).removeprefix('torch.')}, which is coarse: give it in float32)" if rounded else ""
+        raise ValueError(f"{path} has a noise schedule of its own that cannot be used{why}: {error}") from error

@@ -6,8 +6,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ella_kd.models.attention import attend
 from ella_kd.models.blocks import Attention, FeedForward
-from ella_kd.models.layers import attend, sharing
+from ella_kd.models.parameters import sharing
 from ella_kd.models.products import ConvLinear, capabilities, convolutions_multiply_faster
 from ella_kd.models.winograd import WinogradConv2d, is_plain_3x3, tile
 

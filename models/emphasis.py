@@ -13,19 +13,21 @@ that is never closed reaches to the end; round and square ones are paired apart,
 c 1 / 1.1. All this is A1111's reading, with three differences: a backslash before an ordinary character stays, BREAK
 works inside brackets, and text that looks like a number but is none ("1.2.3") is text.
 
-Prompt editing, `[from:to:0.5]`, `[to:0.5]`, `[from::0.5]` and `[a|b]`, is not part of it and is refused: here a prompt
-that changes with the noise level is a conditioning made of two.
+Prompt editing, `[from:to:0.5]`, `[to:0.5]`, `[from::0.5]` and `[a|b]`, is not part of it and is refused here:
+`ella_kd.prompt_editing` reads it first.
 """
 
 import math
 import re
+from itertools import groupby
+from operator import itemgetter
 
 Piece = tuple[str, float]  # text and its weight
 
 _TOKEN = re.compile(r"""
       \\(?P<literal>BREAK\b|[()\[\]:|\\])
     | (?P<break>\bBREAK\b)
-    | :\s*(?P<number>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))\s*(?P<end>[)\]])
+    | :\s*(?P<number>[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))\s*(?P<end>[)\]])
     | .""", re.VERBOSE | re.DOTALL)
 _SPECIAL = re.compile(r"\bBREAK\b|[()\[\]:|\\]")
 
@@ -62,40 +64,46 @@ def chunks(prompt: str) -> list[list[Piece]]:
     return [_merge(_strip(_strip(part, left=i > 0), right=i < len(parts) - 1)) for i, part in enumerate(parts)]
 
 
+class _Bracket:
+    """An open bracket; around: the one of its kind around it, None for the ground on which there is none."""
+
+    def __init__(self, around: "_Bracket | None", number: int, steps: int) -> None:
+        self.around, self.number = around, number
+        self.steps, self.factor = steps, 1.0  # times 1.1 so often, and times factor: never both
+
+    def add(self) -> None:
+        """Count in the brackets around it, of which this was done before."""
+        if self.around is not None:
+            self.steps += self.around.steps
+            self.factor *= self.around.factor
+
+
 def _read(prompt: str) -> list[Piece | None]:
-    """The characters, or runs of them, with their weights; None for a BREAK."""
-    texts: list[str | None] = []
-    steps: list[int] = []  # how often each text is multiplied by 1.1: as a sum, so that ([x]) is exactly 1
-    factors: list[float] = []
-    opened: list[tuple[str, int]] = []  # brackets, and the number of texts before them
-
-    def close(bracket: str, step: int, factor: float = 1.0) -> None:
-        last = max(i for i, (kind, _) in enumerate(opened) if kind == bracket)
-        _, start = opened.pop(last)
-        for i in range(start, len(texts)):
-            steps[i] += step
-            factors[i] *= factor
-
+    """The characters, or runs of them, with their weights; None for a BREAK. Linear in the prompt's length."""
+    inner = {"(": _Bracket(None, 0, 0), "[": _Bracket(None, 0, 0)}  # the innermost open one of each kind
+    brackets: list[_Bracket] = []
+    texts: list[tuple[str | None, _Bracket, _Bracket]] = []
     for token in _TOKEN.finditer(prompt):
         text, end = token[0], token["end"] or token[0]
-        round_open, square_open = (any(kind == bracket for kind, _ in opened) for bracket in "([")
+        round_, square = inner["("], inner["["]
         if text in "([":
-            opened.append((text, len(texts)))
-        elif end == ")" and round_open:
-            close("(", *((1,) if token["number"] is None else (0, float(token["number"]))))
-        elif square_open and ((end == "]" and token["number"]) or (text == "|" and opened[-1][0] == "[")):
+            inner[text] = _Bracket(inner[text], len(brackets) + 1, 1 if text == "(" else -1)
+            brackets.append(inner[text])
+        elif end == ")" and round_.around:
+            if token["number"] is not None:
+                round_.steps, round_.factor = 0, float(token["number"])
+            inner["("] = round_.around
+        elif square.around and ((end == "]" and token["number"]) or (text == "|" and square.number > round_.number)):
             raise ValueError(f"{prompt[:80]!r} edits the prompt while it is drawn ({text!r} in square brackets): make "
                              r"two conditionings and switch between them by sigma, or write \: and \| for text")
-        elif end == "]" and square_open:
-            close("[", -1)
+        elif end == "]" and square.around:
+            inner["["] = square.around
         else:
-            texts.append(None if token["break"] else token["literal"] or text)
-            steps.append(0)
-            factors.append(1.0)
-    while opened:
-        close(opened[-1][0], 1 if opened[-1][0] == "(" else -1)
-    return [None if text is None else (text, _weight(step, factor, prompt))
-            for text, step, factor in zip(texts, steps, factors)]
+            texts.append((None if token["break"] else token["literal"] or text, round_, square))
+    for bracket in brackets:  # the steps as a sum, so that ([x]) is exactly 1
+        bracket.add()
+    return [None if text is None else (text, _weight(round_.steps + square.steps, round_.factor, prompt))
+            for text, round_, square in texts]
 
 
 def _weight(step: int, factor: float, prompt: str) -> float:
@@ -110,18 +118,12 @@ def _weight(step: int, factor: float, prompt: str) -> float:
 
 def _strip(pieces: list[Piece], left: bool = False, right: bool = False) -> list[Piece]:
     """Without white space at that end; the pieces are characters or single escaped ones."""
-    while left and pieces and not pieces[0][0].strip():
-        pieces = pieces[1:]
-    while right and pieces and not pieces[-1][0].strip():
-        pieces = pieces[:-1]
-    return pieces
+    words = [i for i, (text, _) in enumerate(pieces) if text.strip()]
+    if not words:
+        return [] if left or right else pieces
+    return pieces[words[0] if left else 0:words[-1] + 1 if right else len(pieces)]
 
 
 def _merge(pieces: list[Piece]) -> list[Piece]:
-    merged: list[Piece] = []
-    for text, weight in pieces:
-        if text and merged and merged[-1][1] == weight:
-            merged[-1] = (merged[-1][0] + text, weight)
-        elif text:
-            merged.append((text, weight))
-    return merged or [("", 1.0)]
+    rows = groupby((piece for piece in pieces if piece[0]), key=itemgetter(1))
+    return [("".join(text for text, _ in row), weight) for weight, row in rows] or [("", 1.0)]

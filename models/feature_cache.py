@@ -3,14 +3,15 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
+from threading import Lock
 
 import torch
 
+from ella_kd.models.context import pile
+from ella_kd.models.devices import check_device
 from ella_kd.models.features import FeatureMode, load_features, save_features
 from ella_kd.models.text import T5TextEncoder, TextFeatures
-from ella_kd.models.tokens import pile
 
 
 class FeatureCache:
@@ -29,13 +30,19 @@ class FeatureCache:
                  device: str | torch.device = "cpu") -> None:
         if not encoder.strip():
             raise ValueError(f'name the encoder, such as "flan-t5-xl", got {encoder!r}')
-        self.folder, self.encoder, self.device = Path(folder), encoder, device
-        self._load = load
+        self.folder, self.encoder, self.device = Path(folder), encoder, check_device(device)
+        self._load, self._loading = load, Lock()
+        self._t5: T5TextEncoder | None = None
 
-    @cached_property
+    @property
     def t5(self) -> T5TextEncoder:
-        """The encoder, loaded when it is first needed."""
-        return self._load()
+        """The encoder, loaded when it is first needed, once, whichever thread asks."""
+        with self._loading:
+            self._t5 = self._t5 or self._load()
+            return self._t5
+
+    def __repr__(self) -> str:
+        return f"FeatureCache({str(self.folder)!r}, {self.encoder!r})"
 
     def __call__(self, prompts: str | Sequence[str], max_length: int | None = None) -> TextFeatures:
         """Prompts -> features [B, L, D] as `T5TextEncoder` gives them: flexible with None, fixed with a number."""

@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ella_kd.models.checkpoint import read_tensors, write_tensors
-from ella_kd.models.layers import check_mask
-from ella_kd.models.text import TextFeatures
+from ella_kd.models.devices import check_device
+from ella_kd.models.tensors import read_tensors, write_tensors
+from ella_kd.models.text import TextFeatures, check_features
 
 FeatureMode = Literal["flexible", "fixed", "clip"]
 HEADER = "ella_kd_features"  # metadata: JSON with the names below
@@ -65,6 +65,7 @@ def load_features(path: str | Path, *, device: str | torch.device = "cpu") -> Sa
 
     Raises FileNotFoundError, or ValueError for any file that is not exactly what `save_features` writes.
     """
+    device = check_device(device)
     if not Path(path).is_file():
         raise FileNotFoundError(f"no features at {path}")
     tensors, metadata = read_tensors(path)
@@ -102,14 +103,12 @@ def _check(features: TextFeatures, prompts: Sequence[str], encoder: str, mode: s
         raise ValueError(f"unknown mode {mode!r}: expected one of {', '.join(get_args(FeatureMode))}")
     if not isinstance(encoder, str) or not encoder.strip():
         raise ValueError(f'name the encoder, such as encoder="flan-t5-xl", got {encoder!r}')
-    if tokens.ndim != 3 or 0 in tokens.shape or not tokens.is_floating_point():
-        raise ValueError(f"text features are floats [B, L, D], got {tokens.dtype} {list(tokens.shape)}")
+    check_features(TextFeatures(tokens, None if mask is None else mask.cpu()))
     if len(prompts) != len(tokens) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"features of {len(tokens)} rows need as many prompts, all of them text, got {len(prompts)}: "
                          f"{list(prompts)!r:.100}")
     if not tokens.isfinite().all():
         raise ValueError("the features are not finite: an fp16 encoder that overflowed? Encode them again in fp32")
-    check_mask(None if mask is None else mask.cpu(), tokens)
     if mask is not None and mode == "fixed" and mask.dtype == torch.bool:
         raise ValueError('features of mode "fixed" are seen whole, padding included: their mask is None or weights')
     if mask is not None and not mask.bool().any(1).all():

@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-Prediction = Literal["eps", "v"]
+PredictionType = Literal["eps", "v"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,8 +20,9 @@ class NoiseSchedule:
     """
 
     alphas_cumprod: Tensor
-    prediction: Prediction = "eps"
+    prediction: PredictionType = "eps"
     _log_sigmas_on: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+    sigma_data: ClassVar[float] = 1.0  # the spread of the data that the scalings assume
 
     def __post_init__(self) -> None:
         table = self.alphas_cumprod.detach().to("cpu", torch.float64)
@@ -29,25 +30,25 @@ class NoiseSchedule:
             raise ValueError(f"alphas_cumprod must have shape [N] with N >= 2, got {list(table.shape)}")
         if not (bool((table > 0).all()) and bool((table < 1).all()) and bool((table.diff() < 0).all())):
             raise ValueError("alphas_cumprod must decrease strictly inside (0, 1); rescaled zero-SNR tables do not")
-        if self.prediction not in get_args(Prediction):
+        if self.prediction not in get_args(PredictionType):
             raise ValueError(f'prediction must be "eps" or "v", got {self.prediction!r}')
         object.__setattr__(self, "alphas_cumprod", table)
 
     @classmethod
     def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, n: int = 1000,
-                      prediction: Prediction = "eps") -> "NoiseSchedule":
+                      prediction: PredictionType = "eps") -> "NoiseSchedule":
         """Betas whose square roots are linear in t (LDM's "linear" schedule, diffusers' "scaled_linear")."""
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, n, dtype=torch.float64) ** 2
         return cls((1 - betas).cumprod(0), prediction)
 
     @classmethod
-    def sd15(cls, prediction: Prediction = "eps") -> "NoiseSchedule":
+    def sd15(cls, prediction: PredictionType = "eps") -> "NoiseSchedule":
         """The schedule of Stable Diffusion 1.x and 2.x, and of ELLA: sigma from .0292 to 14.6146 in 1000 steps."""
         return cls.scaled_linear(prediction=prediction)
 
     @classmethod
     def linear(cls, beta_start: float, beta_end: float, n: int = 1000,
-               prediction: Prediction = "eps") -> "NoiseSchedule":
+               prediction: PredictionType = "eps") -> "NoiseSchedule":
         """Betas linear in t (DDPM; diffusers' "linear")."""
         return cls((1 - torch.linspace(beta_start, beta_end, n, dtype=torch.float64)).cumprod(0), prediction)
 
@@ -124,6 +125,20 @@ class NoiseSchedule:
         sigma = torch.lerp(table[low], table[low + 1], w).exp()
         return sigma.to(t.dtype if t.is_floating_point() else torch.float32)
 
+    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in of `denoised = c_skip * x + c_out * network(c_in * x)`, each shaped as sigma.
+
+        eps: x0 = x - sigma * eps. v (Salimans and Ho 2022, arXiv 2202.00512): v = c_in * (noise - sigma * x0).
+        """
+        c_in = (sigma**2 + 1) ** -0.5
+        if self.prediction == "v":
+            return c_in**2, -sigma * c_in, c_in
+        return torch.ones_like(sigma), -sigma, c_in
+
+    def target(self, x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """What the network should answer at clean latents x plus sigma * noise: eps or v. All broadcast to x."""
+        return (noise - sigma * x) * (sigma**2 + 1) ** -0.5 if self.prediction == "v" else noise
+
     def _log_sigmas(self, device: torch.device) -> Tensor:
         """The table on a device, copied there once: a copy in every step would make the host wait."""
         if device not in self._log_sigmas_on:
@@ -178,6 +193,11 @@ class EDMSchedule:
         return sigma.to(t.dtype if t.is_floating_point() else torch.float32)
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """c_skip, c_out, c_in of `denoised = c_skip * x + c_out * network(c_in * x)` (table 1), shaped as sigma."""
+        """c_skip, c_out, c_in as of a NoiseSchedule, EDM's (table 1): each shaped as sigma."""
         total = sigma**2 + self.sigma_data**2
         return self.sigma_data**2 / total, sigma * self.sigma_data * total**-0.5, total**-0.5
+
+    def target(self, x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """What the network should answer at clean latents x plus sigma * noise: EDM's F. All broadcast to x."""
+        c_skip, c_out, _ = self.scalings(sigma)
+        return (x - c_skip * (x + sigma * noise)) / c_out

@@ -1,6 +1,6 @@
 """Patches: what some rows of a batch do differently in the UNet's transformer blocks, for one call.
 
-`unet(x, t, context, mask, patches=[(4, None), (4, IdentityAttention(("middle_block.1",)))])` runs eight rows, the last
+`unet(x, t, context, patches=[(4, None), (4, IdentityAttention(("middle_block.1",)))])` runs eight rows, the last
 four with the patch. A patch is an argument, not a change of the network: nothing has to be undone, and an exception
 leaves nothing behind. `unet.places` lists the blocks it may name. One of your own is a frozen dataclass:
 
@@ -23,8 +23,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ella_kd.models.attention import attend
 from ella_kd.models.blocks import Attention, TransformerBlock
-from ella_kd.models.layers import attend
 
 
 class Patch(ABC):

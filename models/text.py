@@ -1,5 +1,7 @@
 """Prompts to features: T5 for ELLA, CLIP for plain Stable Diffusion."""
 
+import json
+import pickle
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from ella_kd.models.attention import check_mask
+from ella_kd.models.devices import check_device, check_dtype, place_of
 from ella_kd.models.emphasis import Piece, chunks, parse
+from ella_kd.models.tokenizers import check_vocabulary, load_tokenizer, token_ids, tokenize
 
 if TYPE_CHECKING:  # transformers takes seconds to import: it is loaded when a text encoder is
     from transformers import BatchEncoding, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
@@ -24,11 +28,25 @@ class TextFeatures:
     """What a text encoder says about prompts: tokens [B, L, D] and which of them are seen, and how strongly.
 
     mask [B, L]: bool, True at positions that are seen; or floats >= 0, the factor by which the attention to a position
-    is multiplied (0 unseen, 1 plain; see `ella_kd.models.layers.attend`). None: every position is seen.
+    is multiplied (0 unseen, 1 plain; see `ella_kd.models.attention.attend`). None: every position is seen.
     """
 
     tokens: Tensor
     mask: Tensor | None = None
+
+    def __repr__(self) -> str:
+        shapes = [f"{name} {list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+                  for name, x in (("tokens", self.tokens), ("mask", self.mask)) if x is not None]
+        return f"TextFeatures({', '.join(shapes)})"
+
+
+def check_features(features: TextFeatures) -> None:
+    """Raises ValueError unless tokens are floats [B, L, D], none of the three 0, and the mask fits (`check_mask`)."""
+    tokens = features.tokens
+    if tokens.ndim != 3 or 0 in tokens.shape or not tokens.is_floating_point():
+        raise ValueError("text features must be floats [B, L, D] with B and L at least 1, got "
+                         f"{tokens.dtype} {list(tokens.shape)}")
+    check_mask(features.mask, tokens)
 
 
 class T5TextEncoder:
@@ -39,21 +57,25 @@ class T5TextEncoder:
         self.tokenizer = tokenizer
 
     @classmethod
-    def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = None,
+    def from_folder(cls, folder: str | Path, dtype: str | torch.dtype | None = None,
                     device: str | torch.device = "cpu") -> "T5TextEncoder":
         """Read a T5 folder (config.json, weights, tokenizer), the encoder alone or the whole model; nothing is fetched.
 
         dtype None: fp32 on a CPU, where fp16 runs hundreds of times slower, fp16 elsewhere. Every tensor is cast, `wo`
         included, as ELLA did in training; `from_pretrained(dtype=float16)` keeps `wo` in fp32. bf16 warns: its pictures
-        differ visibly (ELLA issue 23). Raises FileNotFoundError, or ValueError for weights that do not fit.
+        differ visibly (ELLA issue 23). Raises FileNotFoundError, or ValueError naming the folder for a config, weights
+        or a tokenizer that are damaged, of another kind, or do not fit each other.
         """
         from transformers import T5EncoderModel
 
+        device = check_device(device)
+        kind = check_dtype(dtype, device)
         path = Path(folder)
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"no T5 model in {path}: expected a folder with config.json, the weights and the "
                                     "tokenizer, such as a copy of google/flan-t5-xl")
-        if dtype == torch.bfloat16:
+        _check_t5_config(path / "config.json")
+        if kind == torch.bfloat16:
             warnings.warn("T5 in bf16 changes ELLA's pictures visibly: it was trained on fp16 features", stacklevel=2)
         tokenizer = load_tokenizer(path, "T5")
         if not any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
@@ -61,15 +83,24 @@ class T5TextEncoder:
         try:  # mismatches are not ignored: they are collected, and refused below with the rest
             loaded: Any = T5EncoderModel.from_pretrained(path, local_files_only=True, dtype=torch.float32,
                                                          output_loading_info=True, ignore_mismatched_sizes=True)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"the weights in {path} cannot be read: {error}") from error
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"the weights in {path} cannot be read: they hold Python objects, which may run code; use "
+                             "the .safetensors version of this model") from error
+        except Exception as error:  # of transformers, safetensors or torch: each has its own
+            raise ValueError(f"the weights in {path} cannot be read ({type(error).__name__}: {error}): fetch them "
+                             "again, as .safetensors") from error
         model, info = loaded
         extra = [name for name in info["unexpected_keys"] if not name.startswith(("decoder.", "lm_head."))]
         wrong = [*map(str, sorted(info["missing_keys"])), *map(str, sorted(info["mismatched_keys"])), *sorted(extra)]
         if wrong:
             raise ValueError(f"the weights in {path} are not the T5 that its config.json describes: missing, misshapen "
                              f"or unexpected are {', '.join(wrong[:5])}" + ", ..." * (len(wrong) > 5))
-        return cls(model.to(device, dtype or default_dtype(device)).eval().requires_grad_(False), tokenizer)
+        check_vocabulary(tokenizer, model.config.vocab_size, "T5", path)
+        return cls(model.to(device, kind).eval().requires_grad_(False), tokenizer)
+
+    def __repr__(self) -> str:
+        config = self.model.config
+        return f"T5TextEncoder(width {config.d_model}, {config.num_layers} layers, {place_of(self.model)})"
 
     def __call__(self, prompts: str | Sequence[str], max_length: int | None = None) -> TextFeatures:
         """Prompts -> features [B, L, D].
@@ -79,7 +110,7 @@ class T5TextEncoder:
         mode: padded or, with a warning, truncated to that length; T5 is told what is padding but the mask is None,
         because the connector was trained to read all 128 positions. Raises TypeError or ValueError for bad prompts.
         """
-        return self._encode(_tokenize(self.tokenizer, _as_list(prompts), max_length), max_length)
+        return self._encode(tokenize(self.tokenizer, _as_list(prompts), max_length), max_length)
 
     def weighted(self, prompts: str | Sequence[str], max_length: int | None = None) -> TextFeatures:
         """Prompts with weights, "a (red:1.3) car" (`ella_kd.models.emphasis`) -> features with attention weights.
@@ -95,7 +126,7 @@ class T5TextEncoder:
             if weight < 0:
                 raise ValueError(f"attention weights must be at least 0, {text[:60]!r} has {weight:g}: to draw the "
                                  "opposite of a prompt, give it a negative weight in a composition")
-        batch = _tokenize(self.tokenizer, ["".join(text for text, _ in row) for row in pieces], max_length)
+        batch = tokenize(self.tokenizer, ["".join(text for text, _ in row) for row in pieces], max_length)
         features = self._encode(batch, max_length)
         if all(weight == 1 for row in pieces for _, weight in row):
             return features
@@ -122,6 +153,11 @@ class CLIPTextEncoder:
         self.model = model
         self.tokenizer = tokenizer
 
+    def __repr__(self) -> str:
+        config = self.model.config
+        return (f"CLIPTextEncoder(width {config.hidden_size}, {config.num_hidden_layers} layers, "
+                f"{place_of(self.model)})")
+
     def __call__(self, prompts: str | Sequence[str], clip_skip: int = 1) -> TextFeatures:
         """Prompts -> the hidden states [B, 77, 768] of a layer, after the final layer norm; every position is seen.
 
@@ -130,7 +166,7 @@ class CLIPTextEncoder:
         no limit. Raises TypeError or ValueError for bad prompts, ValueError for a layer that does not exist.
         """
         length = self.model.config.max_position_embeddings
-        return TextFeatures(self._hidden(_tokenize(self.tokenizer, _as_list(prompts), length)["input_ids"], clip_skip))
+        return TextFeatures(self._hidden(tokenize(self.tokenizer, _as_list(prompts), length)["input_ids"], clip_skip))
 
     def weighted(self, prompts: str | Sequence[str], clip_skip: int = 1) -> TextFeatures:
         """Prompts of any length, with weights (`ella_kd.models.emphasis`), as A1111 reads them -> [B, 77 n, 768].
@@ -177,10 +213,10 @@ class CLIPTextEncoder:
 
     def _split(self, pieces: list[Piece]) -> list[list[tuple[int, float]]]:
         """Pieces -> the tokens of each chunk, none empty unless it is the only one."""
-        room = self.model.config.max_position_embeddings - len(self.tokenizer("")["input_ids"])
-        comma = self.tokenizer(",", add_special_tokens=False)["input_ids"]
+        room = self.model.config.max_position_embeddings - len(token_ids(self.tokenizer, ""))
+        comma = token_ids(self.tokenizer, ",", special=False)
         tokens = [(token, weight) for text, weight in pieces
-                  for token in self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+                  for token in token_ids(self.tokenizer, text, special=False)]
         parts: list[list[tuple[int, float]]] = []
         while len(tokens) > room:
             commas = [i for i in range(max(room - COMMA_BACKTRACK, 0), room) if [tokens[i][0]] == comma]
@@ -191,28 +227,25 @@ class CLIPTextEncoder:
 
     def _chunk(self, part: list[tuple[int, float]]) -> list[tuple[int, float]]:
         """With begin token, end token and padding, all of weight 1."""
-        *begin, end = self.tokenizer("")["input_ids"]
+        *begin, end = token_ids(self.tokenizer, "")
         ids = [*((token, 1.0) for token in begin), *part, (end, 1.0)]
         return ids + [(self.tokenizer.pad_token_id, 1.0)] * (self.model.config.max_position_embeddings - len(ids))
 
 
-def load_tokenizer(folder: str | Path, kind: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a folder; nothing is fetched. Raises FileNotFoundError if the folder holds none."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+def _check_t5_config(path: Path) -> None:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): fetch it again") from error
+    kind = config.get("model_type", "t5") if isinstance(config, dict) else config
+    if "t5" not in str(kind):
+        raise ValueError(f"{path} describes a model of type {kind!r:.60}, expected a T5 such as google/flan-t5-xl")
+    from transformers import T5Config
 
-    path = Path(folder)
-    names = ("tokenizer.json", "spiece.model", "vocab.json")
-    if not any((path / name).is_file() for name in names):
-        raise FileNotFoundError(f"no {kind} tokenizer in {path}: expected a folder with {', '.join(names[:-1])} or "
-                                f"{names[-1]}")
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer
-
-
-def default_dtype(device: str | torch.device) -> torch.dtype:
-    """fp32 on a CPU, fp16 elsewhere."""
-    return torch.float32 if torch.device(device).type == "cpu" else torch.float16
+    try:
+        T5Config.from_pretrained(path.parent, local_files_only=True)
+    except Exception as error:  # what its values make transformers raise
+        raise ValueError(f"{path} holds values that a T5 cannot have ({error}): fetch it again") from error
 
 
 def _as_list(prompts: str | Sequence[str]) -> list[str]:
@@ -223,23 +256,6 @@ def _as_list(prompts: str | Sequence[str]) -> list[str]:
         if not isinstance(text, str):
             raise TypeError(f"prompts must be strings, got {type(text).__name__}")
     return texts
-
-
-def _tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str], length: int | None) -> "BatchEncoding":
-    """Token ids and attention mask, and offsets if there are; padded to the longest, or truncated too to a length."""
-    if length is not None and length < 1:
-        raise ValueError(f"max_length must be at least 1, or None for the real tokens only, got {length}")
-    offsets = tokenizer.is_fast
-    if length is None:
-        return tokenizer(texts, padding="longest", truncation=False, return_tensors="pt", verbose=False,
-                         return_offsets_mapping=offsets)
-    for text in texts:
-        count = len(tokenizer(text, verbose=False).input_ids)
-        if count > length:
-            warnings.warn(f"the prompt has {count} tokens and {length} are read: what follows is lost, from "
-                          f"{text[:60]!r}...", stacklevel=3)
-    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt",
-                     return_offsets_mapping=offsets)
 
 
 def _restore_mean(z: Tensor, h: Tensor) -> Tensor:

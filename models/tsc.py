@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ella_kd.models.layers import Shapes, attend, check_mask, count_of, shape_of, timestep_embedding
+from ella_kd.models.attention import attend, check_mask
+from ella_kd.models.devices import place_of
+from ella_kd.models.shapes import Shapes, count_of, shape_of
+from ella_kd.models.timestep import timestep_embedding
 
 
 class AdaLayerNorm(nn.Module):
@@ -113,6 +116,8 @@ class TSC(nn.Module):
     def __init__(self, time_channel: int = 320, time_embed_dim: int = 768, width: int = 768, layers: int = 6,
                  heads: int = 8, num_latents: int = 64, input_dim: int = 2048) -> None:
         super().__init__()
+        if type(heads) is not int or heads < 1:
+            raise ValueError(f"heads must be a whole number of at least 1, got {heads!r}")
         if width % heads:
             raise ValueError(f"width must be a multiple of heads, got {width} and {heads}")
         self.time_channel, self.heads, self.input_dim = time_channel, heads, input_dim
@@ -124,6 +129,7 @@ class TSC(nn.Module):
         """TSC's arguments, all but `heads`, read off a file's shapes. Raises ValueError naming a missing tensor."""
         time_embed_dim, time_channel = shape_of(shapes, "time_embedding.linear_1.weight", 2)
         num_latents, width = shape_of(shapes, "connector.latents", 2)
+        shape_of(shapes, "connector.perceiver_blocks.0.attn.in_proj_weight", 2)
         return {"time_channel": time_channel, "time_embed_dim": time_embed_dim, "width": width,
                 "layers": count_of(shapes, "connector.perceiver_blocks"), "num_latents": num_latents,
                 "input_dim": shape_of(shapes, "connector.proj_in.weight", 2)[1]}
@@ -131,6 +137,11 @@ class TSC(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.connector.latents.dtype
+
+    def __repr__(self) -> str:
+        tokens, width = self.connector.latents.shape
+        return (f"TSC(features of width {self.input_dim} -> {tokens} tokens of width {width}, "
+                f"{len(self.connector.perceiver_blocks)} blocks, {place_of(self)})")
 
     def forward(self, features: Tensor, t: Tensor, mask: Tensor | None = None) -> Tensor:
         if features.ndim != 3 or features.shape[2] != self.input_dim:

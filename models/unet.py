@@ -5,8 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ella_kd.models.blocks import Downsample, Patches, ResBlock, SpatialTransformer, Stage, Upsample
-from ella_kd.models.layers import Shapes, count_of, shape_of, timestep_embedding, zero_init
+from ella_kd.models.blocks import Downsample, ResBlock, SpatialTransformer, Stage, Upsample
+from ella_kd.models.context import Context
+from ella_kd.models.network import Levels, Patches
+from ella_kd.models.parameters import zero_init
+from ella_kd.models.shapes import Shapes, count_of, shape_of
+from ella_kd.models.timestep import timestep_embedding
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,9 @@ class UNetConfig:
                              f"attention has {len(self.attention)}")
         if (self.num_heads is None) == (self.head_dim is None):
             raise ValueError(f"give num_heads or head_dim, not both: got {self.num_heads} and {self.head_dim}")
+        heads = self.num_heads if self.head_dim is None else self.head_dim
+        if type(heads) is not int or heads < 1:
+            raise ValueError(f"num_heads and head_dim are whole numbers of at least 1, got {heads!r}")
         for mult in self.channel_mult:
             channels = mult * self.model_channels
             if channels % 32 or channels % (self.num_heads or self.head_dim or 1):
@@ -74,10 +81,9 @@ class UNetConfig:
 class UNet(nn.Module):
     """The denoising network of latent diffusion (Rombach et al. 2022, arXiv 2112.10752, section 3.2).
 
-    `unet(x, t, context, mask=None, patches=())`: x [B, in_channels, h, w], any h and w; t [B], the timestep, fractional
-    welcome; context [B, L, context_dim], the text tokens; mask [B, L] bool, True at real tokens, or float, the factor
-    of a token's attention, None if all are real -> [B, out_channels, h, w]. x and context have the network's dtype, t
-    stays fp32.
+    `unet(x, t, context, patches=())`, a `models.network.Network`: x [B, in_channels, h, w], less the channels that the
+    context has, any h and w; t [B], the timestep, fractional welcome; context, a Context of tokens [B, L, context_dim]
+    and perhaps a mask, or bare tokens -> [B, out_channels, h, w]. x and context have the network's dtype, t stays fp32.
 
     patches: what rows of the batch do differently in this one call, `(rows, Patch or None)` in the order of the batch,
     `models.patches`; a patch names its transformer blocks, those in `places`. Nothing of it stays behind.
@@ -138,34 +144,47 @@ class UNet(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, mask: Tensor | None = None,
-                patches: Patches = ()) -> Tensor:
-        self._check(x, t, context, mask)
+    @property
+    def in_channels(self) -> int:
+        return self.config.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self.config.out_channels
+
+    def at(self, levels: Levels) -> "UNet":
+        """Itself: it is the same at every noise level."""
+        return self
+
+    def forward(self, x: Tensor, t: Tensor, context: Context | Tensor, patches: Patches = ()) -> Tensor:
+        seen = Context.of(context)
+        x, tokens, mask = seen.beside_x(x), seen.tokens, seen.mask
+        self._check(x, t, tokens, mask)
         if patches:
             self._check_patches(patches, len(x))
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(self.dtype))
         skips = []
         for stage in self.input_blocks:
-            x = stage(x, emb, context, mask, patches)
+            x = stage(x, emb, tokens, mask, patches)
             skips.append(x)
-        x = self.middle_block(x, emb, context, mask, patches)
+        x = self.middle_block(x, emb, tokens, mask, patches)
         for stage in self.output_blocks:
             x = torch.cat([x, skips.pop()], dim=1)
-            x = stage(x, emb, context, mask, patches, skips[-1].shape[2:] if skips else None)
+            x = stage(x, emb, tokens, mask, patches, skips[-1].shape[2:] if skips else None)
         return self.out(x)
 
-    def _check(self, x: Tensor, t: Tensor, context: Tensor, mask: Tensor | None) -> None:
+    def _check(self, x: Tensor, t: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
         config = self.config
         if x.ndim != 4 or x.shape[1] != config.in_channels:
             raise ValueError(f"the UNet takes x [B, {config.in_channels}, h, w], got {list(x.shape)}")
         if t.shape != x.shape[:1]:
             raise ValueError(f"the UNet takes one timestep per sample: x has {x.shape[0]}, t has {list(t.shape)}")
-        if context.ndim != 3 or context.shape[0] != x.shape[0] or context.shape[2] != config.context_dim:
+        if tokens.ndim != 3 or tokens.shape[0] != x.shape[0] or tokens.shape[2] != config.context_dim:
             raise ValueError(f"the UNet takes context [{x.shape[0]}, L, {config.context_dim}], "
-                             f"got {list(context.shape)}")
-        if mask is not None and (mask.shape != context.shape[:2]
+                             f"got {list(tokens.shape)}")
+        if mask is not None and (mask.shape != tokens.shape[:2]
                                  or not (mask.dtype == torch.bool or mask.is_floating_point())):
-            raise ValueError(f"mask must be bool or float {list(context.shape[:2])}, got {mask.dtype} "
+            raise ValueError(f"mask must be bool or float {list(tokens.shape[:2])}, got {mask.dtype} "
                              f"{list(mask.shape)}")
 
     def _check_patches(self, patches: Patches, batch: int) -> None:

@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ella_kd.models.layers import Shapes, attend, count_of, shape_of
+from ella_kd.models.attention import attend
+from ella_kd.models.devices import place_of
+from ella_kd.models.pictures import Images, to_pixels
+from ella_kd.models.shapes import Shapes, count_of, shape_of
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,8 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """The variational autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752, section 3.1).
 
-    Images are [B, 3, H, W] in [-1, 1], latents [B, 4, H / factor, W / factor]; both have the network's dtype.
+    Images are [B, 3, H, W] in [-1, 1], latents [B, 4, H / factor, W / factor]; both have the network's dtype. What is
+    encoded may also be a PIL image, or uint8 in 0..255: `ella_kd.models.pictures.to_pixels`.
     """
 
     def __init__(self, config: VAEConfig = VAEConfig()) -> None:
@@ -188,20 +192,29 @@ class AutoencoderKL(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.quant_conv.weight.dtype
 
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def __repr__(self) -> str:
+        config = self.config
+        return f"AutoencoderKL(1 latent for {self.factor} x {self.factor} px, scale {config.scale:g}, {place_of(self)})"
+
+    def moments(self, images: Images) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latents' Gaussian, both unscaled [B, 4, H / factor, W / factor].
 
-        Raises ValueError if the images are not [B, 3, H, W] with H and W multiples of `factor`.
+        Raises ValueError if H and W are no multiples of `factor`, ValueError or TypeError for what is no picture.
         """
         f = self.factor
-        if images.ndim != 4 or images.shape[1] != self.config.in_channels or images.shape[2] % f or images.shape[3] % f:
+        x = to_pixels(images, self.config.in_channels, self.quant_conv.weight)
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % f or x.shape[3] % f:
             raise ValueError(f"the autoencoder takes images [B, {self.config.in_channels}, H, W] with H and W "
-                             f"multiples of {f}, got {list(images.shape)}")
-        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+                             f"multiples of {f}, got {list(x.shape)}")
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
-    def encode(self, images: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """Images -> latents, scaled by `config.scale`: the mean, or with `sample` a draw from the Gaussian."""
+    def encode(self, images: Images, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+        """Images -> latents, scaled by `config.scale`: the mean, or with `sample` a draw from the Gaussian.
+
+        images: floats [B, 3, H, W] in [-1, 1], a PIL image, or uint8 [B, 3, H, W] or [H, W, 3] in 0..255 (a tensor or
+        an array). Raises ValueError or TypeError for anything else, floats in 0..255 among it.
+        """
         mean, logvar = self.moments(images)
         if sample:
             noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype,

@@ -1,247 +1,42 @@
-"""Samplers, step schedules and noise: they know x, sigma and a model, nothing of text or networks."""
+# ruff: noqa: F401, F403, I001
+"""Samplers, step schedules and noise: they know x, sigma and a model, nothing of text or networks.
 
-from ella_kd.samplers.adams import DEIS, IPNDM, GradientEstimation
+A method's file has its solver, its sample_NAME, its row of SAMPLERS and its CFG++ form, by one registration; a schedule
+stands with its own. model(x, sigma, **extra_args) -> denoised; x [B, C, h, w] float32 or float64 at noise level
+sigmas[0]; sigmas [n + 1]. Every sample_NAME has k-diffusion's or ComfyUI's arguments, their order and defaults, and
+`seeds` by keyword, which name the noise of each row (without them one seed per row comes from torch's global
+generator). All return x at sigmas[-1] and raise what `ella_kd.samplers.driver.sample` raises.
+"""
+
+from types import ModuleType
+
 from ella_kd.samplers.cfg_pp import CFGpp
-from ella_kd.samplers.cfg_pp_functions import (
-    sample_ddim_cfg_pp,
-    sample_ddpm_cfg_pp,
-    sample_deis_cfg_pp,
-    sample_dpm_2_ancestral_cfg_pp,
-    sample_dpm_2_cfg_pp,
-    sample_dpmpp_2m_cfg_pp,
-    sample_dpmpp_2m_paper_cfg_pp,
-    sample_dpmpp_2m_sde_cfg_pp,
-    sample_dpmpp_2s_ancestral_cfg_pp,
-    sample_dpmpp_3m_sde_cfg_pp,
-    sample_dpmpp_sde_cfg_pp,
-    sample_er_sde_cfg_pp,
-    sample_euler_ancestral_cfg_pp,
-    sample_euler_cfg_pp,
-    sample_exp_heun_2_x0_cfg_pp,
-    sample_exp_heun_2_x0_sde_cfg_pp,
-    sample_gradient_estimation_cfg_pp,
-    sample_heun_cfg_pp,
-    sample_heunpp2_cfg_pp,
-    sample_ipndm_cfg_pp,
-    sample_ipndm_v_cfg_pp,
-    sample_lcm_cfg_pp,
-    sample_lms_cfg_pp,
-    sample_res_multistep_ancestral_cfg_pp,
-    sample_res_multistep_cfg_pp,
-    sample_res_multistep_comfyui_cfg_pp,
-    sample_restart_cfg_pp,
-    sample_sa_solver_cfg_pp,
-    sample_sa_solver_pece_cfg_pp,
-    sample_seeds_2_cfg_pp,
-    sample_seeds_3_cfg_pp,
-    sample_uni_pc_bh2_cfg_pp,
-    sample_uni_pc_cfg_pp,
-)
-from ella_kd.samplers.dpm_adaptive import sample_dpm_adaptive
-from ella_kd.samplers.dpm_solver import DPMFast
-from ella_kd.samplers.dpmpp import DPMpp2M, DPMpp2SAncestral
-from ella_kd.samplers.dpmpp_sde import DPMpp3M, DPMppSDE
 from ella_kd.samplers.driver import Interrupted, Run, sample
-from ella_kd.samplers.euler import Euler, EulerAncestral
-from ella_kd.samplers.functions import (
-    sample_dpm_2,
-    sample_dpmpp_2m,
-    sample_dpmpp_2m_sde,
-    sample_dpmpp_2s_ancestral,
-    sample_euler,
-    sample_euler_ancestral,
-    sample_heun,
-)
-from ella_kd.samplers.functions_exponential import (
-    sample_deis,
-    sample_gradient_estimation,
-    sample_ipndm,
-    sample_ipndm_v,
-    sample_res_multistep,
-    sample_res_multistep_ancestral,
-    sample_uni_pc,
-    sample_uni_pc_bh2,
-)
-from ella_kd.samplers.functions_kd import (
-    sample_ddim,
-    sample_ddpm,
-    sample_dpm_2_ancestral,
-    sample_dpm_fast,
-    sample_dpmpp_3m_sde,
-    sample_dpmpp_sde,
-    sample_heunpp2,
-    sample_lcm,
-    sample_lms,
-    sample_restart,
-)
-from ella_kd.samplers.functions_stochastic import (
-    sample_er_sde,
-    sample_exp_heun_2_x0,
-    sample_exp_heun_2_x0_sde,
-    sample_sa_solver,
-    sample_sa_solver_pece,
-    sample_seeds_2,
-    sample_seeds_3,
-)
-from ella_kd.samplers.heunpp import HeunPP2
-from ella_kd.samplers.lcm import LCM
-from ella_kd.samplers.lms import LMS
+from ella_kd.samplers.model import Prediction, bind
 from ella_kd.samplers.noise import BrownianNoise, NormalNoise, randn
-from ella_kd.samplers.restart import Restart
-from ella_kd.samplers.saving import load_run, save_run
-from ella_kd.samplers.schedules import (
-    get_sigmas_ays,
-    get_sigmas_ays_sdxl,
-    get_sigmas_exponential,
-    get_sigmas_gits,
-    get_sigmas_karras,
-    get_sigmas_kl_optimal,
-    get_sigmas_laplace,
-    get_sigmas_linear_quadratic,
-    get_sigmas_polyexponential,
-    get_sigmas_vp,
-)
-from ella_kd.samplers.second_order import DPM2, DPM2Ancestral, Heun
-from ella_kd.samplers.seeds import SEEDS2, SEEDS3
+from ella_kd.samplers.registry import *
 from ella_kd.samplers.solver import Solver, Step
-from ella_kd.samplers.stochastic_multistep import ERSDE, SASolver, SASolverPECE
-from ella_kd.samplers.tables import SAMPLERS, SCHEDULES, Sampler, Schedule, get_sampler, get_schedule
-from ella_kd.samplers.timestep_schedules import (
-    get_sigmas_beta,
-    get_sigmas_ddim_uniform,
-    get_sigmas_leading,
-    get_sigmas_linspace,
-    get_sigmas_normal,
-    get_sigmas_sgm_uniform,
-    get_sigmas_simple,
-    get_sigmas_trailing,
-)
-from ella_kd.samplers.unipc import ResMultistepAncestral, UniPC
+from ella_kd.samplers.state import load_run, save_run, without_history
 
-__all__ = [
-    "DEIS",
-    "DPM2",
-    "ERSDE",
-    "IPNDM",
-    "LCM",
-    "LMS",
-    "SAMPLERS",
-    "SCHEDULES",
-    "SEEDS2",
-    "SEEDS3",
-    "BrownianNoise",
-    "CFGpp",
-    "DPM2Ancestral",
-    "DPMFast",
-    "DPMpp2M",
-    "DPMpp2SAncestral",
-    "DPMpp3M",
-    "DPMppSDE",
-    "Euler",
-    "EulerAncestral",
-    "GradientEstimation",
-    "Heun",
-    "HeunPP2",
-    "Interrupted",
-    "NormalNoise",
-    "ResMultistepAncestral",
-    "Restart",
-    "Run",
-    "SASolver",
-    "SASolverPECE",
-    "Sampler",
-    "Schedule",
-    "Solver",
-    "Step",
-    "UniPC",
-    "get_sampler",
-    "get_schedule",
-    "get_sigmas_ays",
-    "get_sigmas_ays_sdxl",
-    "get_sigmas_beta",
-    "get_sigmas_ddim_uniform",
-    "get_sigmas_exponential",
-    "get_sigmas_gits",
-    "get_sigmas_karras",
-    "get_sigmas_kl_optimal",
-    "get_sigmas_laplace",
-    "get_sigmas_leading",
-    "get_sigmas_linear_quadratic",
-    "get_sigmas_linspace",
-    "get_sigmas_normal",
-    "get_sigmas_polyexponential",
-    "get_sigmas_sgm_uniform",
-    "get_sigmas_simple",
-    "get_sigmas_trailing",
-    "get_sigmas_vp",
-    "load_run",
-    "randn",
-    "sample",
-    "sample_ddim",
-    "sample_ddim_cfg_pp",
-    "sample_ddpm",
-    "sample_ddpm_cfg_pp",
-    "sample_deis",
-    "sample_deis_cfg_pp",
-    "sample_dpm_2",
-    "sample_dpm_2_ancestral",
-    "sample_dpm_2_ancestral_cfg_pp",
-    "sample_dpm_2_cfg_pp",
-    "sample_dpm_adaptive",
-    "sample_dpm_fast",
-    "sample_dpmpp_2m",
-    "sample_dpmpp_2m_cfg_pp",
-    "sample_dpmpp_2m_paper_cfg_pp",
-    "sample_dpmpp_2m_sde",
-    "sample_dpmpp_2m_sde_cfg_pp",
-    "sample_dpmpp_2s_ancestral",
-    "sample_dpmpp_2s_ancestral_cfg_pp",
-    "sample_dpmpp_3m_sde",
-    "sample_dpmpp_3m_sde_cfg_pp",
-    "sample_dpmpp_sde",
-    "sample_dpmpp_sde_cfg_pp",
-    "sample_er_sde",
-    "sample_er_sde_cfg_pp",
-    "sample_euler",
-    "sample_euler_ancestral",
-    "sample_euler_ancestral_cfg_pp",
-    "sample_euler_cfg_pp",
-    "sample_exp_heun_2_x0",
-    "sample_exp_heun_2_x0_cfg_pp",
-    "sample_exp_heun_2_x0_sde",
-    "sample_exp_heun_2_x0_sde_cfg_pp",
-    "sample_gradient_estimation",
-    "sample_gradient_estimation_cfg_pp",
-    "sample_heun",
-    "sample_heun_cfg_pp",
-    "sample_heunpp2",
-    "sample_heunpp2_cfg_pp",
-    "sample_ipndm",
-    "sample_ipndm_cfg_pp",
-    "sample_ipndm_v",
-    "sample_ipndm_v_cfg_pp",
-    "sample_lcm",
-    "sample_lcm_cfg_pp",
-    "sample_lms",
-    "sample_lms_cfg_pp",
-    "sample_res_multistep",
-    "sample_res_multistep_ancestral",
-    "sample_res_multistep_ancestral_cfg_pp",
-    "sample_res_multistep_cfg_pp",
-    "sample_res_multistep_comfyui_cfg_pp",
-    "sample_restart",
-    "sample_restart_cfg_pp",
-    "sample_sa_solver",
-    "sample_sa_solver_cfg_pp",
-    "sample_sa_solver_pece",
-    "sample_sa_solver_pece_cfg_pp",
-    "sample_seeds_2",
-    "sample_seeds_2_cfg_pp",
-    "sample_seeds_3",
-    "sample_seeds_3_cfg_pp",
-    "sample_uni_pc",
-    "sample_uni_pc_bh2",
-    "sample_uni_pc_bh2_cfg_pp",
-    "sample_uni_pc_cfg_pp",
-    "save_run",
-]
+# The order of the tables:
+from ella_kd.samplers.euler import *
+from ella_kd.samplers.heun import *
+from ella_kd.samplers.heunpp import *
+from ella_kd.samplers.restart import *
+from ella_kd.samplers.dpm_solver import *
+from ella_kd.samplers.dpm_adaptive import *
+from ella_kd.samplers.dpmpp import *
+from ella_kd.samplers.res import *
+from ella_kd.samplers.unipc import *
+from ella_kd.samplers.adams import *
+from ella_kd.samplers.exponential_sde import *
+from ella_kd.samplers.sa_solver import *
+from ella_kd.samplers.er_sde import *
+from ella_kd.samplers.lcm import *
+from ella_kd.samplers.schedules import *
+from ella_kd.samplers.timestep_schedules import *
+from ella_kd.samplers.compatible_schedules import *
+from ella_kd.samplers.names import *
+
+__all__ = [name for name, value in globals().items() if not name.startswith("_") and not isinstance(value, ModuleType)]
+__all__.remove("ModuleType")

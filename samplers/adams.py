@@ -1,15 +1,22 @@
-"""Multistep on slopes in sigma: DEIS (2204.13902), iPNDM (2202.09778) and gradient estimation (2306.04848)."""
-
-from __future__ import annotations
+"""Multistep on slopes in sigma: LMS, DEIS (2204.13902), iPNDM (2202.09778) and gradient estimation (2306.04848)."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
+from torch import Tensor
 
-from ella_kd.samplers.history import Array, SlopeMultistep, integrate, lagrange, refuse_order, used_order
+from ella_kd.samplers.multistep import Array, SlopeMultistep, integrate, lagrange, used_order
+from ella_kd.samplers.registry import Args, Callback, Model, Seeds, cfg_pp_form, sampler, walk
+from ella_kd.samplers.solver import refuse_order, refuse_other
+
+__all__ = [
+    "DEIS", "IPNDM", "LMS", "GradientEstimation", "sample_deis", "sample_deis_cfg_pp", "sample_gradient_estimation",
+    "sample_gradient_estimation_cfg_pp", "sample_ipndm", "sample_ipndm_cfg_pp", "sample_ipndm_v",
+    "sample_ipndm_v_cfg_pp", "sample_lms", "sample_lms_cfg_pp",
+]
 
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 _BETA_D, _BETA_MIN = 19.9, 0.1  # the linear VP schedule, sigma(t)^2 + 1 = exp(beta_d t^2 / 2 + beta_min t)
@@ -45,25 +52,67 @@ class DEIS(SlopeMultistep):
     max_order: int = 3
     variable: Variable = "log_sigma"
     order = 3
+    highest: ClassVar[float] = 4
 
     def __post_init__(self) -> None:
-        refuse_order("max_order", self.max_order, 4)
-        if self.variable not in _VARIABLES:
-            raise ValueError(f"variable must be one of {', '.join(_VARIABLES)}, got {self.variable!r}")
+        refuse_order("max_order", self.max_order, self.highest)
+        refuse_other("variable", self.variable, *_VARIABLES)
 
-    @property
-    def memory(self) -> int:
-        return self.max_order - 1
+    def used(self, i: int, sigmas: Sequence[float]) -> int:
+        """How many slopes step i takes."""
+        return used_order(i, sigmas, self.max_order)
 
     def slope_weights(self, i: int, sigmas: Sequence[float]) -> Sequence[float]:
         s, t = sigmas[i], sigmas[i + 1]
-        order = used_order(i, sigmas, self.max_order)
+        order = self.used(i, sigmas)
         if order == 1:
             return (t - s,)
         variable, density = _VARIABLES[self.variable]
         nodes = [variable(sigmas[i - k]) for k in range(order)]
         later = integrate(lambda u: density(u) * lagrange(nodes, u)[1:], variable(s), variable(t))
         return (t - s - float(later.sum()), *later.tolist())
+
+
+@dataclass(frozen=True)
+class LMS(DEIS):
+    """Adams-Bashforth on the schedule's own grid (k-diffusion's LMS): DEIS in sigma through any number of slopes, which
+    takes the step to sigma 0 with all of them too.
+
+    The first steps have fewer slopes, the very first is Euler's, whose error stays: with 4 slopes the order measured on
+    an exact mixture falls towards 2 as steps grow; from an exact start it is 4. One evaluation per step."""
+
+    max_order: int = 4
+    variable: Variable = "sigma"
+    order = 2
+    highest = math.inf
+
+    def used(self, i: int, sigmas: Sequence[float]) -> int:
+        return min(self.max_order, i + 1)
+
+
+@sampler(LMS(), "Adams-Bashforth")
+def sample_lms(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Args = None, callback: Callback | None = None,
+    disable: bool | None = None, order: int = 4, *, seeds: Seeds = None,
+) -> Tensor:
+    """Linear multistep through the last `order` slopes. Order 4 from an exact start, falling towards 2 from Euler's,
+    which is a run's. One evaluation per step."""
+    return walk(LMS(order), model, x, sigmas, extra_args, callback, disable, seeds)
+
+
+sample_lms_cfg_pp = cfg_pp_form(sample_lms)
+
+
+@sampler(DEIS(), "DEIS")
+def sample_deis(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Args = None, callback: Callback | None = None,
+    disable: bool | None = None, max_order: int = 3, variable: Variable = "log_sigma", *, seeds: Seeds = None,
+) -> Tensor:
+    """DEIS (2204.13902), polynomial in log sigma, sigma or VP time. Order 3 (max_order), one evaluation per step."""
+    return walk(DEIS(max_order, variable), model, x, sigmas, extra_args, callback, disable, seeds)
+
+
+sample_deis_cfg_pp = cfg_pp_form(sample_deis)
 
 
 @dataclass(frozen=True)
@@ -79,13 +128,35 @@ class IPNDM(SlopeMultistep):
     def __post_init__(self) -> None:
         refuse_order("max_order", self.max_order, 4)
 
-    @property
-    def memory(self) -> int:
-        return self.max_order - 1
-
     def slope_weights(self, i: int, sigmas: Sequence[float]) -> Sequence[float]:
         step = sigmas[i + 1] - sigmas[i]
         return [step * weight for weight in ADAMS_BASHFORTH[used_order(i, sigmas, self.max_order) - 1]]
+
+
+@sampler(IPNDM(), "iPNDM")
+def sample_ipndm(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Args = None, callback: Callback | None = None,
+    disable: bool | None = None, max_order: int = 4, *, seeds: Seeds = None,
+) -> Tensor:
+    """iPNDM (2202.09778), the weights of an even grid. Order 2 on uneven grids, one evaluation per step."""
+    return walk(IPNDM(max_order), model, x, sigmas, extra_args, callback, disable, seeds)
+
+
+sample_ipndm_cfg_pp = cfg_pp_form(sample_ipndm)
+
+
+@sampler(DEIS(4, "sigma"), "Adams-Bashforth")
+def sample_ipndm_v(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Args = None, callback: Callback | None = None,
+    disable: bool | None = None, max_order: int = 4, *, seeds: Seeds = None,
+) -> Tensor:
+    """iPNDM with the weights of the real grid: Adams-Bashforth in sigma, which is LMS. One evaluation per step.
+
+    ComfyUI's weights of three and four terms are exact on even grids alone; these are exact on every grid."""
+    return walk(DEIS(max_order, "sigma"), model, x, sigmas, extra_args, callback, disable, seeds)
+
+
+sample_ipndm_v_cfg_pp = cfg_pp_form(sample_ipndm_v)
 
 
 @dataclass(frozen=True)
@@ -102,10 +173,18 @@ class GradientEstimation(SlopeMultistep):
         if not math.isfinite(self.gamma):
             raise ValueError(f"gamma must be a finite number, got {self.gamma}")
 
-    @property
-    def memory(self) -> int:
-        return 1
-
     def slope_weights(self, i: int, sigmas: Sequence[float]) -> Sequence[float]:
         step = sigmas[i + 1] - sigmas[i]
         return (step,) if used_order(i, sigmas, 2) == 1 else (step * self.gamma, step * (1 - self.gamma))
+
+
+@sampler(GradientEstimation(), "gradient estimation")
+def sample_gradient_estimation(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Args = None, callback: Callback | None = None,
+    disable: bool | None = None, ge_gamma: float = 2.0, *, seeds: Seeds = None,
+) -> Tensor:
+    """Gradient estimation (2306.04848). Order 1 (2 at ge_gamma 1.5 on even grids), one evaluation per step."""
+    return walk(GradientEstimation(ge_gamma), model, x, sigmas, extra_args, callback, disable, seeds)
+
+
+sample_gradient_estimation_cfg_pp = cfg_pp_form(sample_gradient_estimation)

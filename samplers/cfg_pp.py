@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from ella_kd.samplers.solver import Step
 
-Scale = Literal["lam", "cfg / 12.5", "normalised"]
+ScaleMode = Literal["lam", "cfg / 12.5", "normalised"]
 REFERENCE_STEPS = 20
 
 
@@ -36,28 +36,36 @@ class CFGpp:
     """
 
     model: Any
-    scale: Scale = "lam"
+    scale: ScaleMode = "lam"
     gain: Callable[[Step], float] = _once
 
     def __post_init__(self) -> None:
-        if self.scale not in get_args(Scale):
-            raise ValueError(f"the CFG++ scale must be one of {get_args(Scale)}, got {self.scale!r}")
+        if self.scale not in get_args(ScaleMode):
+            raise ValueError(f"the CFG++ scale must be one of {get_args(ScaleMode)}, got {self.scale!r}")
 
-    def check(self, sigmas: Sequence[float], extra_args: Mapping[str, Any]) -> None:
-        """TypeError for a model without `predict`, or a scale mode without a number to scale; ValueError for an
-        ascending schedule; a warning where cond_scale looks like plain guidance's."""
-        if not callable(getattr(self.model, "predict", None)):
-            raise TypeError(
-                "CFG++ needs the unconditional denoised: a model with .predict(x, sigma, need_uncond=True, "
-                f"**extra_args), such as CFGDenoiser; {type(self.model).__name__} has none"
-            )
+    def lambdas(self, sigmas: Sequence[float], steps: Sequence[Step],
+                extra_args: Mapping[str, Any]) -> list[tuple[float, float]] | None:
+        """(lambda, effective w) of every step, w that of a first-order step without noise; None where the model's
+        cond_scale is no number. TypeError for a scale mode without a number to scale; ValueError for an ascending
+        schedule; a warning where cond_scale looks like plain guidance's."""
         if sigmas[1] > sigmas[0]:
             raise ValueError("CFG++ samples downwards: it has no form for an ascending schedule (inversion)")
         scale = extra_args.get("cond_scale")
         if not isinstance(scale, (int, float)):
             if self.scale != "lam":
                 raise TypeError(f"the CFG++ scale {self.scale!r} needs a number as cond_scale, got {scale!r}")
-            return
+            return None
+        self._warn(scale)
+        shares = [1 - t / step.evals[0] for step, t in zip(steps, sigmas[1:])]  # 1 - e^-h
+        if self.scale == "lam":
+            lambdas = [float(scale)] * len(steps)
+        elif self.scale == "cfg / 12.5":
+            lambdas = [scale / 12.5] * len(steps)
+        else:
+            lambdas = [scale * share / reference_share(sigmas) for share in shares]
+        return [(lam, lam / share) for lam, share in zip(lambdas, shares)]
+
+    def _warn(self, scale: float) -> None:
         name, limit = {"lam": ("lambda", 2), "cfg / 12.5": ("12.5 lambda", 25), "normalised": ("kappa", 2)}[self.scale]
         if scale > limit:
             warnings.warn(
@@ -65,17 +73,6 @@ class CFGpp:
                 "(a plain guidance scale, perhaps?)",
                 stacklevel=_caller(),
             )
-
-    def lambdas(self, sigmas: Sequence[float], steps: Sequence[Step], cond_scale: float) -> list[tuple[float, float]]:
-        """(lambda, effective w) of every step, w that of a first-order step without noise."""
-        shares = [1 - t / step.evals[0] for step, t in zip(steps, sigmas[1:])]  # 1 - e^-h
-        if self.scale == "lam":
-            lambdas = [float(cond_scale)] * len(steps)
-        elif self.scale == "cfg / 12.5":
-            lambdas = [cond_scale / 12.5] * len(steps)
-        else:
-            lambdas = [cond_scale * share / reference_share(sigmas) for share in shares]
-        return [(lam, lam / share) for lam, share in zip(lambdas, shares)]
 
 
 def reference_share(sigmas: Sequence[float]) -> float:

@@ -4,8 +4,6 @@ Each returns what the program returns, so the number of values may not be n + 1 
 where the program's own result cannot be walked (a value repeated, or a division by 0).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -14,10 +12,17 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from ella_kd.samplers.registry import COMPATIBLE_SCHEDULES, schedule
 from ella_kd.samplers.schedules import AYS_SD15, Values, count, sigma_range
 from ella_kd.samplers.timestep_schedules import sigma_table
 
+__all__ = [
+    "get_sigmas_ays_a1111", "get_sigmas_beta_a1111", "get_sigmas_beta_comfyui", "get_sigmas_ddim_uniform_comfyui",
+    "get_sigmas_kl_optimal_a1111", "get_sigmas_laplace_comfyui",
+]
 
+
+@schedule("ComfyUI's beta: rounded timesteps, equal ones dropped", table=COMPATIBLE_SCHEDULES)
 def get_sigmas_beta_comfyui(n: int, model_or_sigmas: Any, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
     """ComfyUI's "beta": timesteps rounded, equal ones dropped. Returns at most n + 1, ending in 0."""
     table = sigma_table(model_or_sigmas)
@@ -25,6 +30,7 @@ def get_sigmas_beta_comfyui(n: int, model_or_sigmas: Any, alpha: float = 0.6, be
     return _walkable("beta_comfyui", n, np.append(table[np.unique(t)[::-1]], 0.0))
 
 
+@schedule("A1111's Beta: quantiles of sigma itself", table=COMPATIBLE_SCHEDULES)
 def get_sigmas_beta_a1111(
     n: int, sigma_min: float, sigma_max: float, alpha: float = 0.6, beta: float = 0.6
 ) -> Tensor:
@@ -34,12 +40,14 @@ def get_sigmas_beta_a1111(
     return _walkable("beta_a1111", n, np.append(low + share * (high - low), 0.0))
 
 
+@schedule("A1111's KL Optimal: ends at sigma_min, no 0", table=COMPATIBLE_SCHEDULES)
 def get_sigmas_kl_optimal_a1111(n: int, sigma_min: float, sigma_max: float) -> Tensor:
     """A1111's "KL Optimal": n even steps in arctan sigma that end at sigma_min. Returns [n + 1], with no 0."""
     low, high = sigma_range(sigma_min, sigma_max)
     return _walkable("kl_optimal_a1111", n, np.tan(np.linspace(math.atan(high), math.atan(low), count(n) + 1)))
 
 
+@schedule("ComfyUI's Laplace: clamped to the range, no 0", table=COMPATIBLE_SCHEDULES)
 def get_sigmas_laplace_comfyui(
     n: int, sigma_min: float, sigma_max: float, mu: float = 0.0, beta: float = 0.5
 ) -> Tensor:
@@ -52,6 +60,7 @@ def get_sigmas_laplace_comfyui(
     return _walkable("laplace_comfyui", n, np.clip(np.exp(log), low, high))
 
 
+@schedule("ComfyUI's ddim_uniform: more steps than asked where n does not divide N", table=COMPATIBLE_SCHEDULES)
 def get_sigmas_ddim_uniform_comfyui(n: int, model_or_sigmas: Any) -> Tensor:
     """ComfyUI's and A1111's "ddim_uniform": every (N // n)-th timestep from 1 on; where n does not divide N that is
     more than n. Returns [steps + 1], ending in 0."""
@@ -60,6 +69,7 @@ def get_sigmas_ddim_uniform_comfyui(n: int, model_or_sigmas: Any) -> Tensor:
     return _walkable("ddim_uniform_comfyui", n, np.append(table[t[::-1]], 0.0))
 
 
+@schedule("A1111's Align Your Steps: eleven nodes interpolated to n, then 0", table=COMPATIBLE_SCHEDULES)
 def get_sigmas_ays_a1111(n: int) -> Tensor:
     """A1111's "Align Your Steps" for SD1.5: all eleven nodes interpolated to n values, then 0. Returns [n + 1]."""
     u = np.linspace(0, 1, count(n))

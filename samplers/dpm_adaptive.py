@@ -17,9 +17,12 @@ from tqdm.auto import tqdm
 
 from ella_kd.samplers.checks import check_latents
 from ella_kd.samplers.dpm_solver import stages
-from ella_kd.samplers.driver import Callback, Model, NoiseSampler
-from ella_kd.samplers.noise import NormalNoise, check_seeds, random_seeds
+from ella_kd.samplers.model import Callback, Model, NoiseSampler, bind, check_answer, rounded
+from ella_kd.samplers.noise import NormalNoise, check_seeds, like, random_seeds
+from ella_kd.samplers.registry import RANGE_SAMPLERS, Seeds, range_of, sampler
 from ella_kd.samplers.solver import ancestral_step, refuse_negative
+
+__all__ = ["sample_dpm_adaptive"]
 
 _CLOSE = 1e-5  # in log sigma: nearer than this to the end is there (k-diffusion)
 
@@ -114,17 +117,19 @@ def sample_dpm_adaptive(
     powers = ((pcoeff + icoeff + dcoeff) / span, -(pcoeff + 2 * dcoeff) / span, dcoeff / span)
     h = math.copysign(abs(h_init), high - low)
     rows = [Row(-math.log(high), h, -math.log(low), powers, accept_safety) for _ in range(len(x))]
+    bound = bind(model, x, None, extra_args=extra_args)
     x_prev, tries = x, 0
     with tqdm(disable=disable) as progress:
         while any(row.active for row in rows):
             plans = [_plan(row, order, eta) for row in rows]
             at, slopes = x, []
             for k in range(order):
-                sigma = x.new_tensor([plan.evals[k] for plan in plans])
-                denoised = _evaluate(model, at, sigma, extra_args or {})
+                levels = tuple(rounded(plan.evals[k], x.dtype) for plan in plans)
+                denoised = bound(at, levels).denoised
+                check_answer("denoised", denoised, x)
                 if k == 0:
                     first = denoised
-                slopes.append((at - denoised) / sigma.view(-1, 1, 1, 1))
+                slopes.append((at - denoised) / x.new_tensor(levels).view(-1, 1, 1, 1))
                 at = _stage(x, slopes, [plan.rows[k] for plan in plans])
             x_low = _stage(x, slopes, [plan.low for plan in plans])
             delta = torch.clamp(torch.maximum(x_low.abs(), x_prev.abs()) * rtol, min=atol)
@@ -196,17 +201,17 @@ def _accept(old: Tensor, new: Tensor, accepted: Sequence[bool]) -> Tensor:
     return torch.where(torch.tensor(accepted, device=old.device).view(-1, 1, 1, 1), new, old)
 
 
-def _evaluate(model: Model, x: Tensor, sigma: Tensor, extra_args: Mapping[str, Any]) -> Tensor:
-    denoised = model(x, sigma, **extra_args)
-    if not isinstance(denoised, Tensor) or denoised.shape != x.shape or denoised.dtype != x.dtype:
-        got = f"{list(denoised.shape)} {denoised.dtype}" if isinstance(denoised, Tensor) else type(denoised).__name__
-        raise ValueError(f"the model must return denoised like x, {list(x.shape)} {x.dtype}, got {got}")
-    return denoised
-
-
 def _noises(x: Tensor, seeds: Sequence[int] | None, sampler: NoiseSampler | None) -> list[NoiseSampler]:
     """A noise sampler per row, [1, C, h, w]."""
     if sampler is None:
         values = random_seeds(len(x)) if seeds is None else check_seeds(seeds, len(x))
         return [NormalNoise(x[k : k + 1], [seed]) for k, seed in enumerate(values)]
-    return [lambda s, t, k=k: sampler(s, t)[k : k + 1] for k in range(len(x))]  # type: ignore[misc]
+    return [lambda s, t, k=k: like(x, sampler(s, t))[k : k + 1] for k in range(len(x))]  # type: ignore[misc]
+
+
+@sampler(None, "DPM-Solver", name="dpm_adaptive", order=3, table=RANGE_SAMPLERS)
+def _dpm_adaptive(model: Model, x: Tensor, sigmas: Tensor, *args: Any, seeds: Seeds = None, **options: Any) -> Tensor:
+    """dpm_adaptive over the range of a schedule, as in ComfyUI."""
+    high, low = range_of(sigmas)
+    denoised: Tensor = sample_dpm_adaptive(model, x, low, high, *args, seeds=seeds, **options)
+    return denoised

@@ -1,24 +1,28 @@
 """DPM-Solver (2206.00927) in one to three stages, and DPM-Solver-fast, which spends a budget of evaluations."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from ella_kd.samplers.solver import (
-    Ancestral,
-    Evaluate,
-    Noise,
-    State,
-    Step,
-    ancestral_step,
-    linear,
-    pairs,
+from ella_kd.samplers.registry import (
+    RANGE_SAMPLERS,
+    Args,
+    Callback,
+    Model,
+    NoiseSampler,
+    Seeds,
+    range_of,
+    sampler,
+    walk,
 )
+from ella_kd.samplers.solver import Ancestral, Evaluate, Noise, State, Step, ancestral_step, linear, pairs
+
+__all__ = ["DPMFast", "sample_dpm_fast"]
 
 
 def stages(s: float, t: float, order: int, r1: float | None = None) -> tuple[tuple[float, ...], list[list[float]]]:
@@ -43,8 +47,15 @@ def orders(n: int) -> list[int]:
     return [3] * (n // 3 - 1) + [2, 1] if n % 3 == 0 else [3] * (n // 3) + [n % 3]
 
 
+class FastWeights(NamedTuple):
+    """For each stage and for the end the weights of each x - D, added to x, and the noise's."""
+
+    rows: tuple[tuple[float, ...], ...]
+    up: float
+
+
 @dataclass(frozen=True)
-class DPMFast(Ancestral):
+class DPMFast(Ancestral[FastWeights]):
     """DPM-Solver-fast (2206.00927, section 3.4): n evaluations on steps of order 3, the last ones lower, on an
     even grid in log sigma, which must have len(orders(n)) steps and end above 0. With eta its ancestral form: down to
     sigma_down, not below the end, then noise. Order 3 but for its last steps, up to three evaluations per step."""
@@ -59,7 +70,7 @@ class DPMFast(Ancestral):
         if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
             raise ValueError(f"n must be a number of evaluations of at least 1, got {self.n!r}")
 
-    def steps(self, sigmas: Sequence[float]) -> list[Step]:
+    def steps(self, sigmas: Sequence[float]) -> list[Step[FastWeights]]:
         division, end = orders(self.n), sigmas[-1]
         if len(sigmas) - 1 != len(division) or end <= 0:
             raise ValueError(f"{self.n} evaluations are {len(division)} steps to a sigma above 0, got {list(sigmas)}")
@@ -70,15 +81,38 @@ class DPMFast(Ancestral):
                 down = max(end, ancestral_step(s, t, self.eta)[0])
                 up = math.sqrt(max(t**2 - down**2, 0.0)) * self.s_noise
             evals, rows = stages(s, down, order)
-            scaled = [weight / sigma for row in rows for weight, sigma in zip(row, evals)]
-            steps.append(Step(evals, (up, *scaled), pairs(up, s, t)))
+            scaled = tuple(tuple(weight / sigma for weight, sigma in zip(row, evals)) for row in rows)
+            steps.append(Step(evals, FastWeights(scaled, up), pairs(up, s, t)))
         return steps
 
-    def step(self, c: Step, x: Tensor, state: State, evaluate: Evaluate, noise: Noise) -> tuple[Tensor, State]:
-        up, *weights = c.weights
+    def step(
+        self, c: Step[FastWeights], x: Tensor, state: State, evaluate: Evaluate, noise: Noise
+    ) -> tuple[Tensor, State]:
         at, differences = x, []
-        for k, sigma in enumerate(c.evals):
+        for sigma, row in zip(c.evals, c.weights.rows):
             differences.append(at - evaluate(at, sigma))
-            row, weights = weights[: k + 1], weights[k + 1 :]
             at = linear((1.0, x), *zip(row, differences))
-        return (at + noise(0) * up if up else at), state
+        return (at + noise(0) * c.weights.up if c.weights.up else at), {}
+
+
+def sample_dpm_fast(
+    model: Model, x: Tensor, sigma_min: float, sigma_max: float, n: int, extra_args: Args = None,
+    callback: Callback | None = None, disable: bool | None = None, eta: float = 0.0, s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None, *, seeds: Seeds = None,
+) -> Tensor:
+    """DPM-Solver-fast (2206.00927): n evaluations on steps of order 3, the last ones lower, from x at sigma_max to
+    sigma_min, above 0 (a sigma_min above sigma_max inverts)."""
+    solver = DPMFast(eta, s_noise, n)
+    high, low = float(sigma_max), float(sigma_min)
+    if not (0 < low < math.inf and 0 < high < math.inf):
+        raise ValueError(f"sigma_min and sigma_max must be above 0 and finite, got {low} and {high}")
+    places = torch.linspace(math.log(high), math.log(low), len(orders(n)) + 1, dtype=torch.float64)
+    sigmas = places.exp().to(x.dtype)
+    return walk(solver, model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler)
+
+
+@sampler(None, "DPM-Solver", name="dpm_fast", order=3, table=RANGE_SAMPLERS)
+def _dpm_fast(model: Model, x: Tensor, sigmas: Tensor, *args: Any, seeds: Seeds = None, **options: Any) -> Tensor:
+    """dpm_fast over the range of a schedule, with an evaluation for each of its steps, as in ComfyUI."""
+    high, low = range_of(sigmas)
+    return sample_dpm_fast(model, x, low, high, len(sigmas) - 1, *args, seeds=seeds, **options)

@@ -7,7 +7,8 @@ once, and NaN or Inf from the model is counted on the device and read when a cal
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,27 +19,10 @@ from tqdm.auto import tqdm
 
 from ella_kd.samplers.cfg_pp import CFGpp
 from ella_kd.samplers.checks import check_latents, check_sigmas
-from ella_kd.samplers.evaluations import Callback, Evaluations, Model, Record
-from ella_kd.samplers.noise import check_seeds, draw, random_seeds
-from ella_kd.samplers.saving import save_run
-from ella_kd.samplers.solver import Noise, Solver, State, Step
-
-NoiseSampler = Callable[[Tensor, Tensor], Tensor]
-"""noise_sampler(sigma, sigma_next) -> [B, C, h, w] of unit variance; the sigmas are 0-dim tensors (k-diffusion)."""
-
-RESERVED = ("sigmas", "step", "seeds")  # the driver's own keys of a run's state; the rest is the method's history
-
-__all__ = [
-    "Callback",
-    "Interrupted",
-    "Model",
-    "NoiseSampler",
-    "Record",
-    "Run",
-    "check_latents",
-    "check_sigmas",
-    "sample",
-]
+from ella_kd.samplers.model import Bound, Callback, Model, NoiseSampler, Record, bind, check_answer, rounded
+from ella_kd.samplers.noise import noise_of_steps
+from ella_kd.samplers.solver import Solver, State, Step
+from ella_kd.samplers.state import RESERVED, begin, save_run, without_history
 
 
 class Interrupted(KeyboardInterrupt):
@@ -77,16 +61,12 @@ class Run(Iterator[Record]):
         check_latents(x)
         guidance = model if isinstance(model, CFGpp) else CFGpp(model) if cfg_pp else None
         model = model.model if isinstance(model, CFGpp) else model
-        if not callable(model):
-            raise TypeError(f"model must be callable as model(x, sigma, **extra_args), got {type(model).__name__}")
         if extra_args is not None and not isinstance(extra_args, Mapping):
             raise TypeError(f"extra_args must be a dict of keyword arguments for the model, got {extra_args!r}")
         if seeds is not None and noise_sampler is not None:
             raise ValueError("give seeds or a noise_sampler, not both: a noise_sampler has seeds of its own")
-        self._kept, sigmas, start = _begin(x, sigmas, seeds, state)
+        self._kept, sigmas, start = begin(solver, x, sigmas, seeds, state)
         values = check_sigmas(sigmas, x.dtype)
-        if guidance is not None:
-            guidance.check(values, extra_args or {})
         self._solver, self._steps = solver, solver.steps(values)
         self.stop = len(self._steps) if stop is None else operator.index(stop)
         if not start < self.stop <= len(self._steps):
@@ -94,15 +74,13 @@ class Run(Iterator[Record]):
                 f"a run of {len(self._steps)} steps that starts before step {start} "
                 f"cannot stop before step {self.stop}"
             )
-        evals = [sigma for step in self._steps for sigma in step.evals]
-        self._evaluate = Evaluations(model, dict(extra_args or {}), guidance, callback, sigmas, values, self._steps)
-        planned = getattr(model, "planned", None)
-        if planned is not None:
-            distinct = torch.tensor(list(dict.fromkeys(evals)), dtype=x.dtype, device=x.device)
-            self._evaluate.plan(planned, distinct)
-        self._noise = _noise(solver, self._steps, x, sigmas, noise_sampler, self._kept)
+        lambdas = None if guidance is None else guidance.lambdas(values, self._steps, extra_args or {})
+        levels = {sigma: rounded(sigma, x.dtype) for step in self._steps for sigma in step.evals}
+        bound = bind(model, x, tuple(dict.fromkeys(levels.values())), guidance is not None, extra_args)
+        self._evaluate = Evaluations(bound, levels, guidance, lambdas, callback, sigmas, values, self._steps)
+        self._noise = noise_of_steps(solver, self._steps, x, sigmas, noise_sampler, self._kept)
         history = {key: value.to(x.device) for key, value in self._kept.items() if key not in RESERVED}
-        self._kept = {key: value for key, value in self._kept.items() if key in RESERVED}
+        self._kept = without_history(self._kept)
         self._at = start, x, history  # one assignment, so that an interrupt leaves the old step or the new one
 
     @property
@@ -141,16 +119,28 @@ class Run(Iterator[Record]):
         self.advance()
         return self._evaluate.record()
 
-    def advance(self) -> None:
-        """Takes one step. Reads the counts of NaN and Inf at the last one; ValueError names the first."""
-        i, x, history = self._at
-        self._evaluate.begin(i)
-        x, history = self._solver.step(self._steps[i], x, history, self._evaluate, self._noise(i))
-        if self._evaluate.guidance is not None:
-            x = x + self._evaluate.guidance
-        if i + 1 == self.stop:
-            self._evaluate.raise_if_not_finite()
-        self._at = i + 1, x, history
+    def advance(self, steps: int = 1, progress: tqdm | None = None) -> None:
+        """Takes so many steps. Reads the counts of NaN and Inf at the last one; ValueError names the first."""
+        for _ in range(steps):
+            i, x, history = self._at
+            self._evaluate.begin(i)
+            x, history = self._solver.step(self._steps[i], x, history, self._evaluate, self._noise(i))
+            if self._evaluate.guidance is not None:
+                x = x + self._evaluate.guidance
+            if i + 1 == self.stop:
+                self._evaluate.raise_if_not_finite()
+            self._at = i + 1, x, history
+            if progress is not None:
+                progress.update()
+
+    @contextmanager
+    def bar(self, disable: bool | None) -> Iterator[tqdm]:
+        """A bar of the run's steps; Ctrl-C within becomes `Interrupted`."""
+        with tqdm(total=self.total, initial=self.step, disable=disable, leave=None) as progress:
+            try:
+                yield progress
+            except KeyboardInterrupt as error:
+                raise Interrupted(self.x, self.state, self.total) from error
 
 
 @torch.no_grad()
@@ -200,61 +190,94 @@ def sample(
         state=state,
         stop=stop,
     )
-    with tqdm(total=run.total, initial=run.step, disable=disable) as progress:
-        try:
-            while run.step < run.stop:
-                run.advance()
-                progress.update()
-        except KeyboardInterrupt as error:
-            raise Interrupted(run.x, run.state, run.total) from error
+    with run.bar(disable) as progress:
+        run.advance(len(run), progress)
     return run.x, run.state
 
 
-def _begin(
-    x: Tensor, sigmas: Tensor | None, seeds: Sequence[int] | None, state: State | None
-) -> tuple[State, Tensor, int]:
-    """The run's state, its whole schedule, and the step it starts at."""
-    if state is None:
-        if sigmas is None:
-            raise TypeError("sigmas is missing: a run starts from a schedule, or resumes from a state")
-        state, start = ({"sigmas": sigmas.detach().clone()} if isinstance(sigmas, Tensor) else {}), 0
-    else:
-        if "sigmas" not in state or "step" not in state:
-            raise ValueError(f"not a run's state: expected the keys 'sigmas' and 'step', got {sorted(state)}")
-        if sigmas is not None:
-            raise ValueError("a resumed run keeps its own schedule: pass sigmas=None together with state")
-        if seeds is not None and "seeds" in state:
-            raise ValueError("a resumed run keeps its own seeds: pass seeds=None together with state")
-        state, sigmas, start = dict(state), state["sigmas"], int(state["step"])
-    if seeds is not None:
-        state["seeds"] = torch.tensor(check_seeds(seeds, len(x)))
-    return state, sigmas, start
+@torch.no_grad()
+def walk(
+    solver: Solver, model: Model | CFGpp, x: Tensor, sigmas: Tensor, extra_args: Mapping[str, Any] | None,
+    callback: Callback | None, disable: bool | None, seeds: Sequence[int] | None,
+    noise_sampler: NoiseSampler | None = None,
+) -> Tensor:
+    """x at the end of the whole schedule: what every `sample_NAME` returns."""
+    run = Run(solver, model, x, sigmas, extra_args, callback, seeds=seeds, noise_sampler=noise_sampler)
+    with run.bar(disable) as progress:
+        run.advance(len(run), progress)
+    return run.x
 
 
-def _noise(
-    solver: Solver, steps: list[Step], x: Tensor, sigmas: Tensor, sampler: NoiseSampler | None, state: State
-) -> Callable[[int], Noise]:
-    """noise(i)(k): the k-th noise of step i, from the user's sampler or from a grid drawn here for the whole run.
-    Seeds drawn here are put into `state`. Where no step adds noise, no random number is consumed."""
-    pairs = [pair for step in steps for pair in step.noises]
-    if sampler is None and pairs:
-        if "seeds" not in state:
-            if "step" in state:
-                raise ValueError("the state holds no seeds: pass the noise_sampler the run began with, or seeds")
-            state["seeds"] = torch.tensor(random_seeds(len(x)))
-        grid = draw(solver.noise, x, check_seeds(state["seeds"], len(x)), pairs)
+class Evaluations:
+    """evaluate(x, sigma) of a run; tells the callback, and remembers D - U of each step's first for CFG++.
 
-    offsets = list(accumulate((len(step.noises) for step in steps), initial=0))
+    levels: the sigmas of all evaluations, each as x's dtype rounds it."""
 
-    def of_step(i: int) -> Noise:
-        def noise(k: int) -> Tensor:
-            if sampler is None:
-                return grid[offsets[i] + k]
-            drawn = sampler(*(sigmas.new_full((), sigma) for sigma in steps[i].noises[k]))
-            if drawn.shape != x.shape:
-                raise ValueError(f"noise_sampler must return noise like x {list(x.shape)}, got {list(drawn.shape)}")
-            return drawn
+    def __init__(
+        self,
+        bound: Bound,
+        levels: Mapping[float, float],
+        cfg_pp: CFGpp | None,
+        lambdas: list[tuple[float, float]] | None,
+        callback: Callback | None,
+        sigmas: Tensor,
+        values: Sequence[float],
+        steps: Sequence[Step],
+    ) -> None:
+        self.bound, self.levels, self.cfg_pp, self.lambdas = bound, levels, cfg_pp, lambdas
+        self.callback, self.sigmas, self.values, self.steps = callback, sigmas, values, steps
+        self.before = list(accumulate((len(step.evals) for step in steps), initial=0))
+        self.counts: list[tuple[int, float, Tensor]] = []  # (step, sigma, how many values are NaN or Inf)
+        self.guidance: Tensor | None = None
 
-        return noise
+    def begin(self, i: int) -> None:
+        """Starts step i."""
+        self.i, self.calls, self.guidance = i, 0, None
+        rescaled = self.cfg_pp is not None and self.cfg_pp.scale != "lam"
+        self.scale = self.lambdas[i][0] if rescaled and self.lambdas is not None else None
 
-    return of_step
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        assert sigma in self.steps[self.i].evals, f"evaluated at sigma {sigma}, which eval_sigmas does not list"
+        prediction = self.bound(x, self.levels[sigma], self.scale)
+        denoised = used = prediction.denoised
+        check_answer("denoised", denoised, x)
+        if self.cfg_pp is not None:
+            check_answer("uncond", prediction.uncond, x)
+            assert prediction.uncond is not None
+            used = prediction.uncond
+        # NaN and Inf less themselves are NaN, which is not 0; isfinite takes five times as long on a CPU.
+        self.counts.append((self.i, sigma, torch.count_nonzero(denoised - denoised)))
+        self.calls += 1
+        if self.calls == 1:
+            self.first = x, sigma, denoised
+            if self.cfg_pp is not None:
+                gain = self.cfg_pp.gain(self.steps[self.i])
+                self.guidance = denoised - used if gain == 1 else (denoised - used) * gain
+            if self.callback is not None:
+                self.raise_if_not_finite()
+                self.callback(self.record())
+        return used
+
+    def record(self) -> Record:
+        """What the step's first evaluation saw, and how many there have been in the whole run."""
+        x, sigma, denoised = self.first
+        level = self.sigmas[self.i]
+        hat = level if sigma == self.values[self.i] else self.sigmas.new_full((), sigma)
+        record = {"x": x, "i": self.i, "sigma": level, "sigma_hat": hat, "denoised": denoised}
+        record["nfe"] = self.before[self.i] + self.calls
+        if self.cfg_pp is not None:
+            record["lam"], record["w"] = (None, None) if self.lambdas is None else self.lambdas[self.i]
+        return record
+
+    def raise_if_not_finite(self) -> None:
+        """Reads the counts, which waits for the device once; ValueError names the first bad evaluation."""
+        if not self.counts:
+            return
+        found = torch.stack([count for *_, count in self.counts]).tolist()
+        for (i, sigma, _), count in zip(self.counts, found):
+            if count:
+                raise ValueError(
+                    f"the model returned {count} NaN or Inf values at step {i} of {len(self.sigmas) - 1} "
+                    f"(sigma {sigma:g}); a float16 network may have overflowed: try float32"
+                )
+        self.counts.clear()

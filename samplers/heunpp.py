@@ -1,17 +1,29 @@
 """Heun++ 2, a heuristic with three slopes."""
 
-from __future__ import annotations
-
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
+from ella_kd.samplers.registry import Args, Callback, Model, Seeds, cfg_pp_form, sampler, walk
 from ella_kd.samplers.solver import Churned, Evaluate, Noise, State, Step, linear, pairs
+
+__all__ = ["HeunPP2", "sample_heunpp2", "sample_heunpp2_cfg_pp"]
+
+
+class HeunPPWeights(NamedTuple):
+    """to_x is that of an Euler step, which the last one is; trials and slopes are those of each x - D."""
+
+    churn: float
+    to_x: float
+    trials: tuple[float, ...]
+    slopes: tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class HeunPP2(Churned):
+class HeunPP2(Churned[HeunPPWeights]):
     """Heun++ as in ComfyUI: Euler's trial steps to the next sigma and the one after it, and the mean of the slopes
     weighted by sigma over the schedule's first, (1 - w_2 - w_3) d + w_2 d_2 + w_3 d_3 with w_k = sigma_k / (3 sigma_0).
 
@@ -21,7 +33,7 @@ class HeunPP2(Churned):
     order = 1
     evals = 3
 
-    def steps(self, sigmas: Sequence[float]) -> list[Step]:
+    def steps(self, sigmas: Sequence[float]) -> list[Step[HeunPPWeights]]:
         n, steps = len(sigmas) - 1, []
         for i in range(n):
             s, t = sigmas[i], sigmas[i + 1]
@@ -31,20 +43,34 @@ class HeunPP2(Churned):
             weights = [sigma / ((len(later) + 1) * sigmas[0]) for sigma in later]
             slopes = [(t - hat) * w / sigma for w, sigma in zip([1 - sum(weights), *weights], ends)]
             trials = [(after - at) / at for at, after in zip(ends, later)]
-            steps.append(Step(ends, (churn, t / hat, *trials, *slopes), pairs(churn, s, hat)))
+            c = HeunPPWeights(churn, t / hat, tuple(trials), tuple(slopes))
+            steps.append(Step(ends, c, pairs(churn, s, hat)))
         return steps
 
-    def step(self, c: Step, x: Tensor, state: State, evaluate: Evaluate, noise: Noise) -> tuple[Tensor, State]:
-        churn, to_x, *rest = c.weights
-        trials, slopes = rest[: len(c.evals) - 1], rest[len(c.evals) - 1 :]
-        if churn:
-            x = x + noise(0) * churn
+    def step(
+        self, c: Step[HeunPPWeights], x: Tensor, state: State, evaluate: Evaluate, noise: Noise
+    ) -> tuple[Tensor, State]:
+        w = c.weights
+        if w.churn:
+            x = x + noise(0) * w.churn
         denoised = evaluate(x, c.evals[0])
-        if not trials:
-            return linear((to_x, x), (1 - to_x, denoised)), state
+        if not w.trials:
+            return linear((w.to_x, x), (1 - w.to_x, denoised)), {}
         differences = [x - denoised]
-        at = x
-        for sigma, trial in zip(c.evals[1:], trials):
-            at = linear((1.0, at), (trial, differences[-1]))
+        for k, sigma in enumerate(c.evals[1:], start=1):
+            at = linear((1.0, x), *zip(w.trials[:k], differences))
             differences.append(at - evaluate(at, sigma))
-        return linear((1.0, x), *zip(slopes, differences)), state
+        return linear((1.0, x), *zip(w.slopes, differences)), {}
+
+
+@sampler(HeunPP2(), "Heun++, no paper")
+def sample_heunpp2(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Args = None, callback: Callback | None = None,
+    disable: bool | None = None, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf,
+    s_noise: float = 1.0, *, seeds: Seeds = None,
+) -> Tensor:
+    """Heun++, a heuristic of three slopes. Order 1, three evaluations per step."""
+    return walk(HeunPP2(s_churn, s_tmin, s_tmax, s_noise), model, x, sigmas, extra_args, callback, disable, seeds)
+
+
+sample_heunpp2_cfg_pp = cfg_pp_form(sample_heunpp2)

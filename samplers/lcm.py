@@ -1,27 +1,18 @@
 """The sampler of consistency models: denoise, and add the next sigma's noise anew."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from torch import Tensor
 
-from ella_kd.samplers.solver import (
-    Evaluate,
-    Noise,
-    Solver,
-    State,
-    Step,
-    pairs,
-    refuse_ascending,
-    refuse_negative,
-)
+from ella_kd.samplers.multistep import DataMultistep, DataWeights
+from ella_kd.samplers.registry import Args, Callback, Model, NoiseSampler, Seeds, cfg_pp_form, sampler, walk
+from ella_kd.samplers.solver import Step, pairs, refuse_ascending, refuse_negative
+
+__all__ = ["LCM", "sample_lcm", "sample_lcm_cfg_pp"]
 
 
 @dataclass(frozen=True)
-class LCM(Solver):
+class LCM(DataMultistep):
     """x' = D + t noise: multistep consistency sampling (2303.01469, Algorithm 1; latent consistency, 2310.04378).
 
     Right for models distilled to jump to sigma 0 from any sigma. On others it draws D's noise away at each step and
@@ -29,17 +20,24 @@ class LCM(Solver):
 
     s_noise: float = 1.0
     order = 0
-    evals = 1
 
     def __post_init__(self) -> None:
         refuse_negative(s_noise=self.s_noise)
 
-    def steps(self, sigmas: Sequence[float]) -> list[Step]:
-        for s, t in pairwise(sigmas):
-            refuse_ascending(s, t)
-        return [Step((s,), (t * self.s_noise,), pairs(t * self.s_noise, s, t)) for s, t in pairwise(sigmas)]
+    def between(self, s: float, t: float, n: int) -> Step[DataWeights]:
+        refuse_ascending(s, t)
+        up = t * self.s_noise
+        return Step((s,), DataWeights(0.0, (1.0,), up), pairs(up, s, t))
 
-    def step(self, c: Step, x: Tensor, state: State, evaluate: Evaluate, noise: Noise) -> tuple[Tensor, State]:
-        (up,) = c.weights
-        x = evaluate(x, c.evals[0])
-        return (x + noise(0) * up if up else x), state
+
+@sampler(LCM(), "consistency")
+def sample_lcm(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Args = None, callback: Callback | None = None,
+    disable: bool | None = None, noise_sampler: NoiseSampler | None = None,
+    *, s_noise: float = 1.0, seeds: Seeds = None,
+) -> Tensor:
+    """Multistep consistency sampling (2303.01469, 2310.04378), for models distilled for it. One evaluation per step."""
+    return walk(LCM(s_noise), model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler)
+
+
+sample_lcm_cfg_pp = cfg_pp_form(sample_lcm)

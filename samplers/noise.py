@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import cast
 
 import numpy as np
 import torch
 import torchsde
 from torch import Tensor
+
+from ella_kd.samplers.model import NoiseSampler
+from ella_kd.samplers.solver import Noise, Solver, State, Step
 
 _BROWNIAN_RANGE = 14.0  # in log sigma: sigmas from 8e-7 to 1.2e6
 _BROWNIAN_DIGITS = 6  # the tree resolves log sigma to 1e-6
@@ -98,7 +102,40 @@ class BrownianNoise:
 NOISES: dict[str, type[NormalNoise] | type[BrownianNoise]] = {"normal": NormalNoise, "brownian": BrownianNoise}
 
 
-def draw(kind: str, x: Tensor, seeds: Sequence[int], pairs: Sequence[tuple[float, float]]) -> Tensor:
+def noise_grid(kind: str, x: Tensor, seeds: Sequence[int], pairs: Sequence[tuple[float, float]]) -> Tensor:
     """The noise of a whole run, [len(pairs), B, C, h, w] like x: drawn on the CPU and uploaded once."""
     sampler = NOISES[kind](torch.empty(x.shape, dtype=torch.float32), seeds)
     return torch.stack([sampler(s, t) for s, t in pairs]).to(x)
+
+
+def like(x: Tensor, drawn: Tensor) -> Tensor:
+    """What a noise_sampler returned, in x's dtype. Raises ValueError for another shape."""
+    if drawn.shape != x.shape:
+        raise ValueError(f"noise_sampler must return noise like x {list(x.shape)}, got {list(drawn.shape)}")
+    return drawn.to(x)
+
+
+def noise_of_steps(
+    solver: Solver, steps: list[Step], x: Tensor, sigmas: Tensor, sampler: NoiseSampler | None, state: State
+) -> Callable[[int], Noise]:
+    """noise(i)(k): the k-th noise of step i, from the user's sampler or from a grid drawn here for the whole run.
+    Seeds drawn here are put into `state`. Where no step adds noise, no random number is consumed."""
+    pairs = [pair for step in steps for pair in step.noises]
+    if sampler is None and pairs:
+        if "seeds" not in state:
+            if "step" in state:
+                raise ValueError("the state holds no seeds: pass the noise_sampler the run began with, or seeds")
+            state["seeds"] = torch.tensor(random_seeds(len(x)))
+        grid = noise_grid(solver.noise, x, check_seeds(state["seeds"], len(x)), pairs)
+
+    offsets = list(accumulate((len(step.noises) for step in steps), initial=0))
+
+    def of_step(i: int) -> Noise:
+        def noise(k: int) -> Tensor:
+            if sampler is None:
+                return grid[offsets[i] + k]
+            return like(x, sampler(*(sigmas.new_full((), sigma) for sigma in steps[i].noises[k])))
+
+        return noise
+
+    return of_step

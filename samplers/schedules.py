@@ -4,14 +4,20 @@ They are computed in float64 and rounded once to torch's default dtype, as k-dif
 walk a model's timesteps are in `ella_kd.samplers.timestep_schedules`.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ella_kd.samplers.registry import schedule
+
+__all__ = [
+    "get_sigmas_ays", "get_sigmas_ays_sdxl", "get_sigmas_exponential", "get_sigmas_gits", "get_sigmas_karras",
+    "get_sigmas_kl_optimal", "get_sigmas_laplace", "get_sigmas_linear_quadratic", "get_sigmas_polyexponential",
+    "get_sigmas_vp",
+]
 
 AYS_SD15 = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
 AYS_SDXL = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
@@ -20,6 +26,7 @@ GITS_SD15 = (14.615, 4.617, 2.507, 1.236, 0.702, 0.402, 0.240, 0.156, 0.104, 0.0
 Values = np.ndarray[Any, np.dtype[np.float64]]
 
 
+@schedule("even in sigma^(1/7), Karras et al. 2022")
 def get_sigmas_karras(
     n: int, sigma_min: float, sigma_max: float, rho: float = 7.0, device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -34,11 +41,13 @@ def get_sigmas_karras(
     return finish(sigmas, device)
 
 
+@schedule("even in log sigma")
 def get_sigmas_exponential(n: int, sigma_min: float, sigma_max: float, device: torch.device | str = "cpu") -> Tensor:
     """Even steps in log sigma. Returns [n + 1]. ValueError unless n >= 1 and 0 < sigma_min < sigma_max."""
     return get_sigmas_polyexponential(n, sigma_min, sigma_max, device=device)
 
 
+@schedule("log sigma falls as a power of even steps; with power 1, its default, exponential")
 def get_sigmas_polyexponential(
     n: int, sigma_min: float, sigma_max: float, rho: float = 1.0, device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -51,6 +60,20 @@ def get_sigmas_polyexponential(
     return finish(np.exp(ramp * math.log(high) + (1 - ramp) * math.log(low)), device)
 
 
+def vp_betas(sigma_min: float, sigma_max: float, eps_s: float = 1e-3) -> tuple[float, float]:
+    """(beta_d, beta_min) with which `get_sigmas_vp` goes from sigma_max to sigma_min (2206.00364, appendix C).
+
+    For Stable Diffusion's .0292 to 14.6146: 9.05 and .85, near the process it was trained on."""
+    low, high = (math.log1p(sigma**2) for sigma in sigma_range(sigma_min, sigma_max))
+    beta_d = 2 * (high - low / eps_s) / (1 - eps_s)
+    return beta_d, high - beta_d / 2
+
+
+def _fitted(n: int, model: Any) -> Tensor:
+    return get_sigmas_vp(n, *vp_betas(model.sigma_min, model.sigma_max))
+
+
+@schedule("even in the time of a continuous VP process, fitted to the model's range", _fitted)
 def get_sigmas_vp(
     n: int, beta_d: float = 19.9, beta_min: float = 0.1, eps_s: float = 1e-3, device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -65,15 +88,7 @@ def get_sigmas_vp(
         return finish(np.sqrt(np.expm1(beta_d * t**2 / 2 + beta_min * t)), device)
 
 
-def vp_betas(sigma_min: float, sigma_max: float, eps_s: float = 1e-3) -> tuple[float, float]:
-    """(beta_d, beta_min) with which `get_sigmas_vp` goes from sigma_max to sigma_min (2206.00364, appendix C).
-
-    For Stable Diffusion's .0292 to 14.6146: 9.05 and .85, near the process it was trained on."""
-    low, high = (math.log1p(sigma**2) for sigma in sigma_range(sigma_min, sigma_max))
-    beta_d = 2 * (high - low / eps_s) / (1 - eps_s)
-    return beta_d, high - beta_d / 2
-
-
+@schedule("even quantiles of a Laplace distribution of log sigma: dense about sigma 1")
 def get_sigmas_laplace(
     n: int,
     sigma_min: float,
@@ -98,6 +113,7 @@ def get_sigmas_laplace(
         return finish(np.exp(mu - beta * np.sign(0.5 - share) * np.log(2 * tail)), device)
 
 
+@schedule("even in arctan sigma")
 def get_sigmas_kl_optimal(n: int, sigma_min: float, sigma_max: float, device: torch.device | str = "cpu") -> Tensor:
     """Even steps in arctan sigma (2404.14507: the optimum for Gaussian data).
 
@@ -107,6 +123,7 @@ def get_sigmas_kl_optimal(n: int, sigma_min: float, sigma_max: float, device: to
     return finish(np.tan(np.linspace(math.atan(high), math.atan(low), count(n))), device)
 
 
+@schedule("half the steps linear in sigma near the top, then a parabola; made for flow models")
 def get_sigmas_linear_quadratic(
     n: int, sigma_max: float, threshold_noise: float = 0.025, device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -125,12 +142,14 @@ def get_sigmas_linear_quadratic(
     return finish(sigma_max * (1 - slope * i - bend * np.maximum(i - half, 0) ** 2), device)
 
 
+@schedule("Align Your Steps, ten nodes optimised for SD1.5")
 def get_sigmas_ays(n: int, device: torch.device | str = "cpu") -> Tensor:
     """Align Your Steps (2404.14507) for Stable Diffusion 1.5: its ten nodes, then 0; for other n the nodes are
     interpolated in log sigma. Returns [n + 1]. ValueError unless n >= 1."""
     return _nodes(AYS_SD15, n, device)
 
 
+@schedule("Align Your Steps, ten nodes optimised for SDXL")
 def get_sigmas_ays_sdxl(n: int, device: torch.device | str = "cpu") -> Tensor:
     """Align Your Steps (2404.14507) for SDXL: its ten nodes, then 0; other n as in `get_sigmas_ays`.
 
@@ -138,6 +157,7 @@ def get_sigmas_ays_sdxl(n: int, device: torch.device | str = "cpu") -> Tensor:
     return _nodes(AYS_SDXL, n, device)
 
 
+@schedule("GITS, ten nodes found for SD1.5")
 def get_sigmas_gits(n: int, device: torch.device | str = "cpu") -> Tensor:
     """GITS (2405.11326) for Stable Diffusion 1.5: the ten nodes that Forge has; other n as in `get_sigmas_ays`.
 

@@ -8,13 +8,12 @@ Notation: s = sigma_i, t = sigma_{i+1}, D = denoised. A first-order step is x' =
 and, at the same time, DPM-Solver++'s exponential step: e^-h = t/s with h = log(s/t).
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from itertools import pairwise
+from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -24,19 +23,21 @@ Evaluate = Callable[[Tensor, float], Tensor]
 """evaluate(x, sigma) -> denoised; sigma must be one of the step's `evals`."""
 Noise = Callable[[int], Tensor]
 """noise(k) -> unit-variance noise like x for the k-th pair of the step's `noises`."""
+Weights = TypeVar("Weights")
+"""What a method's `steps` hands to its `step`: a NamedTuple of floats of its own."""
 
 
-class Step(NamedTuple):
-    """One step's numbers: the sigmas it evaluates at, in order, the (sigma, sigma_next) pairs it wants noise for,
-    and whatever weights the method's `step` unpacks. A method that draws no noise at a step lists no pair there."""
+class Step(NamedTuple, Generic[Weights]):
+    """One step's numbers: the sigmas it evaluates at, in order, the method's own weights, and the (sigma, sigma_next)
+    pairs it wants noise for. A method that draws no noise at a step lists no pair there."""
 
     evals: tuple[float, ...]
-    weights: tuple[float, ...]
+    weights: Weights
     noises: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
-class Solver(ABC):
+class Solver(ABC, Generic[Weights]):
     """A sampling method; subclasses are frozen dataclasses whose fields are the method's options.
 
     order: order of convergence of its deterministic form (eta 0, no churn). evals: model evaluations per step, fewer
@@ -47,12 +48,18 @@ class Solver(ABC):
     evals: ClassVar[int]
     noise: ClassVar[Literal["normal", "brownian"]] = "normal"
 
-    @abstractmethod
-    def steps(self, sigmas: Sequence[float]) -> list[Step]:
+    def steps(self, sigmas: Sequence[float]) -> list[Step[Weights]]:
         """All steps of a schedule of n + 1 sigmas: n of them; ValueError if the method cannot walk it."""
+        return [self.between(s, t, len(sigmas) - 1) for s, t in pairwise(sigmas)]
+
+    def between(self, s: float, t: float, n: int) -> Step[Weights]:
+        """The step from s to t of a run of n, where it depends on nothing else; a method whose steps do has `steps`."""
+        raise NotImplementedError(f"{type(self).__name__} has neither `steps` nor `between`")
 
     @abstractmethod
-    def step(self, c: Step, x: Tensor, state: State, evaluate: Evaluate, noise: Noise) -> tuple[Tensor, State]:
+    def step(
+        self, c: Step[Weights], x: Tensor, state: State, evaluate: Evaluate, noise: Noise
+    ) -> tuple[Tensor, State]:
         """Takes x [B, C, h, w] one step; returns the new x and history, and modifies neither of the old ones.
 
         A missing history (the first step, or a run begun by another method) means a first-order step."""
@@ -64,10 +71,10 @@ class Solver(ABC):
 
 
 def linear(*terms: tuple[float, Tensor]) -> Tensor:
-    """Sum of weight * tensor; product and sum are rounded apart (no fused multiply-add, whose vector tails may differ),
-    so that a batch equals its rows bitwise."""
-    (weight, tensor), *rest = terms
-    total = tensor * weight
+    """Sum of weight * tensor without the weights that are 0; product and sum are rounded apart (no fused multiply-add,
+    whose vector tails may differ), so that a batch equals its rows bitwise."""
+    (weight, total), *rest = [term for term in terms if term[0]] or terms[:1]
+    total = total * weight
     for weight, tensor in rest:
         total = total + tensor * weight
     return total
@@ -97,8 +104,21 @@ def refuse_negative(**options: float) -> None:
             raise ValueError(f"{name} must be a finite number >= 0, got {value}")
 
 
+def refuse_other(name: str, value: object, *allowed: str) -> None:
+    """Raises ValueError for an option that is none of these."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+
+
+def refuse_order(name: str, order: int, highest: float, lowest: int = 1) -> None:
+    """Raises ValueError for an order that is no whole number from `lowest` to `highest`."""
+    if isinstance(order, bool) or not isinstance(order, int) or not lowest <= order <= highest:
+        span = f"from {lowest} to {highest}" if highest < math.inf else f"of at least {lowest}"
+        raise ValueError(f"{name} must be a whole number {span}, got {order!r}")
+
+
 @dataclass(frozen=True)
-class Churned(Solver):
+class Churned(Solver[Weights]):
     """What Euler, Heun and DPM2 share: Karras et al. (2022, Algorithm 2) raise sigma to sigma_hat by added noise."""
 
     s_churn: float = 0.0
@@ -120,7 +140,7 @@ class Churned(Solver):
 
 
 @dataclass(frozen=True)
-class Ancestral(Solver):
+class Ancestral(Solver[Weights]):
     """What the ancestral methods share: eta scales the noise put back after each step, s_noise its amplitude."""
 
     eta: float = 1.0
@@ -128,6 +148,19 @@ class Ancestral(Solver):
 
     def __post_init__(self) -> None:
         refuse_negative(eta=self.eta, s_noise=self.s_noise)
+
+    def down_up(self, s: float, t: float) -> tuple[float, float]:
+        """(sigma_down, weight of the noise) of a step from s to t."""
+        down, up = ancestral_step(s, t, self.eta)
+        return down, up * self.s_noise
+
+    def sde(self, s: float, t: float) -> tuple[float, float, float]:
+        """(h, H, weight of the noise) of the SDE in log sigma: h = log(s/t), x decays by e^-H, H = (1 + eta) h, and the
+        noise is t sqrt(1 - e^{-2 eta h}); h is infinite to sigma 0, where there is no noise."""
+        if self.eta:
+            refuse_ascending(s, t)
+        h = math.log(s / t) if t > 0 else math.inf
+        return h, h * (1 + self.eta), t * math.sqrt(-math.expm1(-2 * self.eta * h)) * self.s_noise if t > 0 else 0.0
 
 
 def pairs(weight: float, s: float, t: float) -> tuple[tuple[float, float], ...]:

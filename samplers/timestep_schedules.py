@@ -5,8 +5,6 @@ said otherwise. Those that visit whole timesteps only take n up to N and say so;
 raise TypeError for anything without such a table, and ValueError for an n that does not fit.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -14,21 +12,30 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from ella_kd.samplers.registry import schedule
 from ella_kd.samplers.schedules import Values, count, finish
 
+__all__ = [
+    "get_sigmas_beta", "get_sigmas_ddim_uniform", "get_sigmas_leading", "get_sigmas_linspace", "get_sigmas_normal",
+    "get_sigmas_sgm_uniform", "get_sigmas_simple", "get_sigmas_trailing",
+]
 
+
+@schedule("even in the model's timestep")
 def get_sigmas_normal(n: int, model_or_sigmas: Any, device: torch.device | str = "cpu") -> Tensor:
     """Even steps in t, from the last timestep to 0 (k-diffusion's DiscreteSchedule.get_sigmas). Returns [n + 1]."""
     table = sigma_table(model_or_sigmas)
     return finish(_log_linear(table, np.linspace(len(table) - 1, 0, count(n))), device)
 
 
+@schedule("even in the model's timestep, the step to 0 included")
 def get_sigmas_sgm_uniform(n: int, model_or_sigmas: Any, device: torch.device | str = "cpu") -> Tensor:
     """Even steps in t, of which the last, to 0, is one (Stability's generative-models). Returns [n + 1]."""
     table = sigma_table(model_or_sigmas)
     return finish(_log_linear(table, np.linspace(len(table) - 1, 0, count(n) + 1)[:-1]), device)
 
 
+@schedule("timesteps at quantiles of a Beta distribution: dense at both ends")
 def get_sigmas_beta(
     n: int, model_or_sigmas: Any, alpha: float = 0.6, beta: float = 0.6, device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -40,6 +47,7 @@ def get_sigmas_beta(
     return finish(_log_linear(table, stats.beta.ppf(quantiles, alpha, beta) * (len(table) - 1)), device)
 
 
+@schedule("every (N / n)-th timestep from the last down")
 def get_sigmas_simple(n: int, model_or_sigmas: Any, device: torch.device | str = "cpu") -> Tensor:
     """Every (N / n)-th entry of the table, from the last one down, rounded up. Returns [n + 1]; n at most N."""
     table = sigma_table(model_or_sigmas)
@@ -47,6 +55,7 @@ def get_sigmas_simple(n: int, model_or_sigmas: Any, device: torch.device | str =
     return finish(table[len(table) - 1 - i * len(table) // n], device)
 
 
+@schedule("every (N / n)-th timestep from 1 up, the spacing of DDIM")
 def get_sigmas_ddim_uniform(n: int, model_or_sigmas: Any, device: torch.device | str = "cpu") -> Tensor:
     """Timesteps 1, 1 + N/n, 1 + 2 N/n, ..., rounded down (0, 1, ... where n is N). Returns [n + 1]; n at most N.
 
@@ -56,6 +65,7 @@ def get_sigmas_ddim_uniform(n: int, model_or_sigmas: Any, device: torch.device |
     return finish(table[(i * len(table) // n + (n < len(table)))[::-1]], device)
 
 
+@schedule("diffusers' default spacing: starts below the largest sigma")
 def get_sigmas_leading(
     n: int, model_or_sigmas: Any, steps_offset: int = 1, device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -71,6 +81,7 @@ def get_sigmas_leading(
     return finish(table[t[::-1]], device)
 
 
+@schedule("diffusers' spacing from the last timestep down")
 def get_sigmas_trailing(n: int, model_or_sigmas: Any, device: torch.device | str = "cpu") -> Tensor:
     """diffusers' "trailing" spacing: t = N (1 - i/n), rounded, less 1. Returns [n + 1]; n at most N."""
     table = sigma_table(model_or_sigmas)
@@ -78,6 +89,7 @@ def get_sigmas_trailing(n: int, model_or_sigmas: Any, device: torch.device | str
     return finish(table[t], device)
 
 
+@schedule("diffusers' even spacing in the timestep, sigma linear between whole ones")
 def get_sigmas_linspace(n: int, model_or_sigmas: Any, device: torch.device | str = "cpu") -> Tensor:
     """diffusers' "linspace" spacing: even steps in t, as `normal`, but with sigma itself linear between the entries.
 

@@ -1,6 +1,4 @@
-"""UniPC (2302.04867) in data prediction, and RES multistep's ancestral form (2308.02157)."""
-
-from __future__ import annotations
+"""UniPC (2302.04867) in data prediction."""
 
 import math
 from collections.abc import Sequence
@@ -9,9 +7,13 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
 
-from ella_kd.samplers.history import DataMultistep, integrate, padded, refuse_order, used_order
-from ella_kd.samplers.solver import Ancestral, Step, ancestral_step, pairs
+from ella_kd.samplers.multistep import DataMultistep, DataWeights, integrate, padded, used_order
+from ella_kd.samplers.registry import Args, Callback, Model, Seeds, cfg_pp_form, sampler, walk
+from ella_kd.samplers.solver import Step, refuse_order, refuse_other
+
+__all__ = ["UniPC", "sample_uni_pc", "sample_uni_pc_bh2", "sample_uni_pc_bh2_cfg_pp", "sample_uni_pc_cfg_pp"]
 
 
 @dataclass(frozen=True)
@@ -28,25 +30,18 @@ class UniPC(DataMultistep):
     max_order: int = 3
     lower_order_final: bool = True
     order = 4
-    evals = 1
 
     def __post_init__(self) -> None:
         refuse_order("max_order", self.max_order, 3)
-        if self.solver_type not in ("bh1", "bh2"):
-            raise ValueError(f"solver_type must be 'bh1' or 'bh2', got {self.solver_type!r}")
+        refuse_other("solver_type", self.solver_type, "bh1", "bh2")
 
-    @property
-    def memory(self) -> int:
-        return self.max_order
-
-    def steps(self, sigmas: Sequence[float]) -> list[Step]:
-        steps = []
+    def steps(self, sigmas: Sequence[float]) -> list[Step[DataWeights]]:
+        steps, size = [], self.max_order + 1
         correct: list[float] = []
         for i, (s, t) in enumerate(pairwise(sigmas)):
             order = used_order(i, sigmas, self.max_order, self.lower_order_final)
             predict, corrected = self._weights(i, sigmas, order)
-            size = self.memory + 1
-            weights = (0.0, t / s, *padded(predict, size), *padded(correct, size))
+            weights = DataWeights(t / s, padded(predict, size), correct=padded(correct, size))
             steps.append(Step((s,), weights))
             correct = [after - before for after, before in zip(corrected, (0.0, *predict), strict=True)]
         return steps
@@ -74,32 +69,26 @@ class UniPC(DataMultistep):
         return [first - sum(past_p), *past_p], [last, first - sum(past_c) - last, *past_c]
 
 
-@dataclass(frozen=True)
-class ResMultistepAncestral(DataMultistep, Ancestral):
-    """RES multistep (2308.02157, section 4; phi-functions in log sigma) down to sigma_down, then noise up to the next
-    sigma. Order 2 at eta 0, where it is DPM-Solver++(2M) "heun"; one evaluation per step.
+@sampler(UniPC(), "UniPC")
+def sample_uni_pc(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Args = None, callback: Callback | None = None,
+    disable: bool | None = None, max_order: int = 3, variant: Literal["bh1", "bh2"] = "bh1",
+    lower_order_final: bool = True, *, seeds: Seeds = None,
+) -> Tensor:
+    """UniPC (2302.04867), B(h) = h. Order max_order + 1, one evaluation per step."""
+    return walk(UniPC(variant, max_order, lower_order_final), model, x, sigmas, extra_args, callback, disable, seeds)
 
-    D's slope is divided by the last step's length down to its sigma_down, as in ComfyUI, and not by the distance to
-    where D_old was evaluated: noise has moved x since, and with the true distance the variance of Gaussian data comes
-    out 56 % too large at 30 steps (4 % as it is)."""
 
-    order = 2
-    evals = 1
+sample_uni_pc_cfg_pp = cfg_pp_form(sample_uni_pc)
 
-    @property
-    def memory(self) -> int:
-        return 1
 
-    def steps(self, sigmas: Sequence[float]) -> list[Step]:
-        steps = []
-        h_old = math.inf
-        for s, t in pairwise(sigmas):
-            down, up = ancestral_step(s, t, self.eta)
-            up *= self.s_noise
-            to_denoised = (s - down) / s
-            h = math.log(s / down) if down > 0 else math.inf
-            extra = (h - to_denoised) / h_old if down > 0 else 0.0  # h_old is inf at the first step
-            weights = (up, down / s, to_denoised + extra, -extra, 0.0, 0.0)
-            steps.append(Step((s,), weights, pairs(up, s, t)))
-            h_old = h
-        return steps
+@sampler(UniPC("bh2"), "UniPC")
+def sample_uni_pc_bh2(
+    model: Model, x: Tensor, sigmas: Tensor, extra_args: Args = None, callback: Callback | None = None,
+    disable: bool | None = None, max_order: int = 3, lower_order_final: bool = True, *, seeds: Seeds = None,
+) -> Tensor:
+    """UniPC (2302.04867), B(h) = e^h - 1. Order max_order + 1, one evaluation per step."""
+    return walk(UniPC("bh2", max_order, lower_order_final), model, x, sigmas, extra_args, callback, disable, seeds)
+
+
+sample_uni_pc_bh2_cfg_pp = cfg_pp_form(sample_uni_pc_bh2)

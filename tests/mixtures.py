@@ -25,27 +25,31 @@ COND, UNCOND = Mixture(), Mixture((-0.5, 1.0, 3.0), (0.5, 0.5, 0.5), (0.2, 0.5, 
 
 @dataclass(frozen=True)
 class Guided:
-    """Forward, predict and planned around two mixtures; keeps what it was called with, and insists on its plan."""
+    """Forward, predict and bind around two mixtures; keeps what it was called with, and insists on its plan."""
 
     cond: Mixture = COND
     uncond: Mixture = UNCOND
     seen: list[float] = field(default_factory=list)
-    plans: list[Tensor] = field(default_factory=list)
+    plans: list[Any] = field(default_factory=list)
 
-    def planned(self, sigmas: Tensor, extra_args: dict[str, Any]) -> dict[str, Any]:
+    def bind(self, x: Tensor, sigmas: Any, need_uncond: bool = False, cond_scale: float = 1.0) -> Any:
         self.plans.append(sigmas)
-        return {**extra_args, "plan": sigmas}
+        plan = None if sigmas is None else x.new_tensor(sigmas).tolist()
 
-    def predict(
-        self, x: Tensor, sigma: Tensor, need_uncond: bool = False, cond_scale: float = 1.0, plan: Tensor | None = None
-    ) -> Prediction:
-        assert plan is None or bool((plan == sigma[0]).any())
+        def bound(x: Tensor, levels: float, scale: float | None = None) -> Prediction:
+            assert plan is None or levels in plan
+            sigma = x.new_tensor(levels).expand(len(x))
+            return self.predict(x, sigma, need_uncond, cond_scale if scale is None else scale)
+
+        return bound
+
+    def predict(self, x: Tensor, sigma: Tensor, need_uncond: bool = False, cond_scale: float = 1.0) -> Prediction:
         self.seen.append(float(sigma[0]))
         c, u = self.cond(x, sigma), self.uncond(x, sigma)
         return Prediction(u + cond_scale * (c - u), u if need_uncond else None)
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond_scale: float = 1.0, plan: Tensor | None = None) -> Tensor:
-        return self.predict(x, sigma, False, cond_scale, plan).denoised
+    def __call__(self, x: Tensor, sigma: Tensor, cond_scale: float = 1.0) -> Tensor:
+        return self.predict(x, sigma, False, cond_scale).denoised
 
 
 class Pointwise:

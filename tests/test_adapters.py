@@ -8,6 +8,7 @@ from torch import nn
 
 from ella_kd import CFGDenoiser, DiffusersUNet, ELLADenoiser, LDMDenoiser
 from ella_kd.adapters import _Bias
+from ella_kd.models.context import Context
 from ella_kd.models.text import TextFeatures
 from tiny import WIDTH, features, noise, randomised, relative, row, tiny_tsc
 
@@ -49,9 +50,10 @@ def test_a_weighted_token_is_a_repeated_token(unet: Any, dtype: torch.dtype) -> 
     """Sent as a number through diffusers' own formula, log 20 would become 4.9 in fp16, and 0 in bf16."""
     net, x, t = deepcopy(unet).to(dtype), X[:1].to(dtype), torch.tensor([500.0])
     tokens, weights = 4 * features(5, width=WIDTH).tokens.to(dtype), torch.tensor([[20.0, 1, 0, 1, 1]])
-    got, want = DiffusersUNet(net)(x, t, tokens, weights), DiffusersUNet(net)(x, t, tokens[:, [*20 * [0], 1, 3, 4]])
+    got = DiffusersUNet(net)(x, t, Context(tokens, weights))
+    want = DiffusersUNet(net)(x, t, tokens[:, [*20 * [0], 1, 3, 4]])
     assert got.dtype == dtype
-    effect = relative(DiffusersUNet(net)(x, t, tokens, weights > 0), want)
+    effect = relative(DiffusersUNet(net)(x, t, Context(tokens, weights > 0)), want)
     assert effect > 0.02
     assert relative(got, want) < effect * {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}[dtype]
 
@@ -59,14 +61,14 @@ def test_a_weighted_token_is_a_repeated_token(unet: Any, dtype: torch.dtype) -> 
 def test_weights_of_one_are_no_mask(unet: Any) -> None:
     text, t = features(5, 2, width=WIDTH), torch.tensor([500.0, 20.0])
     plain = DiffusersUNet(unet)(X, t, text.tokens)
-    assert relative(DiffusersUNet(unet)(X, t, text.tokens, torch.ones(2, 5)), plain) < 1e-6
+    assert relative(DiffusersUNet(unet)(X, t, Context(text.tokens, torch.ones(2, 5))), plain) < 1e-6
 
 
 def test_a_mask_that_does_not_fit(unet: Any) -> None:
     tokens, t = features(5, width=WIDTH).tokens, torch.tensor([500.0])
     for mask in (torch.ones(1, 4), torch.ones(1, 5).int(), -torch.ones(1, 5)):
         with pytest.raises(ValueError, match="mask"):
-            DiffusersUNet(unet)(X[:1], t, tokens, mask)
+            DiffusersUNet(unet)(X[:1], t, Context(tokens, mask))
     for other in (lambda m: 2 - m, lambda m: (1 - m) * -9.0, lambda m: m * 1.0):
         with pytest.raises(TypeError, match="this diffusers does not"):
             other(_Bias(torch.zeros(1, 5)))

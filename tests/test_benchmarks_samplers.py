@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import samplers
-from benchmarks.readme import between_marks
+from benchmarks import plots, samplers
+from benchmarks.results import HERE, between_marks
 from ella_kd.samplers import LMS, SAMPLERS, Euler, Heun
 
-HERE = Path(samplers.__file__).parent
 RESULT = json.loads((HERE / "samplers.json").read_text())
 
 
@@ -60,5 +59,5 @@ def test_overhead_is_measured_on_both_sides(monkeypatch: pytest.MonkeyPatch, tmp
     assert list(found) == ["euler", "dpmpp_2m_sde"]
     assert all(row["ours"] > 0 and row["theirs"] > 0 for row in found.values())
     assert torch.get_default_dtype() == torch.float32
-    samplers.plot({"euler": RESULT["orders"]["euler"]}, tmp_path / "plot.png")
+    plots.orders({"euler": RESULT["orders"]["euler"]}, [["euler"]], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000

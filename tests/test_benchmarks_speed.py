@@ -1,7 +1,7 @@
 """The speed harness at a small size: every way draws the same picture, and the table is what the file says."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,20 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import steps_per_second
+from benchmarks.results import HERE
+from benchmarks.speed import clock
 from benchmarks.speed.clock import Way, interleave
 from benchmarks.speed.ways import WAYS
-
-HERE = Path(steps_per_second.__file__).parent
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("speed")
-    (out / "README.md").write_text("<!-- speed -->\n<!-- /speed -->\n")
+    out = tmp_path_factory.mktemp("speed") / "not" / "there"
     options = ["--batch", "2", "--steps", "2", "--rounds", "1", "--mode", "eager", "--mode", "fast"]
     run = CliRunner().invoke(steps_per_second.main, [*options, "--skip", "constant, fast", "--out", str(out)])
     assert run.exit_code == 0, run.output
     (found,) = json.loads((out / "steps_per_second.json").read_text())
-    assert steps_per_second.table([found]) in (out / "README.md").read_text()
+    assert steps_per_second.table([found]) in (out / "speed.md").read_text()
     assert (out / "steps_per_second.png").stat().st_size > 1000
     return found
 
@@ -52,11 +51,12 @@ def test_the_flops_say_what_the_connector_costs(result: dict[str, Any]) -> None:
     # two pictures of one prompt: ours runs the connector on uncond and cond, the published way on four rows
     ours, published = flops["ELLA"] - flops["constant"], flops["published"] - flops["diffusers"]
     assert published == pytest.approx(2 * ours, rel=1e-6) and ours > 0
-    assert flops["k-diffusion"] == pytest.approx(flops["published"], rel=1e-6)
+    assert flops["k-diffusion"] == pytest.approx(flops["ELLA"], rel=1e-6)  # step by step, and each prompt once as well
     assert of(result, "ELLA")["share_of_peak"] > 0
 
 
-def test_rounds_take_turns_and_only_eager_ways_count_flops() -> None:
+def test_rounds_take_turns_and_only_eager_ways_count_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "matrix_peak", lambda device, dtype: 1e9)
     order: list[str] = []
     a = torch.randn(8, 8)
 
@@ -74,12 +74,26 @@ def test_rounds_take_turns_and_only_eager_ways_count_flops() -> None:
     assert len(peaks) == len(found[0].seconds) == 2
 
 
-def test_it_runs_as_a_file_and_refuses_one_step() -> None:
-    path = HERE / "steps_per_second.py"
-    shown = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True, cwd="/").stdout
-    assert "--network [miniature|sd15]" in shown
-    refused = CliRunner().invoke(steps_per_second.main, ["--steps", "1"])
-    assert refused.exit_code == 2 and "at least 2 steps" in refused.output
+def test_it_runs_as_a_file_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path or ".").resolve() != HERE.parent])
+    runpy.run_path(str(HERE / "steps_per_second.py"))
+    assert sys.path[0] == str(HERE.parent)
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--steps", "1"], "at least 2 steps"), (["--device", "cuda:99"], "no 'cuda:99' on this machine"),
+    (["--device", "gpu"], "no 'gpu' on this machine"), (["--publish", "--out", "x"], "leave --out away")])
+def test_what_cannot_be_is_refused_in_a_line(options: list[str], said: str) -> None:
+    refused = CliRunner().invoke(steps_per_second.main, options)
+    assert refused.exit_code == 2 and said in refused.output and isinstance(refused.exception, SystemExit)
+
+
+def test_rounds_are_compared_with_the_reference_in_the_same_round() -> None:
+    ways = [{"way": "ELLA", "mode": "eager", "seconds": [1.0, 2.0, 2.0]},
+            {"way": "published", "mode": "eager", "seconds": [2.0, 8.0, 3.0]}]
+    assert steps_per_second.ratios({"ways": ways}) == [("ELLA, eager", 1.5, 2.0, 4.0), ("published, eager", 1, 1, 1)]
+    assert steps_per_second.ratios({"ways": ways[:1]}) == []
 
 
 def test_the_tables_on_file_are_what_was_measured() -> None:

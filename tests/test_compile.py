@@ -1,16 +1,18 @@
 """denoiser.compile() compiles once; what a plan saves the connector; both change no picture."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from ella_kd import ELLA, CFGDenoiser, Constant, ELLADenoiser, LDMDenoiser
-from ella_kd.models import TSC, TextFeatures, UNet, UNetConfig
+from ella_kd.models import TextFeatures, UNet, UNetConfig
 from ella_kd.samplers import sample_dpmpp_2m, sample_euler_ancestral
-from tiny import features, noise, randomised, relative, tiny_tsc
+from tiny import PointwiseTSC, PointwiseUNet, features, noise, randomised, relative, tiny_tsc
 
 
 def small_unet() -> UNet:
@@ -70,35 +72,36 @@ def test_another_shape_is_compiled_once_more_and_no_scale_is_the_same_network() 
     assert counters["stats"]["unique_graphs"] == 2
 
 
-class CountingTSC(TSC):
-    """Counts calls and rows."""
+@pytest.mark.parametrize(("device", "options", "expected"), [
+    ("cpu", {}, {"dynamic": False}),
+    ("cpu", {"backend": "eager", "dynamic": True}, {"backend": "eager", "dynamic": True}),
+    ("cuda", {}, {"dynamic": False, "mode": "reduce-overhead"}),
+    ("cuda", {"mode": "default"}, {"dynamic": False, "mode": "default"}),
+    ("cuda", {"options": {"a": 1}}, {"dynamic": False, "options": {"a": 1}}),  # torch.compile takes one of them
+])
+def test_what_is_told_to_torch_compile(device: str, options: dict[str, Any], expected: dict[str, Any]) -> None:
+    told = []
 
-    calls = rows = 0
+    class Net(nn.Module):
+        def parameters(self, recurse: bool = True) -> Any:
+            return iter([SimpleNamespace(device=torch.device(device))])
 
-    def forward(self, features: Tensor, t: Tensor, mask: Tensor | None = None) -> Tensor:
-        self.calls, self.rows = self.calls + 1, self.rows + len(features)
-        return super().forward(features, t, mask)
+        def compile(self, **chosen: Any) -> None:
+            told.append(chosen)
 
-
-def connector_cost(cond: TextFeatures, prompt: list[int], steps: int = 4) -> tuple[int, int]:
-    plain = tiny_tsc()
-    tsc = CountingTSC(32, 32, 24, 2, 2, 5, 12)
-    tsc.load_state_dict(plain.state_dict())
-    denoiser = CFGDenoiser(ELLADenoiser(small_unet(), tsc))
-    sigmas = denoiser.get_sigmas(steps)
-    x = noise(len(prompt), 4, 8, 8) * sigmas[0]
-    sample_dpmpp_2m(denoiser, x, sigmas, disable=True, extra_args={
-        "cond": ELLA(tsc, cond, torch.tensor(prompt)), "uncond": features(1, seed=9), "cond_scale": 5.0})
-    return tsc.calls, tsc.rows
-
-
-def test_pictures_of_one_prompt_cost_the_connector_one() -> None:
-    assert connector_cost(features(7), [0]) == connector_cost(features(7), [0] * 8) == (1, 2 * 4)
+    CFGDenoiser(LDMDenoiser(Net())).compile(**options)
+    assert told == [expected]
 
 
-def test_eight_flexible_prompts_are_one_call_of_the_connector_for_the_run() -> None:
-    assert connector_cost(features(3, 9, 4, 7, 5, 8, 2, 6), list(range(8))) == (1, 9 * 4)
-    assert connector_cost(features(3, 9, 4, 7, 5, 8, 2, 6), list(range(8)), steps=6) == (1, 9 * 6)
+def test_a_run_asks_the_connector_once_however_many_pictures_it_draws() -> None:
+    for lengths, prompt, prompts in (((7,), [0], 2), ((7,), [0] * 8, 2), ((3, 9, 4), [0, 1, 2, 1], 4)):
+        tsc = PointwiseTSC()
+        denoiser = CFGDenoiser(ELLADenoiser(PointwiseUNet(), tsc))  # type: ignore[arg-type]
+        sigmas = denoiser.get_sigmas(4)
+        cond = ELLA(tsc, features(*lengths), torch.tensor(prompt))  # type: ignore[arg-type]
+        sample_dpmpp_2m(denoiser, noise(len(prompt), 4, 8, 8) * sigmas[0], sigmas, disable=True, extra_args={
+            "cond": cond, "uncond": features(1, seed=9), "cond_scale": 5.0})
+        assert tsc.calls == [prompts * 4]
 
 
 def test_a_constant_condition_asks_no_connector() -> None:

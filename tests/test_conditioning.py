@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ella_kd import ELLA, Concat, Conditioning, Constant
-from ella_kd.conditioning import Planned, Stack, plan
+from ella_kd.conditioning import Plan, Stack
 from ella_kd.models.text import TextFeatures
 from tiny import FEATURES, LATENTS, WIDTH, PointwiseTSC, features, noise, relative, row, tiny_tsc
 
@@ -40,60 +40,74 @@ def test_a_batch_of_mixed_lengths_equals_its_prompts_alone(lengths: list[int]) -
         assert relative(batch.tokens[i:i + 1], ELLA(tsc, row(text, i))(t[i:i + 1]).tokens) < 1e-5
 
 
+def plan_of(*t: float) -> Plan:
+    """A plan whose levels are the timesteps themselves."""
+    return Plan(t, timesteps(*t), t)
+
+
+def planned_at(conditioning: Conditioning, plan: Plan, t: float) -> Conditioning:
+    return conditioning.map(lambda leaf: leaf.planned(plan)).at((t,))
+
+
 @settings(max_examples=30)
 @given(KINDS, LENGTHS)
 def test_planned_equals_unplanned(kind: str, lengths: list[int]) -> None:
-    exact = conditioning(kind, lengths, tiny_tsc())
-    planned = exact.planned(T)
-    assert planned.rows == exact.rows == len(lengths)
+    exact, plan = conditioning(kind, lengths, tiny_tsc()), plan_of(*T.tolist())
     for t in T:
-        a, b = planned(t.repeat(len(lengths))), exact(t.repeat(len(lengths)))
+        decided = planned_at(exact, plan, float(t))
+        assert decided.rows == exact.rows == len(lengths)
+        a, b = decided(t.repeat(len(lengths))), exact(t.repeat(len(lengths)))
         assert relative(a.tokens, b.tokens) < 1e-5
         assert (a.mask is None and b.mask is None) or torch.equal(a.mask, b.mask)  # type: ignore[arg-type]
 
 
-@given(LENGTHS, st.permutations(range(3)))
-def test_planned_equals_unplanned_bitwise_for_a_pointwise_connector(lengths: list[int], order: list[int]) -> None:
-    exact = ELLA(PointwiseTSC(), features(*lengths))  # type: ignore[arg-type]
-    planned = exact.planned(T)
-    t = T[order].repeat(2)[:len(lengths)]  # rows at different timesteps
-    assert torch.equal(planned(t).tokens, exact(t).tokens)
-
-
-@given(st.lists(st.tuples(KINDS, st.integers(1, 9)), min_size=1, max_size=4))
-def test_all_that_share_a_connector_are_planned_in_one_call(kinds: list[tuple[str, int]]) -> None:
-    tsc = PointwiseTSC()
+@given(st.lists(st.tuples(KINDS, st.integers(1, 9)), min_size=1, max_size=4), st.sampled_from([1, 5, 1 << 24]))
+def test_all_that_share_a_connector_are_planned_in_few_calls(kinds: list[tuple[str, int]], read: int) -> None:
+    """One call where it fits, bitwise what each says alone; and never more rows than fit, whatever is asked."""
+    tsc, plan = PointwiseTSC(), plan_of(5, 7, 9)
     ones: list[Conditioning] = []
     for i, (kind, length) in enumerate(kinds):
         ella, clip = ELLA(tsc, features(length, seed=i)), Constant(features(length, width=2))  # type: ignore[arg-type]
         ones.append({"ella": ella, "clip": clip, "ella + clip": Concat(ella, clip)}[kind])
-    planned = plan(ones, timesteps(5, 5, 7))
+    for one in ones:
+        one.map(lambda leaf: leaf.planned(plan))
     prompts = sum(kind != "clip" for kind, _ in kinds)
-    assert tsc.calls == ([2 * prompts] if prompts else [])
-    tokens = [one(timesteps(7)).tokens for one in planned]
-    assert tsc.calls == ([2 * prompts] if prompts else [])
-    for one, got in zip(ones, tokens):
-        assert torch.equal(one(timesteps(7)).tokens, got)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ella_kd.conditioning.plan.READ", read * 9 * FEATURES)
+        got = {t: [planned_at(one, plan, t)(timesteps(t)).tokens for one in ones] for t in (7, 5, 7, 9)}
+    if read > 99:
+        assert tsc.calls == ([2 * prompts, prompts] if prompts else [])  # 7 and what follows, then 5
+    assert max(tsc.calls, default=0) <= max(read * 9, 1)
+    for t, tokens in got.items():
+        for one, shown in zip(ones, tokens):
+            assert torch.equal(one(timesteps(t)).tokens, shown)
+
+
+def test_answers_of_the_past_are_given_up_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    tsc, plan = PointwiseTSC(), plan_of(*range(40))
+    monkeypatch.setattr("ella_kd.conditioning.plan.KEPT", 2 * 2 * 10)  # ten timesteps of two prompts' two numbers
+    monkeypatch.setattr("ella_kd.conditioning.plan.READ", 2 * 4 * 4 * FEATURES)
+    one = ELLA(tsc, features(4, 4))  # type: ignore[arg-type]
+    for t in range(40):
+        assert torch.equal(planned_at(one, plan, t)(timesteps(t, t)).tokens, one(timesteps(t, t)).tokens)
+        assert len(plan.table(tsc).answers) <= 10
 
 
 def test_many_pictures_of_one_prompt_cost_one_row_per_timestep() -> None:
     tsc = PointwiseTSC()
-    one = ELLA(tsc, features(4))  # type: ignore[arg-type]
-    for shown in (one, one.repeat(8)):
+    for shown, rows in ((ELLA(tsc, features(4)), 3), (ELLA(tsc, features(4, 2)).repeat(8), 6)):  # type: ignore[arg-type]
         tsc.calls.clear()
-        assert shown.planned(T)(timesteps(0).repeat(8)).tokens.shape[0] == 8
-        assert tsc.calls == [3]
-    two = ELLA(tsc, features(4, 2)).repeat(8)  # type: ignore[arg-type]
-    tsc.calls.clear()
-    two.planned(T)
-    assert tsc.calls == [6]
+        assert planned_at(shown.repeat(8), plan_of(*T.tolist()), float(T[0])).rows == 8 * shown.rows
+        assert tsc.calls == [rows]
 
 
 @pytest.mark.parametrize("kind", ["ella", "clip", "ella + clip"])
 def test_repeat_puts_the_samples_of_a_prompt_side_by_side(kind: str) -> None:
     one = conditioning(kind, [4, 2], tiny_tsc())
     plain, t = one(T[:1].repeat(2)), T[:1].repeat(6)
-    for many in (one.repeat(3), one.planned(T).repeat(3), one.repeat(3).planned(T)):
+    plan, first = plan_of(*T.tolist()), float(T[0])
+    late = one.map(lambda leaf: leaf.planned(plan)).repeat(3).at((first,))
+    for many in (one.repeat(3), planned_at(one, plan, first).repeat(3), planned_at(one.repeat(3), plan, first), late):
         assert many.rows == 6
         assert relative(many(t).tokens, plain.tokens[[0, 0, 0, 1, 1, 1]]) < 1e-5
         assert plain.mask is None or torch.equal(many(t).mask, plain.mask[[0, 0, 0, 1, 1, 1]])  # type: ignore[arg-type]
@@ -101,35 +115,11 @@ def test_repeat_puts_the_samples_of_a_prompt_side_by_side(kind: str) -> None:
     assert both(T[:1].repeat(12)).tokens.shape[0] == 12
 
 
-def test_an_unknown_timestep_raises_and_is_never_its_neighbour() -> None:
-    planned = ELLA(tiny_tsc(), features(4)).planned(T)
-    near = torch.nextafter(T[0], torch.tensor(0.0))
-    for unknown in (near, torch.tensor(torch.nan)):
-        with pytest.raises(ValueError, match="planned for other timesteps: it lacks 1 of 2"):
-            planned(torch.stack([T[0], unknown]))
-
-
-def test_on_a_device_an_unknown_timestep_gives_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Telling would stall the loop there; the check that does tell on the CPU is taken out to see the rest."""
-    monkeypatch.setattr(Planned, "check_covers", lambda self, t: None)
-    tokens = ELLA(tiny_tsc(), features(4)).planned(T)(torch.stack([T[0], T[0] + 1])).tokens
-    assert tokens[0].isfinite().all()
-    assert tokens[1].isnan().all()
-
-
-def test_a_plan_covers_its_own_run_only() -> None:
-    planned = Concat(ELLA(tiny_tsc(), features(4)), clip(3)).planned(T)
-    again = planned.planned(T[1:])
-    assert torch.equal(again(T[1:2]).tokens, planned(T[1:2]).tokens)
-    with pytest.raises(ValueError, match=r"lacks 1 of 2, first 17"):
-        planned.planned(timesteps(0, 17))
-
-
 def test_planning_keeps_gradients_where_the_caller_has_them() -> None:
     tsc = tiny_tsc().requires_grad_(True)
-    assert ELLA(tsc, features(4)).planned(T)(T).tokens.requires_grad
+    assert planned_at(ELLA(tsc, features(4)), plan_of(7), 7)(T).tokens.requires_grad
     with torch.no_grad():
-        assert not ELLA(tsc, features(4)).planned(T)(T).tokens.requires_grad
+        assert not planned_at(ELLA(tsc, features(4)), plan_of(7), 7)(T).tokens.requires_grad
 
 
 @settings(max_examples=30)
@@ -171,8 +161,9 @@ def test_fixed_mode_attends_to_every_position() -> None:
     fixed = ELLA(tsc, padded)
     assert relative(fixed(T[:2]).tokens, tsc(padded.tokens, T[:2])) == 0
     assert relative(ELLA(tsc, features(9, 3))(T[:2]).tokens, fixed(T[:2]).tokens) > 1e-3
-    planned, _ = plan([fixed, ELLA(tsc, features(12, 1))], T)
-    assert relative(planned(T[:2]).tokens, fixed(T[:2]).tokens) < 1e-5
+    plan, other = plan_of(7), ELLA(tsc, features(12, 1))
+    other.planned(plan), fixed.planned(plan)
+    assert relative(planned_at(fixed, plan, 7)(T[:2]).tokens, fixed(timesteps(7, 7)).tokens) < 1e-5
 
 
 def test_conditionings_are_values() -> None:
@@ -180,7 +171,7 @@ def test_conditionings_are_values() -> None:
     one = Concat(ELLA(tsc, text), Constant(own))
     tensors = [text.tokens, text.mask, own.tokens, own.mask, *tsc.parameters()]
     before = [x.clone() for x in tensors if x is not None]
-    planned = one.planned(T)
+    planned = planned_at(one, plan_of(7), 7)
     first = planned(T[:2])
     kept = first.tokens.clone()
     for use in (one, planned, one.repeat(2), planned.repeat(2)):
@@ -196,7 +187,7 @@ def test_conditionings_are_values() -> None:
 def test_one_row_fits_every_batch_and_others_must_match() -> None:
     tsc = tiny_tsc()
     for one in (ELLA(tsc, features(4)), clip(3), Concat(ELLA(tsc, features(4)), clip(3))):
-        for use in (one, one.planned(T)):
+        for use in (one, planned_at(one, plan_of(7), 7)):
             assert use(T).tokens.shape[0] == 3
             for wrong in (use.repeat(2), use.repeat(4)):
                 with pytest.raises(ValueError, match=f"has {wrong.rows} rows and the batch 3"):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
-from itertools import product
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from ella_kd import ELLA, And, Box, Concat, ELLADenoiser, Mask, Regions, Switch
 from ella_kd.conditioning import Conditioning, Constant
 from ella_kd.guidance import CFG, COND, UNCOND, GuidedDenoiser
 from strategies import DRAWN, FEATHERS, boxes
-from tiny import WIDTH, PointwiseTSC, PointwiseUNet, features, noise, relative, tiny_tsc, tiny_unet
+from tiny import WIDTH, PointwiseTSC, PointwiseUNet, features, noise, planned, relative, tiny_tsc, tiny_unet
 
 H, W = 6, 8
 X, SIGMA = noise(2, 4, H, W) * 5, torch.tensor([5.0, 0.3])
@@ -53,15 +52,10 @@ def naive(spec: Spec, answers: list[Tensor], uncond: Tensor, sigma: float) -> Te
     if spec[0] == "and":
         weights = [weight(sigma) if callable(weight) else weight for _, weight in spec[1]]
         return sum(w * part for w, part in zip(weights, parts)) + (1 - sum(weights)) * uncond
-    drawn = [area.draw(H, W, spec[3]).numpy() for _, area in spec[1]]
+    drawn = torch.stack([area.draw(H, W, spec[3]) for _, area in spec[1]])
+    shares = (drawn / drawn.sum(0).clamp(min=1)).to(uncond)
     rest = uncond if spec[2] is None else naive(spec[2], answers, uncond, sigma)
-    out = torch.empty_like(uncond)
-    for y, x in product(range(H), range(W)):
-        amounts = [float(m[y, x]) for m in drawn]
-        shares = [amount / max(1.0, sum(amounts)) for amount in amounts]
-        mixed = sum(share * part[:, y, x] for share, part in zip(shares, parts))
-        out[:, y, x] = mixed + (1 - sum(shares)) * rest[:, y, x]
-    return out
+    return sum(share * part for share, part in zip(shares, parts)) + (1 - shares.sum(0)) * rest
 
 
 def prompts_of(tsc: Any) -> list[Conditioning]:
@@ -80,9 +74,8 @@ def check(inner: ELLADenoiser, spec: Spec, scale: float, together: bool, sigma: 
     u = inner(X, sigma, empty)
     c = torch.stack([naive(spec, [a[i] for a in alone], u[i], float(sigma[i])) for i in range(2)])
     guided = GuidedDenoiser(inner, CFG(scale), together)
-    args = {"cond": build(spec, prompts), "uncond": empty}
-    for use in (args, guided.planned(sigma, args)):
-        got = guided.predict(X, sigma, need_uncond=True, **use)
+    args: dict[str, Any] = {"cond": build(spec, prompts), "uncond": empty}
+    for got in (guided.predict(X, sigma, need_uncond=True, **args), planned(guided, X, sigma, True, **args)):
         size = max(float(a.double().norm()) for a in (*alone, u))
         assert float((got.cond - c).norm()) < 1e-5 * size * 4  # weights above 1 magnify rounding
         assert got.uncond is not None
@@ -194,13 +187,12 @@ def test_switches_inside_are_decided_and_plans_cover_all_parts() -> None:
     cond = Regions((Switch(spy.a, spy.b, at=1.0), LEFT), background=And((Switch(spy.c, spy.a, at=1.0), 0.8)))
     first = Regions((spy.a, LEFT), background=And((spy.c, 0.8)))
     second = Regions((spy.b, LEFT), background=And((spy.a, 0.8)))
-    args = {"cond": cond, "uncond": spy.empty}
+    args: dict[str, Any] = {"cond": cond, "uncond": spy.empty}
     tsc: Any = spy.inner.tsc
     tsc.calls.clear()
-    planned = spy.guided.planned(SIGMA, args)
+    ready = planned(spy.guided, X, SIGMA, **args)
     assert tsc.calls == [2 * 4]
-    for use in (args, planned):
-        got = spy.guided(X, SIGMA, **use)
+    for got in (ready.denoised, spy.guided(X, SIGMA, **args)):
         for row, expected in enumerate((first, second)):
             alone = spy.guided(X[row:row + 1], SIGMA[row:row + 1], cond=expected, uncond=spy.empty)
             assert relative(got[row:row + 1], alone) < 1e-6
@@ -238,6 +230,8 @@ A = features(3)
     (lambda: And(), ValueError, r"And takes pairs"),
     (lambda: And(A), ValueError, r"And takes pairs"),  # type: ignore[arg-type]
     (lambda: And((A, 1.0, 2.0)), ValueError, r"And takes pairs"),  # type: ignore[arg-type]
+    (lambda: And((5, 1.0)), TypeError, "got int"),
+    (lambda: And((features(3, 3), 0.5), (features(3, 3, 3), 0.5)), ValueError, r"And takes .* got rows \[2, 3\]"),
     (lambda: And(("a cat", 1.0)), TypeError, "And takes encoded prompts, got the text 'a cat'"),
     (lambda: And((A, "much")), TypeError, "a weight of And must be a number"),  # type: ignore[arg-type]
     (lambda: And((A, True)), TypeError, "a weight of And must be a number"),
@@ -267,10 +261,8 @@ def test_what_cannot_be_composed(make: Callable[[], object], error: type[Excepti
     (And((A, 0.5)), None, ValueError, r"weights of cond do not sum to 1 .* pass uncond=t5"),
     (Regions((A, LEFT)), None, ValueError, r"weights of cond do not sum to 1 .* pass uncond=t5"),
     (A, And((A, 0.5)), ValueError, r"weights of uncond do not sum to 1 .* give Regions a background"),
-    (And((features(3, 3), 0.5), (features(3, 3, 3), 0.5)), A, ValueError, r"And takes .* equal rows, got .*\[2, 3\]"),
     (And((features(3, 3, 3), 1.0)), A, ValueError, "^cond has 3 rows and the batch 2"),
     (And((A, lambda sigma: torch.nan)), A, ValueError, "the scale's function gives nan at sigma 5"),
-    (And((5, 1.0)), A, TypeError, "got int"),
 ])
 def test_what_cannot_be_evaluated(cond: Any, uncond: Any, error: type[Exception], message: str) -> None:
     guided = GuidedDenoiser(POINTWISE, CFG(2.0) if uncond is not None else CFG(1.0))
@@ -278,11 +270,14 @@ def test_what_cannot_be_evaluated(cond: Any, uncond: Any, error: type[Exception]
         guided(X, SIGMA, cond=cond, uncond=uncond)
 
 
-def test_a_composition_needs_a_guided_denoiser() -> None:
-    with pytest.raises(TypeError, match="And combines several answers of the network: give it to a GuidedDenoiser"):
-        POINTWISE(X, SIGMA, And((A, 1.0)))
-    with pytest.raises(TypeError, match="Concat takes conditionings, got And"):
-        Concat(And((A, 1.0)))  # type: ignore[arg-type]
+def test_a_denoiser_without_guidance_takes_what_needs_no_uncond() -> None:
+    a, b = (POINTWISE(X, SIGMA, features(3, seed=seed)) for seed in (5, 6))
+    both = And((features(3, seed=5), 0.3), (features(3, seed=6), 0.7))
+    assert relative(POINTWISE(X, SIGMA, both), 0.3 * a + 0.7 * b) < 1e-6
+    with pytest.raises(ValueError, match=r"do not sum to 1 .* to a guided denoiser"):
+        POINTWISE(X, SIGMA, And((A, 0.5)))
+    with pytest.raises(TypeError, match="Concat combines tokens, and And what the network answers"):
+        Concat(And((A, 1.0)))
 
 
 def test_branches_are_those_of_cond_and_uncond() -> None:

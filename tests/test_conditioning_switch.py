@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ella_kd import ELLA, Channels, Concat, ELLADenoiser, LDMDenoiser, Lerp, Switch, lerp_features, window
-from ella_kd.conditioning import Conditioning, Constant, Planned, Stack, levels_of
+from ella_kd import ELLA, Channels, Concat, LDMDenoiser, Lerp, Switch, lerp_features, window
+from ella_kd.conditioning import And, Conditioning, Constant, Plan, Stack, levels_of
 from ella_kd.models.text import TextFeatures
 from ella_kd.models.unet import UNet, UNetConfig
 from tiny import FEATURES, WIDTH, PointwiseUNet, features, noise, randomised, relative, tiny_tsc, tiny_unet
@@ -132,9 +132,8 @@ def test_lerp_goes_from_one_prompt_to_the_other() -> None:
     assert lerp_features(masked, masked, 0.5).mask is masked.mask
 
 
-def test_the_level_a_caller_knows_is_rounded_as_sigma_is() -> None:
-    assert levels_of(torch.tensor([0.1, 0.1]), 0.1) == levels_of(torch.tensor([0.1, 0.1])) != (0.1,)
-    assert levels_of(torch.tensor([0.1], dtype=torch.float64), 0.1) == (0.1,)
+def test_levels_are_those_of_the_rows_or_the_one_of_all() -> None:
+    assert levels_of(torch.tensor([0.1, 0.1])) == (float(torch.tensor(0.1)),)
     assert levels_of(torch.tensor([0.5, 2.0])) == (0.5, 2.0)
 
 
@@ -175,7 +174,9 @@ MASKED = TextFeatures(noise(1, 3, WIDTH), torch.tensor([[True, True, False]]))
     (lambda: Constant(TextFeatures(torch.ones(1, 0, 3))), ValueError, "B and L at least 1"),
     (lambda: Constant(TextFeatures(torch.ones(1, 2, 3), torch.ones(1, 2).long())), ValueError, "got torch.int64"),
     (lambda: clip(2)(torch.zeros(3)), ValueError, "the conditioning has 2 rows and the batch 3: give one row"),
-    (lambda: ELLA(TSC, features(3)).planned(T).planned(T + 1), ValueError, "planned for other timesteps"),
+    (lambda: ELLA(TSC, features(3)).planned(Plan((1.0,), T[:1], [1.0]))(T), ValueError, r"at\(\(sigma,\)\)\(t\)"),
+    (lambda: Concat(And((A, 1.0)), B), TypeError, "Concat combines tokens, and And what the network answers"),
+    (lambda: And((A, 1.0))(T), TypeError, "And combines several answers of the network"),
 ])
 def test_what_cannot_be_combined(make: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
@@ -190,12 +191,6 @@ def image(part: Conditioning) -> Channels:
     return Channels(part, torch.ones(1, 1, 2, 2))
 
 
-def test_a_plan_of_a_plan_is_the_plan_where_it_covers() -> None:
-    planned = ELLA(TSC, features(3)).planned(torch.tensor([1.0, 2.0]))
-    assert isinstance(planned, Planned)
-    assert planned.planned(torch.tensor([2.0])) is planned
-
-
 def test_a_denoiser_decides_by_its_own_sigma_and_by_the_level_it_is_told() -> None:
     inner = LDMDenoiser(PointwiseUNet())
     a, b = (Constant(TextFeatures(torch.full((1, 1, 2), value))) for value in (0.5, 1.5))
@@ -205,6 +200,4 @@ def test_a_denoiser_decides_by_its_own_sigma_and_by_the_level_it_is_told() -> No
         return all(torch.equal(got[i], inner(x, torch.full((2,), 2.0 - i), one)[i]) for i, one in enumerate(expected))
 
     assert same(inner(x, torch.tensor([2.0, 1.0]), switch), a, b)
-    assert torch.equal(inner(x, torch.full((2,), 2.0), switch, level=2.0), inner(x, torch.full((2,), 2.0), a))
-    planned = ELLADenoiser(PointwiseUNet(), TSC).planned(torch.tensor([2.0]), {"cond": switch})
-    assert planned["level"] is None
+    assert torch.equal(inner.bind(x, cond=switch)(x, 2.0).denoised, inner(x, torch.full((2,), 2.0), a))

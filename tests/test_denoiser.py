@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ella_kd import ELLA, CFGDenoiser, Constant, ELLADenoiser, LDMDenoiser, NoiseSchedule
-from ella_kd.conditioning import Planned
+from ella_kd.models import EDMSchedule
 from ella_kd.models.text import TextFeatures
 from ella_kd.samplers.upstream import k_diffusion
 from tiny import (
@@ -16,7 +16,6 @@ from tiny import (
     features,
     noise,
     relative,
-    row,
     tiny_tsc,
     tiny_unet,
 )
@@ -103,6 +102,16 @@ def test_keeps_x_dtype_whatever_the_networks(network: torch.dtype, dtype: torch.
     assert relative(got, exact) < tolerance[network]
 
 
+@pytest.mark.parametrize("schedule", [
+    NoiseSchedule.sd15(), NoiseSchedule.sd15("v"), EDMSchedule()], ids=["eps", "v", "EDM"])
+def test_the_loss_is_the_error_of_the_denoised_in_the_networks_units(schedule: NoiseSchedule | EDMSchedule) -> None:
+    denoiser, (clean, eps) = LDMDenoiser(PointwiseUNet(), schedule), noise(2, 4, 4, 4, 4, dtype=torch.float64)
+    sigma, cond = torch.tensor([0.3, 1.0, 4.0, 12.0], dtype=torch.float64), noise(1, 3, 2, dtype=torch.float64)
+    error = denoiser(clean + eps * sigma[:, None, None, None], sigma, cond) - clean
+    expected = error.square().mean((1, 2, 3)) / denoiser.get_scalings(sigma)[1] ** 2
+    torch.testing.assert_close(denoiser.loss(clean, eps, sigma, cond), expected, rtol=1e-6, atol=0)
+
+
 def test_loss_trains_unet_and_connector() -> None:
     unet, tsc = tiny_unet().requires_grad_(True), tiny_tsc().requires_grad_(True)
     denoiser = ELLADenoiser(unet, tsc)
@@ -113,14 +122,6 @@ def test_loss_trains_unet_and_connector() -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
     assert tsc.connector.latents.grad.norm() > 0  # type: ignore[union-attr]
-
-
-def test_a_batch_of_prompts_of_different_lengths_equals_single_runs() -> None:
-    denoiser = ELLADenoiser(tiny_unet(), tiny_tsc())
-    prompts, x, sigma = features(7, 1, 3, 5), noise(4, 4, 8, 8) * 4, torch.tensor([0.1, 1.0, 5.0, 14.0])
-    batch = denoiser(x, sigma, prompts)
-    for i in range(4):
-        assert relative(batch[i:i + 1], denoiser(x[i:i + 1], sigma[i:i + 1], row(prompts, i))) < 1e-5
 
 
 def test_lift() -> None:
@@ -149,8 +150,8 @@ def test_lift() -> None:
     (torch.ones(1, 3, FEATURES, dtype=torch.long), ValueError, "floats .*int64"),
     (noise(1, 3, 2048), ValueError, "width 12, got 2048"),
     (noise(3, 3, FEATURES), ValueError, r"has 3 rows and the batch 2: .*repeat\(n\)"),
-    (TextFeatures(noise(1, 3, FEATURES), torch.ones(1, 4, dtype=torch.bool)), ValueError, r"bool \[1, 3\].*\[1, 4\]"),
-    (TextFeatures(noise(1, 3, FEATURES), torch.ones(1, 3).int()), ValueError, "must be bool .*int32"),
+    (TextFeatures(noise(1, 3, FEATURES), torch.ones(1, 4, dtype=torch.bool)), ValueError, r"\[1, 3\], bool .*\[1, 4\]"),
+    (TextFeatures(noise(1, 3, FEATURES), torch.ones(1, 3).int()), ValueError, "mask must be .* bool .*int32"),
     (Constant(TextFeatures(noise(1, 3, 768))), ValueError, "24.*768"),
 ])
 def test_bad_conditions(cond: object, error: type[Exception], message: str) -> None:
@@ -186,18 +187,25 @@ def test_missing_condition() -> None:
         LDMDenoiser(PointwiseUNet())(X, torch.ones(2))
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, torch.nan, torch.inf])
-def test_a_plan_refuses_what_is_no_noise_level(bad: float) -> None:
+@pytest.mark.parametrize("bad", [-1.0, torch.nan, torch.inf])
+def test_a_run_refuses_what_is_no_noise_level(bad: float) -> None:
+    denoiser = ELLADenoiser(PointwiseUNet(), tiny_tsc())
     with pytest.raises(ValueError, match="finite sigmas above 0"):
-        ELLADenoiser(PointwiseUNet(), tiny_tsc()).planned(torch.tensor([1.0, bad]), {"cond": features(3)})
+        denoiser.bind(X, torch.tensor([1.0, bad, 0.0]), cond=features(3))
+    with pytest.raises(ValueError, match="finite sigmas above 0"):
+        denoiser.bind(X, cond=features(3))(X, bad)
 
 
-def test_plan_keeps_other_arguments() -> None:
-    denoiser, args = ELLADenoiser(PointwiseUNet(), tiny_tsc()), {"cond": features(3), "other": 5}
-    planned = denoiser.planned(torch.ones(1), args)
-    assert planned["other"] == 5
-    assert isinstance(args["cond"], TextFeatures)
-    assert denoiser.planned(torch.ones(1), {"other": 5}) == {"other": 5}
+def test_levels_are_one_or_one_per_row_and_rounded_as_x_is() -> None:
+    denoiser = ELLADenoiser(tiny_unet(), tiny_tsc())
+    bound = denoiser.bind(X, [0.1, 2.0, 0.0], cond=features(3))
+    exact = denoiser(X, torch.tensor([0.1, 2.0]), features(3))
+    assert relative(bound(X, (0.1, 2.0)).denoised, exact) < 1e-5
+    assert relative(bound(X, float(torch.tensor(0.1))).denoised[:1], exact[:1]) < 1e-5
+    with pytest.raises(ValueError, match="one per sample, so 2, got 3"):
+        bound(X, (0.1, 2.0, 3.0))
+    with pytest.raises(TypeError, match="has no guidance scale"):
+        bound(X, 2.0, 7.5)
 
 
 def test_nothing_in_an_evaluation_waits_for_the_device() -> None:
@@ -205,16 +213,8 @@ def test_nothing_in_an_evaluation_waits_for_the_device() -> None:
     denoiser = ELLADenoiser(tiny_unet(), tiny_tsc()).to("meta")
     text = features(5, 2)
     there = TextFeatures(text.tokens.to("meta"), None if text.mask is None else text.mask.to("meta"))
-    x, sigma = X.to("meta"), torch.ones(2, device="meta")
-    assert denoiser(x, sigma, there).shape == x.shape
-    assert denoiser(x, sigma, Planned(sigma, torch.ones(2, 2, 3, WIDTH, device="meta"), sigma.long())).shape == x.shape
-    assert CFGDenoiser(denoiser)(x, sigma, cond=there, uncond=there, cond_scale=3.0).shape == x.shape
-
-
-@pytest.mark.parametrize("bad", [0.0, -1.0, torch.nan, torch.inf])
-def test_where_a_bad_sigma_cannot_be_read_its_row_is_nan(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ella_kd.denoiser._positive", lambda sigma: sigma)
-    denoiser, sigma = LDMDenoiser(PointwiseUNet()), torch.tensor([bad, 1.0])
-    for got in (denoiser(X, sigma, noise(1, 1, 2)), denoiser.loss(X, X, sigma, noise(1, 1, 2))):
-        assert got[0].isnan().all()
-        assert got[1].isfinite().all()
+    x = X.to("meta")
+    for sigmas in (None, (1.0, 0.5)):
+        assert denoiser.bind(x, sigmas, cond=there)(x, 1.0).denoised.shape == x.shape
+        guided = CFGDenoiser(denoiser).bind(x, sigmas, cond=there, uncond=there, cond_scale=3.0)
+        assert guided(x, 0.5).denoised.shape == x.shape

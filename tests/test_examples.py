@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ella_kd
+import studio
 from benchmarks.demo import describe
 from benchmarks.miniature.scenes import parse
 
@@ -21,8 +23,14 @@ HEART, RING = "red heart middle left", "blue ring middle right"
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs an example in an empty folder; its variables."""
+    """Runs an example in an empty folder, with one miniature for all and at most 10 steps; its variables."""
     monkeypatch.chdir(tmp_path)
+    miniature = studio.miniature()
+    monkeypatch.setattr(ella_kd.Pipeline, "miniature", lambda: miniature)
+    for name in ("draw", "generate"):
+        function = getattr(ella_kd, name)
+        monkeypatch.setattr(ella_kd, name, lambda *args, function=function, **options: function(
+            *args, **{"steps": 10, "progress": False, **options}))
     return lambda name: runpy.run_path(str(FOLDER / f"{name}.py"))
 
 
@@ -41,18 +49,24 @@ def test_there_are_ten_short_ones_and_each_is_listed() -> None:
 
 
 def test_regions(run: Run) -> None:
-    assert seen(run("regions")["images"]) == [f"{HEART}, {RING}, night"] * 4
+    cross, triangle, ring = "yellow cross bottom right", "green triangle top right", "blue ring bottom left"
+    heart, expected = "red heart top left", [(0, 1), (2, 3), (0, 2), (3, 1)]
+    things = (heart, cross, triangle, ring)
+    assert seen(run("regions")["images"]) == [f"{things[i]}, {things[j]}, night" for i, j in expected]
 
 
 def test_early_late(run: Run) -> None:
-    late, *switched = run("early_late")["columns"]
-    assert all("night" not in found for found in seen(late))
-    for column in switched[1:]:
-        assert seen(column) == ["red heart center, night"] * 3
+    late, still_late, both, _, early = seen(run("early_late")["images"])
+    assert late == still_late == "red heart bottom right, snow"
+    assert "red heart bottom right" in both and both.endswith("night")
+    assert early == "blue ring top left, night"
 
 
 def test_ella_and_clip(run: Run) -> None:
-    assert seen(run("ella_and_clip")["images"]) == [f"{HEART}, night"] * 4
+    sentence, tags, both, above, below = seen(run("ella_and_clip")["images"])
+    assert sentence == above == f"{HEART}, night"
+    assert tags.startswith("yellow cross top right, ")
+    assert both == below == f"yellow cross top right, {HEART}, night"
 
 
 def test_weights(run: Run) -> None:

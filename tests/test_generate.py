@@ -1,6 +1,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,10 @@ from ella_kd import (
     draw,
     generate,
 )
-from ella_kd.draw import to_images
 from ella_kd.guidance.text import parse
-from ella_kd.images import Picture, Settings
+from ella_kd.images import Picture, to_images
 from ella_kd.models import TextFeatures, load_checkpoint, save_checkpoint
-from ella_kd.pipeline import Mode
+from ella_kd.request import Mode, Request
 from ella_kd.samplers import SAMPLERS, SCHEDULES, get_sigmas_karras, randn, sample_dpmpp_2m
 
 PROMPTS = ["a red circle", "a blue square on the left of a red circle"]
@@ -40,12 +40,12 @@ def equal(a: Sequence[Picture], b: Sequence[Picture], levels: int = 0) -> bool:
     return len(a) == len(b) and all(np.abs(pixels(x) - pixels(y)).max() <= levels for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("mode", ["flexible", "fixed", "plain"])
+@pytest.mark.parametrize("mode", ["flexible", "fixed", "clip"])
 @torch.no_grad()
 def test_a_picture_is_what_the_script_of_the_parts_draws(pipeline: Pipeline, mode: Mode) -> None:
     assert pipeline.tsc and pipeline.t5 and pipeline.clip
     inner: LDMDenoiser
-    if mode == "plain":
+    if mode == "clip":
         inner, cond, uncond = LDMDenoiser(pipeline.unet), pipeline.clip(PROMPTS[1]), pipeline.clip("the right")
     else:
         inner, length = ELLADenoiser(pipeline.unet, pipeline.tsc), {"fixed": 128, "flexible": None}[mode]
@@ -65,7 +65,7 @@ def test_a_picture_is_what_the_script_of_the_parts_draws(pipeline: Pipeline, mod
 def test_modes_negatives_prompts_and_scales_all_count(pipeline: Pipeline) -> None:
     base: dict[str, Any] = {"prompts": PROMPTS[0], "steps": 3, "seeds": 1}
     variants: list[dict[str, Any]] = [
-        {}, {"mode": "fixed"}, {"mode": "plain"}, {"negative": "blue"}, {"prompts": PROMPTS[1]}, {"scale": 1.0},
+        {}, {"mode": "fixed"}, {"mode": "clip"}, {"negative": "blue"}, {"prompts": PROMPTS[1]}, {"scale": 1.0},
         {"seeds": 2}, {"sampler": "heun"}, {"schedule": "normal"}, {"steps": 4}]
     drawn = [pixels(generate(pipeline, **{**base, **variant})[0]).tobytes() for variant in variants]
     assert len(set(drawn)) == len(variants)
@@ -77,8 +77,8 @@ def test_pictures_come_prompt_by_prompt_with_their_settings(pipeline: Pipeline) 
         (PROMPTS[0], 5), (PROMPTS[0], 6), (PROMPTS[1], 5), (PROMPTS[1], 6)]
     assert {p.image.size for p in pictures} == {(16, 16)}
     first = pictures[0].settings
-    assert first == Settings(PROMPTS[0], "a", "flexible", "dpmpp_2m", "karras", 2, 3.0, 5, 16, 16, "sd", first.version,
-                             negative_mode="flexible")
+    assert first == Request(PROMPTS[0], "a", steps=2, scale=3.0, seed=5, width=16, height=16, model="sd",
+                            dtype="float32")
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde", "euler_ancestral"])
@@ -107,8 +107,8 @@ def test_a_guidance_rule_takes_the_place_of_the_scale(pipeline: Pipeline) -> Non
 @torch.no_grad()
 def test_tags_follow_ellas_tokens_on_both_sides(pipeline: Pipeline) -> None:
     [got] = generate(pipeline, PROMPTS[0], tags="blue circle", steps=3, scale=3, seeds=1)
-    cond = Concat(pipeline.encode(PROMPTS[0]), pipeline.encode("blue circle", "plain"))
-    uncond = Concat(pipeline.encode(""), pipeline.encode("", "plain"))
+    cond = Concat(pipeline.encode(PROMPTS[0]), pipeline.encode("blue circle", "clip"))
+    uncond = Concat(pipeline.encode(""), pipeline.encode("", "clip"))
     [expected] = draw(pipeline, cond, uncond=uncond, guidance=3.0, steps=3, seeds=1)
     assert (pixels(got) == np.asarray(expected)).all()
     assert "CLIP prompt: blue circle" in got.settings.parameters()
@@ -118,11 +118,11 @@ def test_tags_follow_ellas_tokens_on_both_sides(pipeline: Pipeline) -> None:
 @torch.no_grad()
 def test_ella_for_the_prompt_alone(pipeline: Pipeline) -> None:
     options: dict[str, Any] = {"negative": "blue", "steps": 3, "scale": 3.0, "seeds": 1}
-    [got] = generate(pipeline, PROMPTS[0], negative_mode="plain", **options)
-    [expected] = draw(pipeline, pipeline.encode(PROMPTS[0]), uncond=pipeline.encode("blue", "plain"), guidance=3.0,
+    [got] = generate(pipeline, PROMPTS[0], negative_mode="clip", **options)
+    [expected] = draw(pipeline, pipeline.encode(PROMPTS[0]), uncond=pipeline.encode("blue", "clip"), guidance=3.0,
                       steps=3, seeds=1)
     assert (pixels(got) == np.asarray(expected)).all()
-    assert "ELLA: flexible, ELLA negative: plain" in got.settings.parameters()
+    assert "ELLA: flexible, ELLA negative: clip" in got.settings.parameters()
     assert not equal([got], generate(pipeline, PROMPTS[0], **options))
 
 
@@ -186,9 +186,9 @@ def test_the_callback_sees_every_step(pipeline: Pipeline) -> None:
     assert steps == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_sampler_draws_on_every_schedule(pipeline: Pipeline, schedule: str) -> None:
-    for sampler in SAMPLERS:
+def test_every_sampler_and_every_schedule_draw(pipeline: Pipeline) -> None:
+    """In rotation: that each method walks any schedule is a property of the samplers' own tests."""
+    for sampler, schedule in zip(SAMPLERS, cycle(SCHEDULES)):
         scale = 0.5 if sampler.endswith("_cfg_pp") else 3.0
         [picture] = generate(pipeline, "a circle", sampler=sampler, schedule=schedule, steps=3, scale=scale, seeds=1)
         assert pixels(picture).std() > 1
@@ -204,15 +204,44 @@ def test_every_sampler_draws_on_every_schedule(pipeline: Pipeline, schedule: str
     ({"height": 19}, "multiples of 4 for this model, got 16x19: try 16x20"),
     ({"height": 0}, "height must be a whole number of at least 1, got 0"),
     ({"width": 16.0}, "width must be a whole number"),
-    ({"sampler": "dpmpp2m"}, "unknown sampler 'dpmpp2m': did you mean dpmpp_2m"),
+    ({"sampler": "dpmpp_2n"}, "unknown sampler 'dpmpp_2n': did you mean dpmpp_2m"),
     ({"schedule": "karas"}, "unknown schedule 'karas': did you mean karras"),
-    ({"mode": "loose"}, "unknown mode 'loose': choose flexible, fixed, plain"),
+    ({"mode": "loose"}, "unknown mode 'loose': choose flexible, fixed, clip"),
     ({"seeds": [1, 2, 3]}, "expected 1, got 3"),
+    ({"seeds": []}, "seeds is empty"),
     ({"seeds": -1}, "seeds must lie in"),
+    ({"negative": ["a", "b"]}, "one per prompt: expected 1, got 2"),
+    ({"prompts": "a \udcff"}, "prompt is not valid UTF-8 text, at character 2"),
+    ({"scale": float("nan")}, "scale must be finite"),
 ])
 def test_bad_arguments_are_refused(pipeline: Pipeline, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(pipeline, **{"prompts": "a", "steps": 1, **arguments})
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"seed": 3}, "unknown argument seed: did you mean seeds"),
+    ({"cfg_scale": 3}, "unknown argument cfg_scale: did you mean scale"),
+    ({"colour": 3}, "unknown argument colour: generate takes pipeline, prompts, negative"),
+    ({"seeds": 1.5}, "a seed must be a whole number, got 1.5"),
+    ({"seeds": "12"}, "a seed must be a whole number, got '12'"),
+    ({"scale": "7"}, "scale must be a number, got '7'"),
+    ({"negative": 3}, "negative must be a string, or one per prompt, got 3"),
+    ({"tags": ["a"]}, "tags must be a string, got list"),
+])
+def test_arguments_of_the_wrong_kind_are_refused(pipeline: Pipeline, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        generate(pipeline, **{"prompts": "a", "steps": 1, **arguments})
+
+
+def test_each_prompt_may_have_a_negative_of_its_own(pipeline: Pipeline) -> None:
+    options: dict[str, Any] = {"steps": 2, "scale": 3.0, "count": 2, "seeds": 1}
+    together = generate(pipeline, PROMPTS, negative=["blue", "the left of a circle"], **options)
+    alone = [*generate(pipeline, PROMPTS[0], negative="blue", **options),
+             *generate(pipeline, PROMPTS[1], negative="the left of a circle", **options)]
+    assert equal(together, alone, levels=1)
+    assert [picture.settings.negative for picture in together] == 2 * ["blue"] + 2 * ["the left of a circle"]
+    assert not equal(together[2:], generate(pipeline, PROMPTS[1], negative="blue", **options), levels=1)
 
 
 def test_a_missing_part_is_named(tiny_files: dict[str, str]) -> None:
@@ -220,7 +249,7 @@ def test_a_missing_part_is_named(tiny_files: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="tsc=<file> and t5=<folder>"):
         generate(bare, "a", mode="fixed", steps=1)
     with pytest.raises(ValueError, match="clip_tokenizer=<folder>"):
-        generate(bare, "a", mode="plain", steps=1)
+        generate(bare, "a", mode="clip", steps=1)
     with pytest.raises(ValueError, match="both the connector"):
         Pipeline.load(tiny_files["checkpoint"], tsc=tiny_files["tsc"])
 

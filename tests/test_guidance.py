@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 
 from ella_kd import CFG, ELLA, CFGDenoiser, Concat, Conditioning, Constant, ELLADenoiser, GuidedDenoiser
 from ella_kd.denoiser import LDMDenoiser
-from tiny import WIDTH, PointwiseTSC, PointwiseUNet, features, noise, relative, row, tiny_tsc, tiny_unet
+from tiny import WIDTH, PointwiseTSC, PointwiseUNet, features, noise, planned, relative, row, tiny_tsc, tiny_unet
 
 X, SIGMA = noise(2, 4, 8, 8) * 5, torch.tensor([5.0, 0.3])
 LENGTHS = st.lists(st.integers(1, 9), min_size=2, max_size=2)
@@ -41,9 +43,9 @@ def test_guided_batch_equals_single_runs_planned_or_not() -> None:
     denoiser = CFGDenoiser(ELLADenoiser(tiny_unet(), tiny_tsc()))
     cond, uncond = features(7, 1, 3, 5), features(1, seed=9)
     x, sigma = noise(4, 4, 8, 8) * 4, torch.tensor([0.1, 1.0, 5.0, 14.0])
-    args = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
+    args: dict[str, Any] = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
     batch = denoiser(x, sigma, **args)
-    assert relative(denoiser(x, sigma, **denoiser.planned(sigma, args)), batch) < 1e-5
+    assert relative(planned(denoiser, x, sigma, **args).denoised, batch) < 1e-5
     for i in range(4):
         one = denoiser(x[i:i + 1], sigma[i:i + 1], cond=row(cond, i), uncond=uncond, cond_scale=3.0)
         assert relative(batch[i:i + 1], one) < 1e-5
@@ -52,13 +54,11 @@ def test_guided_batch_equals_single_runs_planned_or_not() -> None:
 @given(LENGTHS, st.floats(-2, 15))
 def test_planned_equals_unplanned_bitwise_for_a_pointwise_model(lengths: list[int], scale: float) -> None:
     denoiser, _, tsc = pointwise()
-    args = {"cond": features(*lengths), "uncond": features(1, seed=9), "cond_scale": scale}
+    args: dict[str, Any] = {"cond": features(*lengths), "uncond": features(1, seed=9), "cond_scale": scale}
     exact = denoiser(X, SIGMA, **args)
     tsc.calls.clear()
-    planned = denoiser.planned(SIGMA, args)
+    assert torch.equal(planned(denoiser, X, SIGMA, **args).denoised, exact)
     assert tsc.calls == [2 * 3]  # one call: two timesteps for three prompts
-    assert torch.equal(denoiser(X, SIGMA, **planned), exact)
-    assert tsc.calls == [2 * 3]
 
 
 def test_scale_1_is_the_plain_model_and_evaluates_no_uncond() -> None:
@@ -122,18 +122,15 @@ def test_bad_arguments(args: dict[str, object], error: type[Exception], message:
         pointwise()[0](X, SIGMA, **args)
 
 
-def test_a_plan_without_uncond_has_none() -> None:
-    denoiser, _, _ = pointwise()
-    planned = denoiser.planned(SIGMA, {"cond": features(3), "uncond": None})
-    assert planned["uncond"] is None
-    assert isinstance(planned["cond"], Conditioning)
-
-
-def test_a_sigma_that_was_not_planned_is_an_error() -> None:
-    denoiser, _, _ = pointwise()
-    args = denoiser.planned(SIGMA[:1], {"cond": features(3), "uncond": features(1), "cond_scale": 7.0})
-    with pytest.raises(ValueError, match="planned for other timesteps"):
-        denoiser(X, SIGMA, **args)
+def test_guidance_is_of_a_denoiser_that_is_not_guided() -> None:
+    inner = pointwise()[0].inner_model
+    for wrong, says in ((CFGDenoiser(inner), "guided already"), (PointwiseUNet(), "takes a denoiser, such as ELLA")):
+        with pytest.raises(TypeError, match=says):
+            CFGDenoiser(wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"takes a network, .* got the denoiser CFGDenoiser"):
+        LDMDenoiser(CFGDenoiser(inner))
+    with pytest.raises(TypeError, match="put a CFGDenoiser around this ELLADenoiser"):
+        inner.bind(X, cond=features(3), need_uncond=True)
 
 
 def test_a_rule_has_its_own_scale() -> None:

@@ -1,12 +1,13 @@
 """Every rule on a composition is the rule on the weighted sum of what the network says to each prompt alone."""
 
+from itertools import cycle
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ella_kd import ELLA, And, Box, ELLADenoiser, Regions
+from ella_kd import ELLA, And, Box, ELLADenoiser, LDMDenoiser, Regions
 from ella_kd.guidance import (
     APG,
     CFG,
@@ -29,7 +30,7 @@ from ella_kd.guidance import (
     Rescale,
 )
 from ella_kd.models.patches import Recorder
-from tiny import features, noise, relative, tiny_tsc, tiny_unet
+from tiny import answer, features, noise, relative, tiny_tsc, tiny_unet
 
 X, SIGMA = noise(2, 4, 8, 8) * 5, torch.tensor([5.0, 0.6])
 LEVELS = tuple(SIGMA.tolist())
@@ -54,30 +55,31 @@ COMPOSITIONS: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", COMPOSITIONS)
-@pytest.mark.parametrize("rule", RULES, ids=IDS)
+@pytest.mark.parametrize(("rule", "name"), [
+    *(pytest.param(rule, name, id=f"{own} {name}") for rule, own, name in zip(RULES, IDS, cycle(COMPOSITIONS))),
+    (RULES[-1], "regions"), (RULES[-1], "nested")])
 def test_a_rule_on_a_composition(rule: Guidance, name: str) -> None:
     composition, combine = COMPOSITIONS[name]
     decided = rule.at(LEVELS)
 
-    def answer(branch: Branch, x: Tensor = X) -> Tensor:
+    def of(branch: Branch, x: Tensor = X) -> Tensor:
         model = branch.model or INNER
-        patches = () if branch.patch is None else ((len(x), branch.patch),)
-        a, b, u = (model(x, SIGMA, part, patches=patches) for part in (A, B, EMPTY))
+        assert isinstance(model, LDMDenoiser)
+        a, b, u = (answer(model, x, SIGMA, part, branch.patch) for part in (A, B, EMPTY))
         return u if branch.cond == "uncond" else combine(a, b, u)
 
     maps = {}
     for branch, place in decided.watched.items():
         assert branch == UNCOND
         recorder = Recorder(place)
-        INNER(X, SIGMA, EMPTY, patches=((2, recorder),))
+        answer(INNER, X, SIGMA, EMPTY, recorder)
         maps[branch] = recorder.map
-    answers = Answers(X, SIGMA[:, None, None, None], {b: answer(b) for b in {COND, *decided.branches}},
-                      lambda x, branch: answer(branch, x), maps)
+    answers = Answers(X, SIGMA[:, None, None, None], {b: of(b) for b in {COND, *decided.branches}},
+                      lambda x, branch: of(branch, x), maps)
     expected = decided(answers)
     args = {"cond": composition, "uncond": EMPTY}
     together, separate = GuidedDenoiser(INNER, rule), GuidedDenoiser(INNER, rule, together=False)
-    assert relative(together(X, SIGMA, **together.planned(SIGMA, args)), expected) < 2e-4
+    assert relative(together(X, SIGMA, **args), expected) < 2e-4
     assert relative(separate(X, SIGMA, **args), expected) < 2e-4
 
 

@@ -1,15 +1,13 @@
-from typing import ClassVar
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from ella_kd.denoiser import LDMDenoiser
 from ella_kd.guidance import CFG, COND, UNCOND, Answers, Branch, GuidedDenoiser
-from ella_kd.guidance.models import IMAGE, AutoGuidance, InstructPix2Pix
+from ella_kd.guidance.branches import IMAGE, AutoGuidance, InstructPix2Pix
 from ella_kd.guidance.thresholds import Rescale
+from ella_kd.models.noise_schedule import NoiseSchedule
 from rules import ANSWERS, SCALES, SEVERAL, check_scales, check_value, close, in_eps, make_answers, rows, with_answer
 from tiny import PointwiseUNet, features, noise
 
@@ -109,25 +107,22 @@ def test_autoguidance_of_scale_1_is_its_base_bitwise_and_leaves_the_weak_model_a
     assert torch.equal(some[:2], CFG(cfg)(answers)[:2])
 
 
-def test_the_weak_model_sees_the_same_x_sigma_and_prompt_once() -> None:
-    class Weak(LDMDenoiser):
-        calls: ClassVar[list[tuple[Tensor, Tensor]]] = []
-
-        def forward(self, x: Tensor, sigma: Tensor, *args: object, **kwargs: object) -> Tensor:
-            self.calls.append((x, sigma))
-            return super().forward(x, sigma, *args, **kwargs) * 0.5  # type: ignore[arg-type]
-
-    inner, weak = LDMDenoiser(PointwiseUNet()), Weak(PointwiseUNet())
-    x, sigma = noise(2, 4, 8, 8) * 5, torch.tensor([5.0, 0.3])
+def test_the_weak_model_sees_the_same_x_at_its_own_timestep_once() -> None:
+    weak = LDMDenoiser(PointwiseUNet(), NoiseSchedule(torch.linspace(0.9, 0.1, 500)))
+    inner, network = LDMDenoiser(PointwiseUNet()), weak.inner_model
+    assert isinstance(network, PointwiseUNet)
+    seen = network.t
+    x, sigma = noise(2, 4, 8, 8) * 5, torch.tensor([2.5, 0.4])
     cond, uncond = features(3, 2), features(1, seed=9)
-    c, u = inner(x, sigma, cond), inner(x, sigma, uncond)
+    c, u, w = inner(x, sigma, cond), inner(x, sigma, uncond), weak(x, sigma, cond)
+    seen.clear()
     got = GuidedDenoiser(inner, AutoGuidance(CFG(3.0), weak, 2.0))(x, sigma, cond=cond, uncond=uncond)
-    assert torch.allclose(got, u + 3 * (c - u) + c / 2, atol=1e-5)
-    assert len(weak.calls) == 1
-    assert torch.equal(weak.calls[0][0], x) and torch.equal(weak.calls[0][1], sigma)
-    weak.calls.clear()
+    assert torch.allclose(got, u + 3 * (c - u) + c - w, atol=1e-5)
+    assert len(seen) == 1 and torch.equal(seen[0], weak.sigma_to_t(sigma))
+    assert not torch.equal(seen[0], inner.sigma_to_t(sigma))
+    seen.clear()
     GuidedDenoiser(inner, AutoGuidance(CFG(3.0), weak, 1.0))(x, sigma, cond=cond, uncond=uncond)
-    assert weak.calls == []
+    assert seen == []
 
 
 def test_instruct_pix2pix_through_the_denoiser() -> None:

@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import pytest
@@ -13,17 +11,14 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from benchmarks import score
-from benchmarks.miniature.questions import ask, summary
-from benchmarks.miniature.scenes import Scene, parse, render, to_pictures, to_tensor
-from ella_kd import ELLADenoiser, Pipeline
+import studio
+from benchmarks.miniature.scenes import render, to_tensor
 from ella_kd.denoiser import LDMDenoiser
 from ella_kd.guidance import CFG, COND, UNCOND, Answers, Branch, Guidance, GuidedDenoiser
 from ella_kd.guidance.perturbed import PAG, SAG, SEG, SLG, Perturbed, attended_pixels
 from ella_kd.models.patches import BlurredQueries, IdentityAttention, Patch, Recorder, SkipAttention, SkipBlock
-from ella_kd.models.text import TextFeatures
-from ella_kd.samplers import get_sigmas_karras, randn, sample_euler
-from tiny import WIDTH, PointwiseUNet, features, noise, relative, row, sharp_unet
+from studio import Look
+from tiny import WIDTH, PointwiseUNet, answer, features, noise, relative, row, sharp_unet
 
 MIDDLE = ("middle_block.1",)
 PLACES = ("input_blocks.3.1", "middle_block.1")
@@ -107,7 +102,7 @@ def test_one_call_equals_separate_calls(name: str, base: CFG) -> None:
     assert rows == [4 if base.scale == 1 else 6]
     hook.remove()
     c, u = (inner(X, SIGMA, CONDITIONS[name]) for name in ("cond", "uncond"))
-    p = inner(X, SIGMA, CONDITIONS["cond"], patches=[(2, patch)])
+    p = answer(inner, X, SIGMA, CONDITIONS["cond"], patch)
     assert relative(got, u + base.scale * (c - u) + 3.0 * (c - p)) < 1e-12
     assert relative(got, base(Answers(X, SIGMA, {COND: c, UNCOND: u}, lambda x, b: x, {}))) > 1e-5
 
@@ -151,6 +146,10 @@ def test_the_mask_of_sag(h: int, w: int, halvings: int, heads: int, threshold: f
         assert (got[i, 0].numpy() == naive_mask(attention[i].numpy(), (h, w), grid, threshold)).all()
 
 
+def test_what_receives_the_average_is_not_attended() -> None:
+    assert not attended_pixels(torch.full((1, 2, 4, 4), 0.25), torch.zeros(1, 4, 2, 2), 1.0).any()
+
+
 @pytest.mark.parametrize(("cfg", "examined"), [(1.0, "cond"), (4.0, "uncond")])
 def test_sag_equals_separate_calls_in_eps(cfg: float, examined: str) -> None:
     inner = LDMDenoiser(sharp_unet())
@@ -165,7 +164,7 @@ def test_sag_equals_separate_calls_in_eps(cfg: float, examined: str) -> None:
         return (x - inner(x, SIGMA, CONDITIONS[name])) / s
 
     s, recorder = SIGMA[:, None, None, None], Recorder(MIDDLE[0])
-    denoised = inner(X, SIGMA, CONDITIONS[examined], patches=[(2, recorder)])
+    denoised = answer(inner, X, SIGMA, CONDITIONS[examined], recorder)
     degraded = denoised.clone().numpy()
     for i in range(2):
         mask = naive_mask(recorder.map[i].numpy(), (12, 9), (6, 5), 1.0)
@@ -240,47 +239,8 @@ def test_a_wrong_network_is_refused() -> None:
 LAST = ("output_blocks.3.1",)
 
 
-@dataclass(frozen=True)
-class Look:
-    """Pictures of the same prompts and seeds: score, and the distance of each to the true picture, in 0 to 255."""
-
-    score: float
-    errors: np.ndarray
-    spread: float
-
-    def better(self, than: "Look") -> float:
-        """By how much the mean error is smaller, in standard errors of the paired difference."""
-        gain = than.errors - self.errors
-        return float(gain.mean() / gain.std() * len(gain) ** 0.5)
-
-
-@cache
-def miniature() -> tuple[Pipeline, ELLADenoiser]:
-    pipeline = Pipeline.miniature(device="cpu")
-    assert pipeline.tsc is not None
-    return pipeline, ELLADenoiser(pipeline.unet, pipeline.tsc, pipeline.noise_schedule)
-
-
-@cache
-def prompts(count: int) -> tuple[list[Scene], TextFeatures, TextFeatures]:
-    t5 = miniature()[0].t5
-    assert t5 is not None
-    wanted = score.held_out(count, 3)
-    return wanted, t5(score.write_captions(wanted, "dense")), t5("")
-
-
-@cache
-@torch.no_grad()
-def look(rule: Guidance, count: int = 40, steps: int = 10) -> Look:
-    (wanted, cond, uncond), (pipeline, inner) = prompts(count), miniature()
-    denoiser = GuidedDenoiser(inner, rule)
-    sigmas = get_sigmas_karras(steps, denoiser.sigma_min, denoiser.sigma_max)
-    start = randn((count, 4, 8, 8), list(range(count))) * sigmas[0]
-    latents = sample_euler(denoiser, start, sigmas, {"cond": cond, "uncond": uncond}, disable=True)
-    drawn = to_pictures(pipeline.vae.decode(latents))
-    errors = [np.square(a.astype(float) - render(scene)).mean() ** 0.5 for a, scene in zip(drawn, wanted)]
-    result = summary([ask(scene, parse(a)) for a, scene in zip(drawn, wanted)])
-    return Look(result["score"], np.array(errors), float(latents.std((1, 2, 3)).mean()))
+def look(rule: Guidance, count: int = 40) -> Look:
+    return studio.look(rule, "euler", 10, count, things=3)
 
 
 @pytest.mark.parametrize("rule", [PAG(CFG(1.0), 0.2, LAST), PAG(CFG(1.0), 0.6, LAST), SLG(CFG(1.0), 0.05, LAST),
@@ -304,8 +264,8 @@ def test_sag_keeps_cfg_nearer_to_the_spread_of_the_true_pictures() -> None:
 def test_the_weakened_network_is_worse(rule: Guidance) -> None:
     """Its answer at noise 0.5 is farther from the true latents than the plain one, which makes it one to go away from.
     """
-    (wanted, cond, _), (pipeline, inner) = prompts(100), miniature()
-    true = pipeline.vae.encode(to_tensor([render(scene) for scene in wanted]))
+    (wanted, cond, _), inner = studio.prompts(100, 3), studio.denoiser()
+    true = studio.miniature().vae.encode(to_tensor([render(scene) for scene in wanted]))
     x = true + 0.5 * noise(*true.shape)
     plain, guided = (GuidedDenoiser(inner, r)(x, torch.full((100,), 0.5), cond=cond) for r in (CFG(1.0), rule))
     weakened = 2 * plain - guided

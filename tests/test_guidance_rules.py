@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from ella_kd.models.text import TextFeatures
 from ella_kd.models.unet import UNet, UNetConfig
 from rules import check_value, in_eps, make_answers
 from strategies import SIGMAS, Spec, build, calls, counting_tsc, trees
-from tiny import WIDTH, PointwiseTSC, PointwiseUNet, features, noise, randomised, relative, tiny_tsc, tiny_unet
+from tiny import WIDTH, PointwiseTSC, PointwiseUNet, features, noise, planned, randomised, relative, tiny_tsc, tiny_unet
 
 X, SIGMA = noise(3, 4, 8, 8) * 5, torch.tensor([5.0, 1.0, 0.3])
 LEVELS = tuple(SIGMA.tolist())
@@ -45,16 +46,16 @@ def test_one_call_equals_separate_calls_for_any_two_conditionings(cond: tuple[Sp
     spec, sigmas = cond
     spec = spec[1] if spec[0] == "channels" else spec
     inner, x, sigma = NETWORK.inner_model, X[:1].repeat(len(sigmas), 1, 1, 1), torch.tensor(sigmas)
-    args = {"cond": build(spec, counting_tsc()), "uncond": build(uncond, counting_tsc())}
+    args: dict[str, Any] = {"cond": build(spec, counting_tsc()), "uncond": build(uncond, counting_tsc())}
     c, u = (inner(x, sigma, condition) for condition in args.values())
     rows: list[int] = []
     hook = inner.inner_model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     for together, expected in ((True, [2 * len(x)]), (False, [len(x)] * 2)):
         guided = GuidedDenoiser(inner, CFG(3.0), together)
-        for use in (args, guided.planned(torch.tensor(SIGMAS), args)):
+        for ask in (guided.predict, partial(planned, guided)):
             rows.clear()
-            got = guided.predict(x, sigma, **use)
-            assert rows == expected
+            got = ask(x, sigma, **args)
+            assert rows == expected * (1 if ask == guided.predict else len(x))
             assert got.uncond is not None
             assert relative(got.cond, c) < 1e-5
             assert relative(got.uncond, u) < 1e-5
@@ -195,35 +196,45 @@ def everything(tsc: Any, put: Callable[[Tensor], Tensor] = lambda x: x) -> dict[
     return {"cond": And((one, lambda s: 1.0 + s), (ella(4), -0.5)), "uncond": ella(5)}
 
 
-@pytest.mark.parametrize("sigma", [5.0, 0.5])
-def test_an_evaluation_whose_level_is_known_waits_for_no_device(sigma: float) -> None:
+@pytest.mark.parametrize("sigmas", [None, (5.0, 0.5)])
+def test_an_evaluation_whose_levels_are_known_waits_for_no_device(sigmas: tuple[float, ...] | None) -> None:
     """On the meta device reading a value raises."""
     inner = ELLADenoiser(tiny_unet(), tiny_tsc()).to("meta")
     guided = GuidedDenoiser(inner, Interval(CFG(falling), 1.0))
-    args, at = everything(inner.tsc, lambda x: x.to("meta")), torch.full((3,), sigma, device="meta")
-    assert guided(X.to("meta"), at, level=sigma, **args).shape == X.shape
-    assert guided.predict(X.to("meta"), at, need_uncond=True, level=sigma, **args).denoised.shape == X.shape
+    args, x = everything(inner.tsc, lambda x: x.to("meta")), X.to("meta")
+    bound = guided.bind(x, sigmas, need_uncond=True, **args)
+    for level in (5.0, 0.5):
+        assert bound(x, level).denoised.shape == X.shape
+    assert bound(x, (5.0, 0.5, 5.0)).denoised.shape == X.shape
     with pytest.raises(RuntimeError):
-        guided(X.to("meta"), at, **args)
+        guided(x, torch.full((3,), 5.0, device="meta"), **args)
 
 
-def test_a_plan_makes_one_connector_call_for_all_conditions() -> None:
+def test_a_run_makes_one_connector_call_for_all_conditions() -> None:
     denoiser, _ = spied(CFG(3.0))
     tsc: Any = denoiser.inner_model.tsc
-    args = {"cond": And((COND_TEXT, 0.5), (EMPTY, 0.2)), "uncond": EMPTY, "image": features(2, seed=4), "other": None}
-    planned = denoiser.planned(SIGMA, args)
-    assert tsc.calls == [3 * (3 + 1 + 1 + 1)]
-    assert planned["level"] is None
-    assert planned["other"] is None
+    args: dict[str, Any] = {"cond": And((COND_TEXT, 0.5), (EMPTY, 0.2)), "uncond": EMPTY,
+                            "image": features(2, seed=4), "other": None}
     exact = denoiser(X, SIGMA, **args)
     tsc.calls.clear()
-    assert torch.equal(denoiser(X, SIGMA, **planned), exact)
-    assert tsc.calls == []
-    with pytest.raises(ValueError, match="planned for other timesteps"):
-        denoiser(X, SIGMA * 1.1, **planned)
-    other = LDMPlus()
-    both = denoiser.planned(SIGMA, args), GuidedDenoiser(denoiser.inner_model, Two(other)).planned(SIGMA, args)
-    assert [len(p["uncond"].timesteps) for p in both] == [3, 6]  # a second model has timesteps of its own
+    assert torch.equal(planned(denoiser, X, SIGMA, **args).denoised, exact)
+    assert tsc.calls == [3 * (3 + 1 + 1)]  # features given twice are read once
+    for other, rows in ((denoiser.inner_model, [15]), (LDMPlus(), [15, 15])):  # a second model's own timesteps
+        tsc.calls.clear()
+        planned(GuidedDenoiser(denoiser.inner_model, Two(other)), X, SIGMA, **args)
+        assert tsc.calls == rows
+
+
+def test_a_level_that_was_not_foreseen_is_planned_as_it_comes() -> None:
+    denoiser, _ = spied(CFG(3.0))
+    tsc: Any = denoiser.inner_model.tsc
+    bound = denoiser.bind(X, SIGMA, cond=COND_TEXT, uncond=EMPTY)
+    tsc.calls.clear()
+    for level in (1.5, 1.5, float(SIGMA[0])):
+        exact = denoiser(X, torch.full((3,), level), cond=COND_TEXT, uncond=EMPTY)
+        tsc.calls.clear()
+        assert torch.equal(bound(X, level).denoised, exact)
+        assert sum(tsc.calls) <= 3 * 4
 
 
 class LDMPlus(ELLADenoiser):
@@ -237,7 +248,7 @@ class LDMPlus(ELLADenoiser):
 class Two(CFG):
     """A rule that asks a second model."""
 
-    def __init__(self, model: LDMPlus) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__(2.0)
         object.__setattr__(self, "model", model)
 

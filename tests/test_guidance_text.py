@@ -34,11 +34,28 @@ def test_every_rule_is_known() -> None:
                             "MimicScale", "PAG", "Rescale", "SAG", "SEG", "SLG", "TCFG"}
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(known()) if name not in ("CFG", "Interval")])
-def test_every_rule_is_read_back(name: str) -> None:
-    rule = known()[name](*(CFG(7) if f.name == "base" else 3.0 for f in fields(known()[name])  # type: ignore[arg-type]
-                          if f.default is MISSING))
-    assert parse(repr(rule)) == rule
+WRITTEN = [  # what a picture's settings say of each rule's defaults: another default would draw another picture
+    "APG(scale=7.0, eta=0.0, threshold=None)",
+    "CFGZeroStar(scale=7.0, zero_init=None)",
+    "DynamicThreshold(base=CFG(scale=7.0), quantile=0.995, limit=4.5)",
+    "InstructPix2Pix(text=7.5, image=1.5)",
+    "MimicScale(base=CFG(scale=7.0), mimic=7.0, quantile=1.0, spread='range')",
+    "PAG(base=CFG(scale=7.0), scale=3.0, places=('middle_block.1',))",
+    "Rescale(base=CFG(scale=7.0), phi=0.7, space='v')",
+    "SAG(base=CFG(scale=7.0), scale=0.75, sigma=1.0, threshold=1.0, place='middle_block.1')",
+    "SEG(base=CFG(scale=7.0), scale=3.0, sigma=inf, places=('middle_block.1',))",
+    "SLG(base=CFG(scale=7.0), scale=2.8, places=('middle_block.1',))",
+    "TCFG(scale=7.0)",
+    "Interval(base=CFG(scale=7.0), sigma_lo=0.0, sigma_hi=inf)",
+]
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_every_rule_is_written_with_its_defaults_and_read_back(text: str) -> None:
+    made = known()[text.split("(")[0]]
+    rule = made(*(CFG(7) if f.name == "base" else 7.0 for f in fields(made) if f.default is MISSING))  # type: ignore[arg-type]
+    assert repr(rule) == text
+    assert parse(text) == rule
 
 
 def test_rules_nest() -> None:
@@ -60,6 +77,11 @@ def test_rules_nest() -> None:
     ("CFG('7')", "CFG: .*must be a number.*'7'"),
     ("Interval(7)", "Interval: .*wraps a guidance rule.*got 7"),
     ("AutoGuidance(CFG(7), 3)", "takes a second model, which a text cannot name"),
+    ("CFG(scale=2, scale=3)", "CFG takes each argument once, by its name"),
+    ("CFG(**{'scale': 3})", "CFG takes each argument once, by its name"),
+    ("-" * 20000 + "1", "not a guidance rule: '-----"),
+    ("Interval(" * 3000 + "CFG(7)" + ")" * 3000, "not a guidance rule: 'Interval"),
+    ("CFG(\udcff)", "not a guidance rule"),
     ("Interval(CFG(7), 3, 2)", "sigma_lo < sigma_hi, got 3 and 2"),
 ])
 def test_bad_text_is_refused(text: str, message: str) -> None:

@@ -1,19 +1,16 @@
 import errno
-import json
-import re
+import os
 import resource
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageChops
+from PIL import Image
 
-from ella_kd.images import Picture, Settings, _font, _wrap, contact_sheet, save_image, save_png
+from ella_kd.images import Picture, _font, _wrap, contact_sheet, save_image, save_png
+from ella_kd.request import Request
 
-SETTINGS = Settings(prompt="a red circle, left of: a \"blue\" square", negative="grey, blurred", mode="flexible",
-                    sampler="dpmpp_2m", schedule="karras", steps=20, scale=7.5, seed=42, width=4, height=2,
-                    model="model, with: separators", version="0.1.0")
+REQUEST = Request("a red circle", width=4, height=2, seed=42)
 
 
 def drawing() -> Image.Image:
@@ -22,55 +19,27 @@ def drawing() -> Image.Image:
     return image
 
 
-def read_a1111(text: str) -> dict[str, str]:
-    """What the AUTOMATIC1111 web UI reads from `parameters`: its rules, written from their description."""
-    *lines, last = text.strip().split("\n")
-    fields = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
-    assert len(fields) >= 3
-    fields = {key: json.loads(value) if value.startswith('"') else value for key, value in fields.items()}
-    at = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
-    negative = "\n".join(lines[at:]).removeprefix("Negative prompt:").strip()
-    return {"Prompt": "\n".join(lines[:at]), "Negative prompt": negative, **fields}
-
-
-def test_a_png_says_how_it_was_made_to_others_and_to_us(tmp_path: Path) -> None:
-    save_png(Picture(drawing(), SETTINGS), tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as image:
-        assert ImageChops.difference(image, drawing()).getbbox() is None
-        texts: dict[str, str] = image.text  # type: ignore[attr-defined]
-    assert texts["parameters"].splitlines()[-1].startswith(
-        "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 42, Size: 4x2, ")
-    read = read_a1111(texts["parameters"])
-    assert read["Prompt"] == SETTINGS.prompt
-    assert read["Negative prompt"] == "grey, blurred"
-    assert (read["Model"], read["ELLA"], read["Version"]) == (SETTINGS.model, "flexible", "ella_kd 0.1.0")
-    assert Settings(**json.loads(texts["ella_kd"])) == SETTINGS
-
-
-@pytest.mark.parametrize(("change", "line"), [
-    ({"sampler": "euler_ancestral", "schedule": "ays"}, "Sampler: Euler a, Schedule type: Align Your Steps,"),
-    ({"sampler": "dpmpp_2m_cfg_pp", "schedule": "new"}, "Sampler: dpmpp_2m_cfg_pp, Schedule type: new,"),
-    ({"scale": 12.0}, "CFG scale: 12,"),
-])
-def test_parameters_use_the_names_that_others_know(change: dict[str, Any], line: str) -> None:
-    assert line in replace(SETTINGS, **change).parameters()
-
-
-def test_prompts_of_any_script_and_of_several_lines_survive(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, prompt="ein grüner Würfel\n绿色的方块 🟩", negative="")
-    save_png(Picture(drawing(), settings), tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as image:
-        texts: dict[str, str] = image.text  # type: ignore[attr-defined]
-    assert read_a1111(texts["parameters"])["Prompt"] == settings.prompt
-    assert "Negative prompt" not in texts["parameters"]
-    assert json.loads(texts["ella_kd"]) == asdict(settings)
-
-
 def test_enlarging_repeats_pixels(tmp_path: Path) -> None:
-    save_png(Picture(drawing(), SETTINGS), tmp_path / "a.png", enlarge=3)
+    save_png(Picture(drawing(), REQUEST), tmp_path / "a.png", enlarge=3)
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == (12, 6)
         assert all(image.getpixel((x, y)) == drawing().getpixel((x // 3, y // 3)) for x in range(12) for y in range(6))
+
+
+def test_nothing_is_overwritten_unless_told(tmp_path: Path) -> None:
+    path, picture = tmp_path / "a.png", Picture(drawing(), REQUEST)
+    old = os.umask(0o027)
+    try:
+        picture.save(path)
+    finally:
+        os.umask(old)
+    before = path.read_bytes()
+    assert path.stat().st_mode & 0o777 == 0o640
+    with pytest.raises(FileExistsError, match=f"cannot write {path}"):
+        picture.save(path, enlarge=2)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    picture.save(path, enlarge=2, overwrite=True)
+    assert path.read_bytes() != before
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:

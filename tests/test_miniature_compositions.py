@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import score
 from benchmarks.miniature import captions
@@ -21,16 +20,14 @@ from benchmarks.miniature.scenes import (
     SHAPES,
     Scene,
     Thing,
-    parse,
-    to_pictures,
 )
-from ella_kd import ELLA, And, Box, Concat, ELLADenoiser, Lerp, Pipeline, Regions, Switch, window
-from ella_kd.conditioning import Conditioning, Constant
-from ella_kd.guidance import CFG, GuidedDenoiser
+from ella_kd import And, Box, Concat, Lerp, Regions, Switch, window
+from ella_kd.conditioning import ELLA, Conditioning, Constant
+from ella_kd.guidance import CFG
 from ella_kd.models.text import TextFeatures
-from ella_kd.samplers import get_sigmas_karras, randn, sample_dpmpp_2m
+from studio import denoiser, latents, miniature, read, t5
 
-N, SCALE, STEPS = 16, 3.0, 10
+N = 16
 LEFT, RIGHT = Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)
 Found = list[Scene]
 
@@ -38,31 +35,19 @@ Found = list[Scene]
 class Studio:
     """The miniature, its two text encoders, and pictures of a condition, read back."""
 
-    def __init__(self) -> None:
-        self.pipeline = Pipeline.miniature(device="cpu")
-        assert self.pipeline.tsc is not None
-        self.tsc = self.pipeline.tsc
-        self.inner = ELLADenoiser(self.pipeline.unet, self.tsc, self.pipeline.noise_schedule)
-
     def ella(self, prompts: str | Sequence[str]) -> ELLA:
-        assert self.pipeline.t5 is not None
-        return ELLA(self.tsc, self.pipeline.t5(prompts))
+        return ELLA(denoiser().tsc, t5(prompts))
 
     def clip(self, prompts: str | Sequence[str]) -> Constant:
-        assert self.pipeline.clip is not None
-        return Constant(TextFeatures(self.pipeline.clip(prompts).tokens))
+        encoder = miniature().clip
+        assert encoder is not None
+        return Constant(TextFeatures(encoder(prompts).tokens))
 
     def scenes(self, scenes: Sequence[Scene]) -> ELLA:
         return self.ella(score.write_captions(scenes, "dense"))
 
-    @torch.no_grad()
-    def draw(self, cond: Any, count: int = N, scale: float = SCALE, uncond: Conditioning | None = None) -> Found:
-        model = GuidedDenoiser(self.inner, CFG(scale))
-        sigmas = get_sigmas_karras(STEPS, model.sigma_min, model.sigma_max)
-        x = randn((count, 4, 8, 8), list(range(count))) * sigmas[0]
-        args = {"cond": cond, "uncond": uncond or self.ella("")}
-        latents = sample_dpmpp_2m(model, x, sigmas, extra_args=args, disable=True)
-        return [parse(picture) for picture in to_pictures(self.pipeline.vae.decode(latents))]
+    def draw(self, cond: Any, count: int = N, scale: float = 3.0, uncond: Conditioning | None = None) -> Found:
+        return read(latents(cond, uncond or self.ella(""), count, CFG(scale)))
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +82,12 @@ def shows(found: Found, wanted: Sequence[Thing]) -> float:
     return share([thing in scene.things for scene, thing in zip(found, wanted, strict=True)])
 
 
-@pytest.mark.parametrize("feather", [0.0, 0.2])
-def test_each_region_is_drawn_from_its_own_prompt(studio: Studio, feather: float) -> None:
+def test_each_region_is_drawn_from_its_own_prompt(studio: Studio) -> None:
     """Two prompts of one thing each. Measured: 1.00 and 1.00; the neighbours' prompts 0.00 and 0.04."""
     wanted = things(N, ("middle left",), ("middle right",))
     left, right = ([pair[i] for _, pair in wanted] for i in (0, 1))
     one, two = (studio.scenes([Scene(bg, (pair[i],)) for bg, pair in wanted]) for i in (0, 1))
-    found = studio.draw(Regions((one, LEFT), (two, RIGHT), feather=feather))
+    found = studio.draw(Regions((one, LEFT), (two, RIGHT), feather=0.2))
     assert min(shows(found, left), shows(found, right)) >= 0.85
     assert max(shows(found, left[1:] + left[:1]), shows(found, right[1:] + right[:1])) <= 0.2
     assert share([scene == Scene(bg, pair) for scene, (bg, pair) in zip(found, wanted)]) >= 0.85
@@ -133,12 +117,9 @@ def test_and_draws_what_either_prompt_says(studio: Studio) -> None:
     found = studio.draw(And((one, 1.0), (two, 1.0)), uncond=empty)
     assert min(shows(found, first), shows(found, second)) >= 0.55
     assert share([{a, b} <= set(scene.things) for scene, (_, (a, b)) in zip(found, wanted)]) >= 0.45
-    only = studio.draw(And((one, 1.0), (two, 0.0)), uncond=empty)
-    assert shows(only, second) <= 0.1
-    for weights, (more, less) in (((1.0, 0.3), (first, second)), ((0.3, 1.0), (second, first))):
-        stronger = studio.draw(And((one, weights[0]), (two, weights[1])))  # measured .94 and .00
-        assert shows(stronger, more) >= 0.75
-        assert shows(stronger, less) <= 0.2
+    stronger = studio.draw(And((one, 1.0), (two, 0.3)))  # measured .94 and .00
+    assert shows(stronger, first) >= 0.75
+    assert shows(stronger, second) <= 0.2
 
 
 def test_a_negative_weight_removes_a_trait(studio: Studio) -> None:
@@ -213,9 +194,7 @@ def test_lerp_moves_from_one_prompt_to_the_other(studio: Studio) -> None:
         assert shows(found, [scene.things[0] for scene in less]) <= 0.15
 
 
-@pytest.mark.parametrize("beside", [
-    lambda tags: tags, lambda tags: window(tags, sigma_lo=2.0), lambda tags: window(tags, 1.0)],
-    ids=["always", "above 2", "below 1"])
+@pytest.mark.parametrize("beside", [lambda tags: tags, lambda tags: window(tags, 1.0)], ids=["always", "below 1"])
 def test_clips_tags_beside_ella_keep_the_score(studio: Studio, beside: Callable[[Conditioning], Conditioning]) -> None:
     """Sentences to ELLA, tags to CLIP; neither network was trained with both. Measured at 24 held-out scenes: 100 with
     and without, whether CLIP's tokens are there always or in a window."""
@@ -238,15 +217,12 @@ def test_clips_tags_are_read_beside_ella(studio: Studio) -> None:
 FILLER = "This picture is a picture of a scene. We look at it. It is in the picture. "
 
 
-@pytest.mark.parametrize(("times", "tokens", "least"), [(3, 90, 90), (8, 180, 45)])
-def test_a_long_prompt_is_read_to_its_end(studio: Studio, times: int, tokens: int, least: float) -> None:
+def test_a_long_prompt_is_read_to_its_end(studio: Studio) -> None:
     """The description stands behind and amid words that say nothing; flexible mode reads them all. Measured at 24
     scenes: 98 at 94 tokens, 63 at 194, where the miniature's T5 is far from what it was trained on (chance: 13)."""
     wanted = score.held_out(N, 2)
-    before = FILLER * (times // 2)
-    prompts = [before + text + " " + FILLER * (times - times // 2) for text in score.write_captions(wanted, "dense")]
-    cond = studio.ella(prompts)
-    assert cond.features.tokens.shape[1] >= tokens
+    cond = studio.ella([f"{FILLER}{text} {FILLER}{FILLER}" for text in score.write_captions(wanted, "dense")])
+    assert cond.features.tokens.shape[1] >= 90
     result = score.score(wanted, studio.draw(cond))
-    assert result["right"]["score"] >= least
+    assert result["right"]["score"] >= 90
     assert result["shuffled"]["score"] <= 30

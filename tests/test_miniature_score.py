@@ -4,7 +4,6 @@ import json
 import random
 from pathlib import Path
 
-import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
@@ -12,29 +11,23 @@ from PIL import Image
 from benchmarks import demo, score
 from benchmarks.miniature.questions import ask, summary
 from benchmarks.miniature.scenes import parse, random_scene, render, to_pictures, to_tensor
-from ella_kd import CFGDenoiser, ELLADenoiser, Pipeline
+from ella_kd import CFGDenoiser
 from ella_kd.samplers import randn, sample_dpm_adaptive, sample_dpm_fast
-
-
-@pytest.fixture(scope="module")
-def miniature() -> Pipeline:
-    return Pipeline.miniature(device="cpu")
+from studio import denoiser, miniature, prompts, read
 
 
 @torch.no_grad()
-def test_the_autoencoder_gives_every_scene_back(miniature: Pipeline) -> None:
-    rng = random.Random(7)
-    scenes = [random_scene(rng, rng.randint(1, 3), unseen=True) for _ in range(200)]
-    images = to_tensor([render(scene) for scene in scenes])
-    decoded = torch.cat([miniature.vae.decode(miniature.vae.encode(part)) for part in images.split(50)])
+def test_the_autoencoder_gives_every_scene_back() -> None:
+    rng, vae = random.Random(7), miniature().vae
+    scenes = [random_scene(rng, rng.randint(1, 3), unseen=True) for _ in range(100)]
+    decoded = vae.decode(vae.encode(to_tensor([render(scene) for scene in scenes])))
     exact = [parse(picture) == scene for picture, scene in zip(to_pictures(decoded), scenes, strict=True)]
-    assert sum(exact) >= 196
+    assert sum(exact) >= 98
 
 
-@pytest.mark.parametrize("mode", ["fixed", "flexible"])
-def test_ella_draws_two_things_as_told(miniature: Pipeline, mode: str) -> None:
+def test_ella_draws_two_things_as_told_in_fixed_mode() -> None:
     wanted = score.held_out(24, 2)
-    found = score.draw(miniature, score.write_captions(wanted, "dense"), mode=mode, steps=12, scale=score.SCALE)
+    found = score.draw(miniature(), score.write_captions(wanted, "dense"), mode="fixed", steps=12, scale=score.SCALE)
     result = score.score(wanted, found)
     assert result["right"]["score"] >= 85
     assert result["right"]["all_right"] >= 70
@@ -42,9 +35,9 @@ def test_ella_draws_two_things_as_told(miniature: Pipeline, mode: str) -> None:
     assert result["shuffled"]["all_right"] == 0
 
 
-def test_the_unet_learned_from_tags_alone(miniature: Pipeline) -> None:
-    wanted = score.held_out(24, 1)
-    found = score.draw(miniature, score.write_captions(wanted, "tags"), mode="plain", steps=12, scale=score.SCALE)
+def test_the_unet_learned_from_tags_alone() -> None:
+    wanted = score.held_out(12, 1)
+    found = score.draw(miniature(), score.write_captions(wanted, "tags"), mode="plain", steps=12, scale=score.SCALE)
     assert summary([ask(w, f) for w, f in zip(wanted, found, strict=True)])["all_right"] >= 90
 
 
@@ -58,34 +51,18 @@ def test_the_demo_as_a_user_runs_it(tmp_path: Path) -> None:
         settings = json.loads(image.text["ella_kd"])  # type: ignore[attr-defined]
     assert settings["prompt"] in done.output
     assert done.output.count("found:") == 8
+    assert int(done.output.split(" of 8 pictures are exactly")[0].split()[-1]) >= 7
     difference = int(done.output.split("largest difference ")[1].split()[0])
     assert difference <= 2  # k-diffusion's own loop draws the same picture
 
 
-def test_the_score_fills_its_tables(miniature: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score, "STEPS", 2)
-    monkeypatch.setattr(score, "SCORED", ("euler",))
-    (tmp_path / "README.md").write_text((score.HERE / "README.md").read_text())
-    few = ["--count", "2", "--sampler-count", "2", "--most", "1"]
-    done = CliRunner().invoke(score.main, [*few, "--out", str(tmp_path)])
-    assert done.exit_code == 0, done.output
-    text = (tmp_path / "README.md").read_text()
-    assert text.count("| one |") == 4
-    assert "| euler |" in text
-    assert (tmp_path / "samplers.png").stat().st_size < 300_000
-    assert json.loads((tmp_path / "score.json").read_text())["settings"]["steps"] == 2
-
-
-def test_the_adaptive_and_the_fast_sampler_draw_dense_prompts_too(miniature: Pipeline) -> None:
-    wanted = score.held_out(4, 2)
-    assert miniature.tsc is not None and miniature.t5 is not None
-    denoiser = CFGDenoiser(ELLADenoiser(miniature.unet, miniature.tsc, miniature.noise_schedule))
-    low, high = denoiser.sigma_min, denoiser.sigma_max
-    args = {"cond": miniature.t5(score.write_captions(wanted, "dense")), "uncond": miniature.t5(""), "cond_scale": 3.0}
+def test_the_adaptive_and_the_fast_sampler_draw_dense_prompts_too() -> None:
+    wanted, cond, uncond = prompts(4)
+    model = CFGDenoiser(denoiser())
+    low, high = model.sigma_min, model.sigma_max
+    args = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
     x = randn((4, 4, 8, 8), [0, 1, 2, 3]) * high
-    adaptive = sample_dpm_adaptive(denoiser, x, low, high, extra_args=args, disable=True)
-    fast = sample_dpm_fast(denoiser, x, low, high, 20, extra_args=args, disable=True)
+    adaptive = sample_dpm_adaptive(model, x, low, high, extra_args=args, disable=True)
+    fast = sample_dpm_fast(model, x, low, high, 20, extra_args=args, disable=True)
     for latents in (adaptive, fast):
-        with torch.no_grad():
-            found = [parse(picture) for picture in to_pictures(miniature.vae.decode(latents))]
-        assert summary([ask(w, f) for w, f in zip(wanted, found, strict=True)])["all_right"] >= 75
+        assert summary([ask(w, f) for w, f in zip(wanted, read(latents), strict=True)])["all_right"] >= 75

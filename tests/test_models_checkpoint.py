@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -215,6 +216,95 @@ def test_a_file_that_is_no_checkpoint_is_refused(saved: Path, tmp_path: Path, mo
     assert not (tmp_path / "should_not_exist").exists()
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
+def test_a_damaged_file_loads_or_is_an_error_that_names_it(tmp_path: Path, kind: str) -> None:
+    """Cut anywhere, and bits flipped: in a .safetensors in its header, for nothing can tell a flipped weight."""
+    tsc = TSC(time_channel=8, time_embed_dim=8, width=8, layers=1, heads=2, num_latents=2, input_dim=4)
+    path = tmp_path / ("x.safetensors" if kind == "safetensors" else "x.ckpt")
+    if kind == "safetensors":
+        save_tsc(path, tsc)
+    else:
+        torch.save(tsc.state_dict(), path, _use_new_zipfile_serialization=kind == "zip")
+    whole, random = path.read_bytes(), Random(0)
+    fragile = 8 + int.from_bytes(whole[:8], "little") if kind == "safetensors" else len(whole)
+    refused = 0
+    for i in range(100):
+        damaged = bytearray(whole[:random.randrange(len(whole))] if i % 3 == 0 else whole)
+        for _ in range(i % 4 if damaged else 0):
+            damaged[random.randrange(min(fragile, len(damaged)))] ^= 1 << random.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            load_tsc(path)
+        except ValueError as error:
+            refused += str(path) in str(error)
+        else:
+            refused += 1
+    assert refused == 100
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_weights_are_floats(saved: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = load_file(saved)
+    name = VAE + "decoder.conv_out.bias"
+    tensors[name] = tensors[name].to(dtype)
+    torch.save(tensors, tmp_path / "sd.ckpt")
+    if dtype.is_floating_point:
+        bias = load_checkpoint(tmp_path / "sd.ckpt").vae.decoder.conv_out.bias
+        assert bias is not None and torch.equal(bias, tensors[name].float())
+        return
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=rf"sd\.ckpt: the weights {name} are {kind}, expected floats"):
+        load_checkpoint(tmp_path / "sd.ckpt")
+    save_tsc(tmp_path / "tsc.safetensors", TSC(32, 32, 32, 1, 2, 4, 8))
+    connector = load_file(tmp_path / "tsc.safetensors")
+    torch.save({**connector, "connector.latents": torch.zeros(4, 32, dtype=dtype)}, tmp_path / "tsc.ckpt")
+    with pytest.raises(ValueError, match=rf"tsc\.ckpt: the weights connector.latents are {kind}"):
+        load_tsc(tmp_path / "tsc.ckpt")
+
+
+@pytest.mark.parametrize(("names", "says"), [
+    (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "a LoRA"),
+    (["unet.down_blocks.0.attentions.0.proj_in.lora_A.weight"], "a LoRA"),
+    (["lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a"], "a LoRA"),
+    (["control_model.input_hint_block.0.weight", "control_model.input_blocks.0.0.weight"], "a ControlNet"),
+    (["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"], "a ControlNet"),
+    (["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"], "an IP-Adapter"),
+    (["conv_in.weight", "body.0.block1.weight"], "a T2I-Adapter"),
+    (["emb_params"], "a textual-inversion embedding"),
+    (["conditioner.embedders.1.model.ln_final.weight", UNET + "out.2.bias"], "an SDXL checkpoint"),
+    (["conditioner.embedders.0.model.ln_final.weight", UNET + "out.2.bias"], "an SDXL refiner"),
+    (["cond_stage_model.model.transformer.resblocks.0.ln_1.bias", UNET + "out.2.bias"], "a Stable Diffusion 2.x"),
+    (["double_blocks.0.img_attn.proj.bias"], "a Flux or SD3 model"),
+    (["shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"], "a T5"),
+    (["conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"], "the UNet of a diffusers folder"),
+    (["encoder.down_blocks.0.resnets.0.conv1.weight"], "the autoencoder of a diffusers folder"),
+    (["text_model.encoder.layers.0.self_attn.k_proj.bias"], "a CLIP text encoder alone"),
+    ([UNET + "out.2.bias", CLIP + "final_layer_norm.bias"], "a checkpoint without its autoencoder"),
+    (["input_blocks.0.0.weight"], "the UNet of a checkpoint alone"),
+    (["encoder.conv_in.weight", "decoder.conv_in.weight"], r"the autoencoder \(VAE\) of a checkpoint alone"),
+])
+def test_a_file_of_another_kind_is_told_by_name(tmp_path: Path, names: list[str], says: str) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({name: torch.zeros(1) for name in names}, path)
+    for load in (load_checkpoint, load_tsc):
+        with pytest.raises(ValueError, match=rf"x\.safetensors is not what this loads, it looks like {says}"):
+            load(path)
+
+
+def test_each_of_the_two_kinds_is_told_in_the_others_place(saved: Path, tmp_path: Path) -> None:
+    save_tsc(tmp_path / "tsc.safetensors", TSC(32, 32, 32, 1, 2, 4, 8))
+    with pytest.raises(ValueError, match=r"it looks like ELLA's connector \(TSC\): its place is tsc"):
+        load_checkpoint(tmp_path / "tsc.safetensors")
+    with pytest.raises(ValueError, match=r"it looks like a Stable Diffusion 1.x checkpoint: its place is checkpoint"):
+        load_tsc(saved)
+    torch.save({"string_to_param": {"*": torch.zeros(2, 768)}, "name": "x"}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="does not hold named tensors, it looks like a textual-inversion embedding"):
+        load_checkpoint(tmp_path / "x.pt")
+    (tmp_path / "model_index.json").touch()
+    with pytest.raises(FileNotFoundError, match="it is a diffusers folder: expected one file"):
+        load_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize(("said", "argument", "want"), [
     ("epsilon", None, "eps"), ("v", None, "v"), ("v", "eps", "eps"), ("odd", "v", "v")])
 def test_prediction_is_the_argument_then_the_metadata(edited: Callable[..., Path], said: str, argument: str | None,
@@ -226,6 +316,11 @@ def test_prediction_is_the_argument_then_the_metadata(edited: Callable[..., Path
 @pytest.mark.parametrize(("metadata", "says"), [
     ({"modelspec.prediction_type": "odd"}, "modelspec.prediction_type = 'odd', known are"),
     ({"ella_kd": "{"}, "is not JSON"), ({"ella_kd": "[]"}, "must be a JSON object"),
+    ({"ella_kd": "[" * 99999}, "is not JSON"),
+    *(({"ella_kd": f'{{"{key}": {value}}}'}, rf"edited.safetensors: {key} in the metadata 'ella_kd' must be a")
+      for key, value in [("num_heads", 0), ("num_heads", "4.0"), ("num_heads", "true"), ("num_heads", '"4"'),
+                         ("head_dim", -1), ("scale", "NaN"), ("scale", "Infinity"), ("scale", 0), ("scale", "true"),
+                         ("scale", '"1"'), ("heads", 2.0)]),
 ])
 def test_wrong_metadata_is_refused(edited: Callable[..., Path], metadata: dict[str, str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
@@ -239,8 +334,13 @@ def test_the_schedule_is_the_exact_one_unless_the_file_has_another(edited: Calla
     other = NoiseSchedule.scaled_linear(beta_end=0.014, n=1100, prediction="v")
     loaded = load_checkpoint(edited(lambda t: {**t, "alphas_cumprod": other.alphas_cumprod}), prediction="v")
     assert torch.equal(loaded.noise_schedule.alphas_cumprod, other.alphas_cumprod)
-    with pytest.raises(ValueError, match="must decrease strictly"):
+    with pytest.raises(ValueError, match=r"edited.safetensors has a noise schedule of its own .*decrease strictly"):
         load_checkpoint(edited(lambda t: {**t, "alphas_cumprod": torch.zeros(1000)}))
+    for table in (exact.bfloat16(), exact.bfloat16().float(), exact.half().float(), exact.half().bfloat16()):
+        loaded = load_checkpoint(edited(lambda t, table=table: {**t, "alphas_cumprod": table}))
+        assert torch.equal(loaded.noise_schedule.alphas_cumprod, exact)
+    with pytest.raises(ValueError, match=r"\(in bfloat16, which is coarse: give it in float32\): .*strictly"):
+        load_checkpoint(edited(lambda t: {**t, "alphas_cumprod": other.alphas_cumprod.bfloat16()}))
 
 
 def test_a_text_encoder_needs_a_tokenizer(saved: Path, tmp_path: Path) -> None:
@@ -272,8 +372,6 @@ def test_a_connector_comes_back_with_its_heads(tmp_path: Path) -> None:
         save_file({key: x for key, x in tensors.items() if key != name}, tmp_path / "broken.safetensors")
         with pytest.raises(ValueError, match=says):
             load_tsc(tmp_path / "broken.safetensors")
-    with pytest.raises(ValueError, match="not what this loads"):
-        load_checkpoint(tmp_path / "tsc.safetensors")
 
 
 def test_a_failed_write_leaves_the_old_file(networks: Networks, tmp_path: Path,
@@ -285,7 +383,7 @@ def test_a_failed_write_leaves_the_old_file(networks: Networks, tmp_path: Path,
     path = tmp_path / "sd.safetensors"
     path.write_bytes(b"old")
     with monkeypatch.context() as patch:
-        patch.setattr("ella_kd.models.checkpoint.save_file", disk_is_full)
+        patch.setattr("ella_kd.files.save_file", disk_is_full)
         with pytest.raises(OSError, match="no space left"):
             save_checkpoint(path, *networks)
     assert path.read_bytes() == b"old"

@@ -8,8 +8,8 @@ from torch import nn
 
 from ella_kd import Pipeline
 from ella_kd.models import UNet, UNetConfig, cpu, fast_on_cpu
+from ella_kd.models.attention import attend
 from ella_kd.models.cpu import attend_in_blocks
-from ella_kd.models.layers import attend
 from ella_kd.models.products import ConvLinear, by_convolution
 from ella_kd.models.winograd import WinogradConv2d
 from tiny import features, noise, randomised, relative, tiny_tsc, tiny_unet
@@ -107,7 +107,8 @@ def test_a_pipeline_draws_the_same(on: Callable[[Found], None]) -> None:
     on(AMD)
     pipeline = Pipeline.miniature()
     fast = pipeline.fast_on_cpu()
-    assert fast.tsc is not None and count(fast.tsc, ConvLinear) > 5
-    x, t, context = noise(2, 4, 8, 8), torch.tensor([900.5, 20.0]), noise(2, 5, pipeline.unet.config.context_dim)
+    assert fast.tsc is not None and count(fast.tsc, ConvLinear) > 5 and isinstance(pipeline.unet, UNet)
+    width = pipeline.unet.config.context_dim
+    x, t, context = noise(2, 4, 8, 8), torch.tensor([900.5, 20.0]), noise(2, 5, width)
     assert relative(fast.unet(x, t, context), pipeline.unet(x, t, context)) < 2e-5
     assert fast.vae is pipeline.vae and fast.size == pipeline.size

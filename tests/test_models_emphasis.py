@@ -1,6 +1,7 @@
 """The attention syntax against tables, a reference reading of nested brackets, and round trips."""
 
 import math
+import time
 from itertools import pairwise
 
 import pytest
@@ -63,6 +64,16 @@ def test_weights_that_overflow_are_refused() -> None:
     for prompt in ("(a:" + "9" * 400 + ")", "(" * 8000 + "a"):
         with pytest.raises(ValueError, match="give finite ones"):
             parse(prompt)
+
+
+def test_long_prompts_take_linear_time() -> None:
+    """Step by step for each pair of brackets, or of spaces, it would be minutes."""
+    begin = time.process_time()
+    assert parse("([" * 20000 + "a") == parse("([" * 20000 + "a" + "])" * 20000) == [("a", 1.0)]
+    assert parse("(" * 20000 + "a" + ":1)" * 20000) == [("a", 1.0)]
+    assert parse(" " * 40000 + "BREAK a") == [(" a", 1.0)]
+    assert parse("a:" + "1" * 40000) == [("a:" + "1" * 40000, 1.0)]
+    assert time.process_time() - begin < 10
 
 
 @given(TEXT, st.floats(0, 100).map(lambda w: round(w, 3)))

@@ -1,5 +1,7 @@
 """Features from the folder are those of the encoder, which is loaded only for a prompt that is new."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ PROMPTS = ["a red circle", "blue square on the left", ""]
 
 @pytest.fixture
 def t5(tiny_files: dict[str, str]) -> T5TextEncoder:
-    encoder = Pipeline.load(**tiny_files).t5  # type: ignore[arg-type]
+    encoder = Pipeline.load(**tiny_files).t5
     assert encoder is not None
     return encoder
 
@@ -36,6 +38,22 @@ def test_features_are_the_encoders(t5: T5TextEncoder, tmp_path: Path, max_length
             assert got.mask is not None and torch.equal(got.mask, want.mask)
             assert relative(got.tokens[got.mask], want.tokens[want.mask]) < 1e-5
     assert len(list((tmp_path / "new" / "folder").iterdir())) == len(PROMPTS)
+
+
+def test_many_may_fill_one_folder(t5: T5TextEncoder, tmp_path: Path) -> None:
+    want, loads = [t5(prompt) for prompt in PROMPTS], list[int]()
+
+    def load() -> T5TextEncoder:
+        loads.append(1)
+        time.sleep(0.01)
+        return t5
+
+    caches = [FeatureCache(tmp_path, "tiny", load) for _ in range(4)]
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda i: caches[i % 4](PROMPTS[i % 3]), range(48)))
+    assert all(torch.equal(features.tokens, want[i % 3].tokens) for i, features in enumerate(got))
+    assert len(loads) <= len(caches) and len(list(tmp_path.iterdir())) == len(PROMPTS)
+    assert repr(caches[0]) == f"FeatureCache({str(tmp_path)!r}, 'tiny')"
 
 
 def test_a_prompt_has_the_same_features_in_every_company(t5: T5TextEncoder, tmp_path: Path) -> None:

@@ -1,6 +1,11 @@
 """T5 with a tiny model in a real folder: modes, lengths, padding, truncation, dtypes, weights and errors."""
 
+import json
+import shutil
+import time
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +26,8 @@ from transformers import T5ForConditionalGeneration as T5
 
 from ella_kd.models import T5TextEncoder
 from ella_kd.models.emphasis import escape
-from ella_kd.models.text import _token_weight, load_tokenizer
+from ella_kd.models.text import _token_weight
+from ella_kd.models.tokenizers import load_tokenizer, token_ids
 
 WORDS = ["a", "red", "blue", "square", "circle", "left", "of", "the", ",", "("]
 
@@ -74,6 +80,36 @@ def test_flexible_sees_the_real_tokens_only(t5: T5TextEncoder) -> None:
         assert alone.mask is not None
         assert alone.mask.all()
         assert error(features.tokens[row, :length], alone.tokens[0]) < 1e-5
+
+
+class Counted:
+    """The tokenizer, which counts how many calls are under way at once: padding is its own state, and calls of two
+    lengths change it under each other."""
+
+    is_fast = True
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.now, self.most = tokenizer, 0, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> BatchEncoding:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        time.sleep(0.002)
+        batch = self.tokenizer(*args, **kwargs)
+        self.now -= 1
+        return batch
+
+
+def test_threads_get_what_one_caller_gets(t5: T5TextEncoder) -> None:
+    counted: Any = Counted(t5.tokenizer)
+    encoder = T5TextEncoder(t5.model, counted)
+    calls = [lambda: encoder("a").tokens, lambda: encoder(["a", "a red square left of the blue circle"]).tokens,
+             lambda: encoder("a red", 5).tokens, lambda: torch.tensor(token_ids(counted, "a red"))]
+    want = [call() for call in calls]
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda i: calls[i % 4](), range(40)))
+    assert counted.most == 1
+    assert all(torch.equal(tokens, want[i % 4]) for i, tokens in enumerate(got))
 
 
 def test_flexible_does_not_truncate(t5: T5TextEncoder) -> None:
@@ -153,6 +189,73 @@ def test_wrong_t5_folders_are_refused(t5_folder: Path, t5_config: T5Config, t5: 
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no weights"):
         T5TextEncoder.from_folder(tmp_path)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.mkdir, (Path("should_not_exist"),)  # type: ignore[return-value]
+
+
+def only_bin(folder: Path, content: object) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+
+
+def lacks_a_shard(folder: Path, t5: T5TextEncoder) -> None:
+    (folder / "model.safetensors").unlink()
+    t5.model.save_pretrained(folder, max_shard_size="3KB")
+    sorted(folder.glob("model-*"))[1].unlink()
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def one_word_more(path: Path) -> None:
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"]["more"] = 13
+    path.write_text(json.dumps(tokenizer))
+
+
+DAMAGES: list[tuple[Callable[[Path, T5TextEncoder], object], str]] = [
+    (lambda folder, t5: only_bin(folder, {"a": Evil()}), "the weights in {} cannot be read: they hold Python objects"),
+    (lambda folder, t5: (folder / "model.safetensors").write_bytes(b""), "the weights in {} cannot be read"),
+    (lacks_a_shard, r"the weights in {} cannot be read.*model-00002-of"),
+    (lambda folder, t5: (folder / "config.json").write_text("{"), "{}/config.json is not JSON"),
+    (lambda folder, t5: (folder / "config.json").write_bytes(b"\xff"), "{}/config.json is not JSON"),
+    (lambda folder, t5: (folder / "config.json").write_text("[]"), "{}/config.json describes .* expected a T5"),
+    (lambda folder, t5: edit(folder / "config.json", model_type="bert"), "of type 'bert', expected a T5"),
+    (lambda folder, t5: edit(folder / "config.json", d_model="x"), "config.json holds values that a T5 cannot"),
+    (lambda folder, t5: (folder / "tokenizer.json").write_text("{"), "the T5 tokenizer in {} cannot be read"),
+    (lambda folder, t5: (folder / "tokenizer.json").write_text("{}"), "the T5 tokenizer in {} cannot be read"),
+    (lambda folder, t5: edit(folder / "tokenizer_config.json", pad_token=None), "tokenizer in {} has no padding token"),
+    (lambda folder, t5: one_word_more(folder / "tokenizer.json"), "tokenizer in {} has 14 tokens, the model knows 13"),
+]
+
+
+@pytest.mark.parametrize(("damage", "says"), DAMAGES)
+def test_a_damaged_folder_is_an_error_that_names_it(t5_folder: Path, t5: T5TextEncoder, tmp_path: Path, says: str,
+                                                    damage: Callable[[Path, T5TextEncoder], object],
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "t5"
+    shutil.copytree(t5_folder, folder)
+    damage(folder, t5)
+    with pytest.raises(ValueError, match=says.format(folder)):
+        T5TextEncoder.from_folder(folder)
+    assert not Path("should_not_exist").exists()
+
+
+def test_weights_in_a_bin_file_are_read(t5_folder: Path, t5: T5TextEncoder, tmp_path: Path) -> None:
+    shutil.copytree(t5_folder, tmp_path / "t5")
+    only_bin(tmp_path / "t5", t5.model.state_dict())
+    assert torch.equal(T5TextEncoder.from_folder(tmp_path / "t5")("a circle").tokens, t5("a circle").tokens)
+
+
+def test_short_reprs(t5: T5TextEncoder) -> None:
+    assert repr(t5) == "T5TextEncoder(width 16, 2 layers, float32 on cpu)"
+    assert repr(t5(["a", "a red"])) == "TextFeatures(tokens [2, 3, 16] float32, mask [2, 3] bool)"
+    assert repr(t5("a", 4)) == "TextFeatures(tokens [1, 4, 16] float32)"
 
 
 @pytest.mark.parametrize(("prompts", "kind"), [([], ValueError), (["a", 3], TypeError), ([None], TypeError)])

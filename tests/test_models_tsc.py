@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ella_kd.models import TSC, load_tsc
-from ella_kd.models.layers import attend
+from ella_kd.models.attention import attend
 
 DATA = Path(__file__).parent / "data"
 
@@ -179,6 +180,17 @@ def test_wrong_input_is_refused(change: dict[str, Tensor], says: str) -> None:
     tsc(**GOOD)
     with pytest.raises(ValueError, match=says):
         tsc(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize("heads", [0, -4, 4.0, True, "4", None])
+def test_heads_are_a_whole_number(heads: Any) -> None:
+    """einops keeps what it worked out for 4.0 heads, and would take it for 4 heads later: those fail too."""
+    with pytest.raises(ValueError, match="heads must be a whole number of at least 1, got"):
+        TSC(width=32, heads=heads)
+
+
+def test_a_short_repr() -> None:
+    assert repr(small()) == "TSC(features of width 20 -> 6 tokens of width 32, 2 blocks, float32 on cpu)"
 
 
 def test_width_must_divide_into_heads() -> None:

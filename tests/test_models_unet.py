@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.speed.ways import as_diffusers
 from ella_kd.models import UNet, UNetConfig
+from ella_kd.models.context import Context
 
 DATA = Path(__file__).parent / "data"
 PREFIX = "model.diffusion_model."
@@ -55,7 +57,7 @@ def test_equals_diffusers(name: str, dtype: torch.dtype, tolerance: float) -> No
     assert got.std() > 0.1
     assert error(got, twin(x, t, context).sample) < tolerance
     mask = torch.tensor([[True, True, True, False, False], [True] * 5])
-    masked = unet(x, t, context, mask)
+    masked = unet(x, t, Context(context, mask))
     assert error(masked, twin(x, t, context, encoder_attention_mask=mask).sample) < tolerance
     assert error(masked[:1], got[:1]) > 1e-3
 
@@ -74,7 +76,7 @@ def test_a_mask_equals_slicing() -> None:
     unet = random_unet(MINIATURE).double()
     x, t, context = inputs(unet.config, torch.float64)
     mask = torch.tensor([[True, True, True, False, False], [True] * 5])
-    got = unet(x, t, context, mask)
+    got = unet(x, t, Context(context, mask))
     assert error(got[:1], unet(x[:1], t[:1], context[:1, :3])) < 1e-13
     assert error(got[1:], unet(x[1:], t[1:], context[1:])) < 1e-13
 
@@ -84,7 +86,7 @@ def test_a_mask_of_weights_counts_tokens_again() -> None:
     unet = random_unet(MINIATURE).double()
     x, t, context = inputs(unet.config, torch.float64)
     weights = torch.tensor([[1.0, 2.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 2.0, 1.0]], dtype=torch.float64)
-    got = unet(x, t, context, weights)
+    got = unet(x, t, Context(context, weights))
     assert error(got[:1], unet(x[:1], t[:1], context[:1, [0, 1, 1, 2]])) < 1e-13
     assert error(got[1:], unet(x[1:], t[1:], context[1:, [1, 2, 3, 3, 4]])) < 1e-13
 
@@ -134,7 +136,8 @@ def test_a_fresh_network_predicts_zero() -> None:
             assert bool(parameter.any()) != name.endswith(ends), name
 
 
-GOOD = {"x": torch.zeros(2, 9, 8, 4), "t": torch.zeros(2), "context": torch.zeros(2, 5, 12)}
+TOKENS = torch.zeros(2, 5, 12)
+GOOD = {"x": torch.zeros(2, 9, 8, 4), "t": torch.zeros(2), "context": TOKENS}
 
 
 @pytest.mark.parametrize(("change", "says"), [
@@ -143,12 +146,13 @@ GOOD = {"x": torch.zeros(2, 9, 8, 4), "t": torch.zeros(2), "context": torch.zero
     ({"t": torch.zeros(1)}, r"one timestep per sample: x has 2, t has \[1\]"),
     ({"context": torch.zeros(2, 5, 13)}, r"context \[2, L, 12\], got \[2, 5, 13\]"),
     ({"context": torch.zeros(1, 5, 12)}, r"context \[2, L, 12\], got \[1, 5, 12\]"),
-    ({"mask": torch.ones(2, 5, dtype=torch.int64)}, r"bool or float \[2, 5\], got torch.int64"),
-    ({"mask": torch.ones(2, 4, dtype=torch.bool)}, r"bool or float \[2, 5\], got torch.bool \[2, 4\]"),
+    ({"context": Context(TOKENS, torch.ones(2, 5, dtype=torch.int64))}, r"bool or float \[2, 5\], got torch.int64"),
+    ({"context": Context(TOKENS, torch.ones(2, 4, dtype=torch.bool))}, r"float \[2, 5\], got torch.bool \[2, 4\]"),
 ])
-def test_wrong_input_is_refused(change: dict[str, Tensor], says: str) -> None:
+def test_wrong_input_is_refused(change: dict[str, Any], says: str) -> None:
     unet = UNet(INPAINTING)
     unet(**GOOD)
+    unet(GOOD["x"][:, :4], GOOD["t"], Context(TOKENS, channels=GOOD["x"][:, 4:]))
     with pytest.raises(ValueError, match=says):
         unet(**{**GOOD, **change})
 

@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from PIL import Image
 from torch import Tensor
 
 from ella_kd.models import AutoencoderKL, VAEConfig
@@ -98,6 +99,38 @@ def test_has_the_names_and_shapes_of_sd15() -> None:
     assert {name: list(x.shape) for name, x in vae.state_dict().items()} == want
     assert len(want) == 248
     assert VAEConfig.from_shapes(want) == VAEConfig()
+
+
+def test_pictures_in_bytes_are_read_in_any_order() -> None:
+    """A PIL image, an array and tensors of uint8 are the floats x / 127.5 - 1, whatever the network's dtype."""
+    vae = random_vae(MINIATURE)
+    picture = torch.randint(0, 256, (8, 12, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image = Image.fromarray(picture.numpy())
+    for dtype in (torch.float64, torch.float32):
+        vae.to(dtype)
+        want = vae.encode(picture.permute(2, 0, 1)[None].to(dtype) / 127.5 - 1)
+        for given in (picture, picture[None], picture.permute(2, 0, 1), picture.permute(2, 0, 1)[None],
+                      picture.numpy(), image, image.convert("RGBA"),
+                      picture.permute(2, 0, 1)[None].double() / 127.5 - 1):
+            got = vae.encode(given)
+            assert got.shape == want.shape == (1, 4, 2, 3) and got.dtype == dtype
+            assert error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize(("images", "says"), [
+    (torch.full((1, 3, 8, 8), 255.0), r"floats in \[-1, 1\], got values up to 255: give those in 0..255 as uint8"),
+    (torch.full((1, 3, 8, 8), torch.nan), r"floats in \[-1, 1\], got values up to nan"),
+    (torch.zeros(1, 3, 8, 8, dtype=torch.int64), "uint8 or a PIL image in 0..255, got torch.int64"),
+    ([Image.new("RGB", (8, 8))], "uint8 or a PIL image in 0..255, got list"),
+    (torch.zeros(8, 8, 4, dtype=torch.uint8), r"images \[B, 3, H, W\] .*, got \[1, 8, 8, 4\]"),
+])
+def test_what_is_no_picture_is_refused(images: Any, says: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=says):
+        AutoencoderKL(MINIATURE).encode(images)
+
+
+def test_a_short_repr() -> None:
+    assert repr(AutoencoderKL(MINIATURE)) == "AutoencoderKL(1 latent for 4 x 4 px, scale 0.18215, float32 on cpu)"
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 4, 8, 8), (1, 3, 8, 10), (1, 3, 6, 8)])

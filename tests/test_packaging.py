@@ -63,6 +63,22 @@ def test_the_wheel_works_in_another_folder(wheel: Path, tmp_path: Path) -> None:
         site / "ella_kd/models/miniature"]
 
 
+def test_a_clone_works_beside_an_installed_package(wheel: Path, tmp_path: Path) -> None:
+    """As after a plain `pip install .`: the clone's own ella_kd/ comes first, and its parts stand beside it."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    clone = wheel.parent / "clone"
+    script = ("import sys, ella_kd, ella_kd.cli, ella_kd.models, ella_kd.samplers\n"
+              "print(ella_kd.__file__, ella_kd.models.__file__, ella_kd.samplers.__file__)\n"
+              "assert not {'models', 'samplers'} & set(sys.modules)")
+    paths = [str(tmp_path / "site"), *(path for path in sys.path if path.endswith("site-packages"))]
+    done = subprocess.run([sys.executable, "-S", "-c", script], cwd=clone, text=True, capture_output=True, check=False,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})  # -S: no finder of this clone's own
+    assert done.returncode == 0, done.stderr
+    assert [Path(word).resolve() for word in done.stdout.split()] == [
+        clone / "ella_kd/__init__.py", clone / "models/__init__.py", clone / "samplers/__init__.py"]
+
+
 def test_ci_versions_are_pinned_and_name_no_index() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines if line.count("==") == 1}

@@ -27,7 +27,7 @@ def test_it_draws_at_its_own_size_in_every_mode() -> None:
     assert (pipeline.size, pipeline.name) == (32, "miniature")
     assert pipeline.vae.factor == 4
     drawn = [np.asarray(generate(pipeline, PROMPT, mode=mode, steps=4, seeds=1, progress=False)[0].image)
-             for mode in ("plain", "fixed", "flexible")]
+             for mode in ("clip", "fixed", "flexible")]
     assert {array.shape for array in drawn} == {(32, 32, 3)}
     assert all(array.std() > 5 for array in drawn)
     assert (drawn[0] != drawn[2]).any()

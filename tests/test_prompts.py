@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ella_kd.prompts import expand_wildcards, split_and
+from ella_kd.prompts import check_wildcards, expand_wildcards, split_and
 
 WORDS = st.text("abc ()[]\n", min_size=1).filter(str.strip).map(str.strip)
 WEIGHTS = st.floats(-3, 3).map(lambda w: round(w, 3))
@@ -79,6 +79,16 @@ def test_the_choice_is_the_same_on_every_machine(folder: Path) -> None:
 def test_bad_wildcards(folder: Path, prompt: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         expand_wildcards(prompt, folder, 1)
+    with pytest.raises(error, match=message):
+        check_wildcards(prompt, folder)
+
+
+def test_a_wildcard_that_only_some_seeds_choose_is_checked_before_any_is_chosen(folder: Path) -> None:
+    (folder / "late.txt").write_text("fine\n" * 99 + "__gone__\n")
+    assert {expand_wildcards("__late__", folder, seed) for seed in range(9)} == {"fine"}
+    with pytest.raises(FileNotFoundError, match="for __gone__"):
+        check_wildcards("a __late__ one", folder)
+    check_wildcards("a __thing__", folder)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

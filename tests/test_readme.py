@@ -19,19 +19,25 @@ GUIDE = README.parent / "examples" / "README.md"
 SCRIPT, SWAP, COMBINE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
+@pytest.fixture(autouse=True)
+def _folder_for_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 def run(script: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
     names = {} if names is None else names
     exec(script, names)
     return names
 
 
-def test_the_scripts_run_as_written() -> None:
+def test_the_scripts_run_as_written(tmp_path: Path) -> None:
     names = run(SCRIPT)
     assert names["images"].shape == (1, 3, 32, 32)
     assert bool(names["images"].isfinite().all())
     ours = names["latents"]
     theirs = run(SWAP, names)["latents"]  # k-diffusion's own sampler, from the same noise
     torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+    assert {path.name for path in tmp_path.iterdir()} == {"heart.png", "heart_by_k_diffusion.png"}
 
 
 def test_regions_show_what_each_was_told() -> None:

@@ -12,8 +12,6 @@ from ella_kd import LDMDenoiser
 from ella_kd.models import EDMSchedule
 from ella_kd.samplers import (
     DPMpp2M,
-    Solver,
-    sample,
     sample_deis,
     sample_dpmpp_2m,
     sample_dpmpp_2m_sde,
@@ -24,16 +22,13 @@ from ella_kd.samplers import (
     sample_uni_pc,
     sample_uni_pc_bh2,
 )
-from mixtures import Guided, randn
-from test_samplers_parity import given_noise, relative
+from mixtures import Guided
+from oracles import ABOVE_ZERO, TO_ZERO, given_noise, latents, one_step_at_a_time, relative
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
     pytest.mark.filterwarnings("ignore:__array"),  # diffusers on NumPy 2
 ]
-
-TO_ZERO = [14.6, 9.1, 4.2, 2.2, 1.1, 0.5, 0.2, 0.03, 0.0]
-ABOVE_ZERO = [14.6, 9.1, 4.2, 2.2, 1.1, 0.5, 0.2, 0.03]
 
 # diffusers: its schedulers walk in variance-preserving x, alpha x with alpha = 1 / sqrt(1 + sigma^2). They are given
 # our sigmas in float64 and a model that predicts x0, so the arithmetic is the same and the tolerance is 1e-10.
@@ -56,10 +51,6 @@ def diffusers_run(
         x = scheduler.step(denoised, t, x, **options).prev_sample
     result: Tensor = x / alphas[-1]
     return result
-
-
-def latents(sigma: float = 14.6) -> Tensor:
-    return randn(2, 3, 5, 3) * sigma
 
 
 @pytest.mark.parametrize("sigmas", [TO_ZERO, ABOVE_ZERO, [14.6, 0.0], [14.6, 1.0]], ids=len)
@@ -141,13 +132,6 @@ def test_dpmpp_3m_equals_diffusers_without_noise(sde: bool, sigmas: list[float],
         guided, latents(), torch.tensor(sigmas), disable=True, eta=float(sde), noise_sampler=given_noise
     )
     assert relative(got, expected) > 0.1 if sde else relative(got, expected) <= 1e-6
-
-
-def one_step_at_a_time(solver: Solver, model: Any, x: Tensor, sigmas: list[float]) -> Tensor:
-    """Without history, so at first order."""
-    for s, t in pairwise(sigmas):
-        x, _ = sample(solver, model, x, torch.tensor([s, t]), disable=True, noise_sampler=given_noise)
-    return x
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.6, 1.0])

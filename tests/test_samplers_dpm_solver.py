@@ -230,6 +230,8 @@ def failing(x: Tensor, sigma: Tensor) -> Tensor:
         (lambda x: sample_dpm_adaptive(failing, x, LOW, HIGH, disable=True), ValueError, r"NaN or Inf .* \(sigma"),
         (lambda x: sample_dpm_fast(failing, x, LOW, HIGH, 9, disable=True), ValueError, "NaN or Inf values at step"),
         (lambda x: sample_dpm_adaptive(Pointwise(), x, 0.0, HIGH), ValueError, "must be above 0"),
+        (lambda x: sample_dpm_adaptive(Pointwise(), x, -0.5, HIGH), ValueError, "must be above 0"),
+        (lambda x: sample_dpm_adaptive(Pointwise(), x, HIGH, HIGH), ValueError, "finite and not equal"),
         (lambda x: sample_dpm_adaptive(Pointwise(), x, LOW, math.inf), ValueError, "finite"),
         (lambda x: sample_dpm_adaptive(Pointwise(), x, LOW, HIGH, order=4), ValueError, "order must be 2 or 3, got 4"),
         (lambda x: sample_dpm_adaptive(Pointwise(), x, LOW, HIGH, rtol=0, atol=0), ValueError, "rtol or atol"),
@@ -241,6 +243,7 @@ def failing(x: Tensor, sigma: Tensor) -> Tensor:
         (lambda x: sample_dpm_adaptive(Pointwise(), x[0], LOW, HIGH), ValueError, r"\[B, C, h, w\]"),
         (lambda x: sample_dpm_fast(Pointwise(), x, LOW, HIGH, 0), ValueError, "at least 1, got 0"),
         (lambda x: sample_dpm_fast(Pointwise(), x, 0.0, HIGH, 5), ValueError, "must be above 0"),
+        (lambda x: sample_dpm_fast(Pointwise(), x, LOW, 0.0, 5), ValueError, "must be above 0"),
         (lambda x: sample(DPMFast(n=8), bounded, x, torch.tensor([2.0, 1.0])), ValueError, "8 evaluations are 3"),
         (lambda x: sample_euler(Pointwise(), x, torch.tensor([1.0])), ValueError, "at least 2"),
     ],
@@ -248,3 +251,19 @@ def failing(x: Tensor, sigma: Tensor) -> Tensor:
 def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(latents())
+
+
+def test_the_adaptive_samplers_noise_is_like_x() -> None:
+    x = torch.ones(2, 1, 2, 2, dtype=torch.float32)
+
+    def run(drawn: torch.Tensor) -> torch.Tensor:
+        out = sample_dpm_adaptive(
+            lambda x, sigma: x / (1 + sigma.view(-1, 1, 1, 1)), x, 0.5, 3.0, disable=True, eta=1.0,
+            noise_sampler=lambda s, t: drawn,
+        )
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    assert run(torch.ones(2, 1, 2, 2, dtype=torch.float64)).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"noise like x \[2, 1, 2, 2\], got \[2, 1, 1, 1\]"):
+        run(torch.ones(2, 1, 1, 1))

@@ -37,8 +37,8 @@ from ella_kd.samplers.compatible_schedules import (
     get_sigmas_ddim_uniform_comfyui,
     get_sigmas_kl_optimal_a1111,
 )
+from ella_kd.samplers.registry import COMPATIBLE_SCHEDULES
 from ella_kd.samplers.schedules import vp_betas
-from ella_kd.samplers.tables import COMPATIBLE_SCHEDULES
 from ella_kd.samplers.upstream import k_diffusion
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -56,14 +56,16 @@ def timesteps(sigmas: Tensor) -> list[float]:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_count_from_1_to_1000(name: str, dtype: torch.dtype) -> None:
-    torch.set_default_dtype(dtype)  # the fixture puts it back
-    for n in range(1, 1001):
-        sigmas = SCHEDULES[name].sigmas(n, SD15)
-        assert sigmas.shape == (n + 1,) and sigmas.dtype == dtype, n
-        assert bool((sigmas.diff() < 0).all()), n
-        assert float(sigmas[-1]) == 0.0
+def test_every_count_from_1_to_1000(name: str) -> None:
+    """float32, where two would be equal first: every count to 50, where roundings of N / n fall, and the last ones."""
+    counts = {*range(1, 51), *range(51, 1001, 17), 99, 100, 128, 138, 139, 200, 250, 333, 334, 499, 500, 501, 999, 1000}
+    for dtype, some in ((torch.float32, counts), (torch.float64, {1, 2, 139, 999, 1000})):
+        torch.set_default_dtype(dtype)  # the fixture puts it back
+        for n in some:
+            sigmas = SCHEDULES[name].sigmas(n, SD15)
+            assert sigmas.shape == (n + 1,) and sigmas.dtype == dtype, n
+            assert bool((sigmas.diff() < 0).all()), n
+            assert float(sigmas[-1]) == 0.0
 
 
 @each_n

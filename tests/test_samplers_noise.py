@@ -26,7 +26,6 @@ from mixtures import Pointwise, named
 
 SHAPE = (2, 4, 8, 8)
 SIGMAS = get_sigmas_karras(5, 0.03, 14.6)
-STOCHASTIC = [name for name, row in SAMPLERS.items() if row.stochastic]
 MODEL = Pointwise()
 
 
@@ -86,44 +85,17 @@ def test_brownian_path_is_the_same_for_10_and_50_steps() -> None:
 
 
 def test_sde_with_one_seed_converges_to_one_picture() -> None:
-    """The reason for Brownian paths: 10, 50 and 250 steps of one seed approach each other; another seed does not."""
+    """The reason for Brownian paths: 10, 50 and 150 steps of one seed approach each other; another seed does not."""
     x = randn((1, 4, 8, 8), [1]) * 14.6
 
     def picture(steps: int, seed: int) -> Tensor:
         sigmas = get_sigmas_karras(steps, 0.3, 14.6)[:-1]
         return sample_dpmpp_2m_sde(MODEL, x, sigmas, disable=True, seeds=[seed])
 
-    end = picture(250, 5)
+    end = picture(150, 5)
     distance = {n: float((picture(n, 5) - end).norm() / end.norm()) for n in (10, 50)}
     assert distance[50] < distance[10] / 2 < 0.2
-    assert float((picture(250, 6) - end).norm() / end.norm()) > 0.9
-
-
-@pytest.mark.parametrize("name", STOCHASTIC)
-def test_same_seed_same_picture_any_dtype(name: str) -> None:
-    function = SAMPLERS[name].function
-    x = randn(SHAPE, [1, 2]) * 14.6
-    first = function(MODEL, x, SIGMAS, disable=True, seeds=[3, 4])
-    assert torch.equal(function(MODEL, x, SIGMAS, disable=True, seeds=[3, 4]), first)
-    assert torch.equal(function(MODEL, x, SIGMAS, disable=True, seeds=torch.tensor([3, 4])), first)
-    other = function(MODEL, x, SIGMAS, disable=True, seeds=[3, 5])
-    assert torch.equal(other[0], first[0])
-    assert not torch.equal(other[1], first[1])
-    double = function(MODEL, x.double(), SIGMAS, disable=True, seeds=[3, 4])
-    torch.testing.assert_close(double.float(), first, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", STOCHASTIC)
-def test_without_seeds_manual_seed_reproduces(name: str) -> None:
-    function = SAMPLERS[name].function
-    x = randn(SHAPE, [1, 1]) * 14.6
-    torch.manual_seed(5)
-    first = function(MODEL, x, SIGMAS, disable=True)
-    second = function(MODEL, x, SIGMAS, disable=True)
-    torch.manual_seed(5)
-    assert torch.equal(function(MODEL, x, SIGMAS, disable=True), first)
-    assert not torch.equal(second, first)
-    assert not torch.equal(first[0], first[1])
+    assert float((picture(50, 6) - end).norm() / end.norm()) > 0.9
 
 
 @pytest.mark.parametrize(
@@ -158,21 +130,15 @@ def test_no_noise_sampler_is_called_without_noise() -> None:
         function(MODEL, randn(SHAPE, [1, 2]), SIGMAS, disable=True, eta=0.0, noise_sampler=never)
 
 
-@pytest.mark.parametrize("name", STOCHASTIC)
-def test_user_s_noise_sampler_gets_the_sigmas_of_each_step_in_order(name: str) -> None:
-    calls: list[tuple[Tensor, Tensor]] = []
-
-    def noise_sampler(sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        calls.append((sigma, sigma_next))
-        return torch.ones(SHAPE)
-
-    SAMPLERS[name].function(MODEL, randn(SHAPE, [1, 2]), SIGMAS, disable=True, noise_sampler=noise_sampler)
-    steps = SAMPLERS[name].solver.steps(SIGMAS.tolist())
-    expected = torch.tensor([pair for step in steps for pair in step.noises])
-    assert {(s.ndim, t.ndim, s.dtype) for s, t in calls} == {(0, 0, SIGMAS.dtype)}
-    assert torch.equal(torch.stack([torch.stack(call) for call in calls]), expected)
-    if all(len(step.noises) == 1 for step in steps[:-1]):
-        assert expected.tolist() == [[float(s), float(t)] for s, t in pairwise(SIGMAS[:-1])]  # none on the way to 0
+@pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_sde", "er_sde", "euler_ancestral_cfg_pp"])
+def test_a_noise_sampler_of_another_dtype_changes_no_dtype(name: str) -> None:
+    """Its noise is converted to x's, as the library's own is."""
+    x = randn(SHAPE, [1, 2]) * 14.6
+    noise = torch.linspace(-1.5, 1.5, x.numel(), dtype=torch.float64).view(x.shape)
+    function, options = SAMPLERS[name].function, {"disable": True}
+    drawn = function(MODEL, x, SIGMAS, noise_sampler=lambda s, t: noise, **options)
+    assert drawn.dtype == torch.float32
+    assert torch.equal(drawn, function(MODEL, x, SIGMAS, noise_sampler=lambda s, t: noise.float(), **options))
 
 
 def test_churn_draws_only_where_it_is_on() -> None:

@@ -1,6 +1,5 @@
 """A run step by step: the iterator, its records, files, branches, Ctrl-C, and the warnings' and counts' truth."""
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,15 @@ from ella_kd.samplers import (
     sample,
     sample_euler,
     save_run,
+    without_history,
 )
 from ella_kd.samplers.cfg_pp import CFGpp
 from mixtures import Guided, Pointwise, randn
 
 SIGMAS = get_sigmas_karras(6, 0.03, 14.6)
 ARGS = {"cond_scale": 0.7}
-GRID = [row for row in SAMPLERS.values() if "sigmas" in inspect.signature(row.function).parameters]
-each_sampler = pytest.mark.parametrize("row", GRID, ids=[row.name for row in GRID])
+ROWS = [SAMPLERS[name] for name in ("dpmpp_2m_sde", "lms", "sa_solver_pece", "uni_pc", "restart", "heun_cfg_pp")]
+each_sampler = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 
 
 def latents(rows: int = 2) -> Tensor:
@@ -39,30 +39,6 @@ def latents(rows: int = 2) -> Tensor:
 
 def start(row: Sampler, model: Any, **options: Any) -> Run:
     return Run(row.solver, model, latents(), SIGMAS, ARGS, seeds=[7, 8], cfg_pp=row.cfg_pp, **options)
-
-
-@each_sampler
-def test_iterating_is_sampling_and_the_records_are_true(row: Sampler, guided: Guided) -> None:
-    whole, end = sample(row.solver, guided, latents(), SIGMAS, ARGS, disable=True, seeds=[7, 8], cfg_pp=row.cfg_pp)
-    guided.seen.clear()
-    run = start(row, guided)
-    before, seen = run.x, 0
-    counts = [len(step.evals) for step in row.solver.steps(SIGMAS.tolist())]
-    for i, record in enumerate(run):
-        assert (record["i"], run.step, len(run)) == (i, i + 1, 5 - i)
-        if torch.equal(record["sigma_hat"], record["sigma"]):  # no churn
-            assert torch.equal(record["x"], before)
-        assert record["x"] is not run.x
-        assert torch.equal(record["sigma"], SIGMAS[i])
-        sigma = record["sigma_hat"].expand(2)
-        assert torch.equal(record["denoised"], guided.predict(record["x"], sigma, False, ARGS["cond_scale"]).denoised)
-        guided.seen.pop()
-        assert record["nfe"] == len(guided.seen) == sum(counts[: i + 1]) > seen
-        before, seen = run.x, record["nfe"]
-        assert ("w" in record) == ("lam" in record) == row.cfg_pp
-    assert torch.equal(run.x, whole)
-    assert run.state.keys() == end.keys() and all(torch.equal(run.state[key], end[key]) for key in end)
-    assert next(run, None) is None
 
 
 @each_sampler
@@ -98,7 +74,7 @@ def test_callback_counts_evaluations_so_far(guided: Guided) -> None:
 def test_a_run_branches_without_touching_the_first(guided: Guided) -> None:
     run = Run(DPMpp2M(), guided, latents(), SIGMAS, ARGS)
     next(run), next(run)
-    branch = Run(Euler(), guided.cond, run.x, state=run.state)
+    branch = Run(Euler(), guided.cond, run.x, state=without_history(run.state))
     other = [record["denoised"] for record in branch]
     assert len(other) == 4
     *_, _ = run
@@ -137,10 +113,11 @@ def test_ctrl_c_leaves_a_state_that_resumes_bitwise(solver: Any, k: int) -> None
     assert int(error.state["step"]) == (k // 2 if isinstance(solver, Heun) else k)
     x, state = sample(solver, Pointwise(), error.x, None, ARGS, disable=True, state=error.state)
     assert torch.equal(x, whole) and all(torch.equal(state[key], end[key]) for key in end)
-    run = Run(solver, Stopped(k), latents(), SIGMAS, ARGS, seeds=[1, 2])
+    stopped = Stopped(k)
+    run = Run(solver, stopped, latents(), SIGMAS, ARGS, seeds=[1, 2])
     with pytest.raises(KeyboardInterrupt):
         list(run)
-    run._evaluate.model = Pointwise()  # the user lets go of the keys
+    stopped.k = 99  # the user lets go of the keys
     *_, _ = run
     assert torch.equal(run.x, whole)
 

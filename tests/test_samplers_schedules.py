@@ -11,18 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ella_kd.samplers import (
-    SAMPLERS,
     SCHEDULES,
-    Sampler,
-    get_sampler,
-    get_schedule,
     get_sigmas_ays,
     get_sigmas_exponential,
     get_sigmas_karras,
     get_sigmas_normal,
 )
 from ella_kd.samplers.upstream import k_diffusion
-from mixtures import Guided
 
 
 def sd15_sigmas() -> Tensor:
@@ -55,12 +50,6 @@ def test_karras_and_exponential_decrease_to_zero(n: int, low: float, high: float
         assert float(sigmas[0]) == pytest.approx(high, rel=1e-6)
         if n > 1:
             assert float(sigmas[-2]) == pytest.approx(low, rel=1e-6)
-
-
-@given(n=counts)
-def test_every_schedule_of_the_table_decreases_to_zero(n: int) -> None:
-    for row in SCHEDULES.values():
-        assert_schedule(row.sigmas(n, Denoiser()), n)
 
 
 @given(n=st.integers(1, 1000), size=st.integers(2, 50))
@@ -131,32 +120,3 @@ def test_bad_schedule_arguments(call: Any, error: type[Exception], message: str)
         call()
 
 
-@pytest.mark.parametrize(
-    ("look_up", "name", "message"),
-    [
-        (get_sampler, "dpmpp_2n", r"unknown sampler 'dpmpp_2n': did you mean dpmpp_2m"),
-        (get_sampler, "eular", "did you mean euler"),
-        (get_sampler, "???", "there are euler, euler_ancestral, heun"),
-        (get_schedule, "karas", "unknown schedule 'karas': did you mean karras"),
-    ],
-)
-def test_unknown_names_get_the_nearest(look_up: Any, name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        look_up(name)
-
-
-@pytest.mark.parametrize("row", SAMPLERS.values(), ids=list(SAMPLERS))
-def test_sampler_rows_are_true(row: Sampler, guided: Guided) -> None:
-    assert get_sampler(row.name) is row
-    assert row.function.__name__ == f"sample_{row.name}"
-    assert row.cfg_pp == row.name.endswith("_cfg_pp")
-    takes_noise = "noise_sampler" in inspect.signature(row.function).parameters
-    assert row.stochastic == (takes_noise and not row.name.startswith("ddim"))  # whose eta is 0 unless asked
-    assert row.function.__doc__
-
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    row.function(guided, torch.ones(1, 1, 2, 2), torch.tensor([2.0, 1.0]), disable=True)
-    uneven = {"heunpp2": 1, "restart": 2 + 18}  # a last step that is Euler's; nine Heun steps from 1 to 2 and back
-    assert len(guided.seen) == uneven.get(row.name.removesuffix("_cfg_pp"), row.evals)
-    assert row.stochastic == (not torch.equal(state, torch.get_rng_state()))

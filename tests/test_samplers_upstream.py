@@ -5,6 +5,7 @@ import importlib.util
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,15 +13,43 @@ import torch
 
 from ella_kd.samplers import upstream
 
+Fresh = Callable[[str], str]
+SERVER = """
+import os, sys, traceback
+import ella_kd.samplers.upstream
+for line in sys.stdin:
+    if os.fork() == 0:
+        code = 0
+        try:
+            exec(eval(line), {"__name__": "__main__"})
+        except BaseException:
+            code = traceback.print_exc(file=sys.stdout) or 1
+        sys.stdout.flush()
+        os._exit(code)
+    failed = os.wait()[1] != 0
+    print("failed" if failed else "done", end="\\n\\0\\n", flush=True)
+"""
 
-def in_a_fresh_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Fresh]:
+    """Runs code in a fork of a fresh Python that has imported ella_kd, once for all, and returns what it prints."""
+    server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert server.stdin is not None and server.stdout is not None
+
+    def run(code: str) -> str:
+        print(repr(textwrap.dedent(code)), file=server.stdin, flush=True)
+        *printed, end = iter(server.stdout.readline, "\0\n")  # type: ignore[union-attr]
+        assert end == "done\n", "".join(printed)
+        return "".join(printed).strip()
+
+    yield run
+    server.stdin.close()
+    server.wait()
 
 
-def test_hands_out_the_real_functions_and_leaves_no_fake_module() -> None:
-    printed = in_a_fresh_python(
+def test_hands_out_the_real_functions_and_leaves_no_fake_module(fresh: Fresh) -> None:
+    printed = fresh(
         """
         import sys, types
         from ella_kd.samplers.upstream import k_diffusion
@@ -38,12 +67,12 @@ def test_hands_out_the_real_functions_and_leaves_no_fake_module() -> None:
     assert printed == "[] sample_dpmpp_2m CompVisDenoiser"
 
 
-def test_an_importable_k_diffusion_is_used_as_it_is(tmp_path: Any) -> None:
+def test_an_importable_k_diffusion_is_used_as_it_is(tmp_path: Any, fresh: Fresh) -> None:
     package = tmp_path / "k_diffusion"
     package.mkdir()
     for name in ("__init__", "sampling", "external", "utils"):
         (package / f"{name}.py").write_text("mine = True\n")
-    printed = in_a_fresh_python(
+    printed = fresh(
         f"""
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
@@ -55,7 +84,7 @@ def test_an_importable_k_diffusion_is_used_as_it_is(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("error", ["ImportError('clip')", "RuntimeError('operator torchvision::nms does not exist')"])
-def test_a_k_diffusion_that_does_not_import_is_loaded_in_part(tmp_path: Any, error: str) -> None:
+def test_a_k_diffusion_that_does_not_import_is_loaded_in_part(tmp_path: Any, error: str, fresh: Fresh) -> None:
     package = tmp_path / "k_diffusion"
     package.mkdir()
     (package / "__init__.py").write_text(f"from . import layers\nraise {error}\n")
@@ -64,7 +93,7 @@ def test_a_k_diffusion_that_does_not_import_is_loaded_in_part(tmp_path: Any, err
     (package / "sampling.py").write_text("from . import utils\n")
     (package / "external.py").write_text("from . import sampling, utils\n")
     (tmp_path / "torchvision.py").write_text(f"raise {error}\n")
-    printed = in_a_fresh_python(
+    printed = fresh(
         f"""
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
@@ -89,8 +118,8 @@ def test_absent_k_diffusion_says_what_to_install(monkeypatch: pytest.MonkeyPatch
         upstream.k_diffusion()
 
 
-def test_a_missing_requirement_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    printed = in_a_fresh_python(
+def test_a_missing_requirement_is_named(fresh: Fresh) -> None:
+    printed = fresh(
         """
         import sys
         sys.modules["torchdiffeq"] = None
@@ -104,8 +133,8 @@ def test_a_missing_requirement_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert "pip install torchdiffeq" in printed
 
 
-def test_the_rest_of_the_package_does_not_load_it() -> None:
-    printed = in_a_fresh_python(
+def test_the_rest_of_the_package_does_not_load_it(fresh: Fresh) -> None:
+    printed = fresh(
         "import sys, ella_kd.samplers; print([n for n in sys.modules if 'k_diffusion' in n or n == 'torchdiffeq'])"
     )
     assert printed == "[]"

@@ -1,13 +1,18 @@
 """Small networks with random weights, and stand-ins that show what they were given."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ella_kd.bound import Branch
+from ella_kd.conditioning import levels_of
+from ella_kd.denoiser import Condition, Denoiser, LDMDenoiser
+from ella_kd.models.patches import Patch
 from ella_kd.models.text import TextFeatures
 from ella_kd.models.tsc import TSC
 from ella_kd.models.unet import UNet, UNetConfig
+from ella_kd.samplers import Prediction
 
 WIDTH, FEATURES, LATENTS = 24, 12, 5
 M = TypeVar("M", bound=nn.Module)
@@ -85,6 +90,24 @@ class PointwiseUNet(nn.Module):
         self.context.append(context)
         shift = (t / 1000).to(x.dtype) + context[:, 0, -1]
         return 0.9 * x + 0.1 * torch.sin(x + shift[:, None, None, None])
+
+
+def answer(denoiser: LDMDenoiser, x: Tensor, sigma: Tensor, cond: Condition, patch: Patch | None = None) -> Tensor:
+    """The denoised of one condition, its rows patched or not, by a call of its own."""
+    branch = Branch("cond", patch)
+    return denoiser.bind(x, cond=cond)(x, levels_of(sigma), only=branch).denoised
+
+
+def planned(denoiser: Denoiser, x: Tensor, sigma: Tensor, need_uncond: bool = False, **args: Any) -> Prediction:
+    """What one run that knows the sigma of every row beforehand says of each row at its own."""
+    bound = denoiser.bind(x, sigma, need_uncond=need_uncond, **args)
+    rows = [bound(x, float(level)) for level in sigma.to(x.dtype)]
+
+    def own(name: str) -> Any:
+        found = [getattr(prediction, name) for prediction in rows]
+        return None if found[0] is None else torch.stack([found[i][i] for i in range(len(x))])
+
+    return Prediction(own("denoised"), own("cond"), own("uncond"))
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from benchmarks.speed.clock import Way
 from ella_kd import ELLA, CFGDenoiser, Conditioning, Constant, ELLADenoiser, Pipeline
 from ella_kd.models import TSC, TextFeatures, UNet, fast_on_cpu
-from ella_kd.models.layers import sharing
-from ella_kd.models.tokens import pile
+from ella_kd.models.context import pile
+from ella_kd.models.parameters import sharing
 from ella_kd.samplers import sample_dpmpp_2m
 from ella_kd.samplers.upstream import k_diffusion
 
@@ -62,7 +62,7 @@ def networks(network: str, dtype: torch.dtype, device: torch.device) -> Networks
     """The miniature's weights, or random ones in the shape of Stable Diffusion 1.5: speed does not depend on them."""
     if network == "miniature":
         pipeline = Pipeline.miniature()
-        assert pipeline.tsc is not None
+        assert pipeline.tsc is not None and isinstance(pipeline.unet, UNet)
         unet, tsc = pipeline.unet, pipeline.tsc
     else:
         torch.manual_seed(0)

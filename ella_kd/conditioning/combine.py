@@ -1,75 +1,17 @@
 """Conditionings made of others, token by token: side by side, one under the other, between two, with an image."""
 
 import math
-from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import FrozenInstanceError
+from dataclasses import fields, replace
 from itertools import islice
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from ella_kd.conditioning.base import Conditioning, Context, Levels, Map, to_batch
+from ella_kd.conditioning.base import Combination, Conditioning, to_batch
+from ella_kd.models.context import Context, mask_of
+from ella_kd.models.network import Levels
 from ella_kd.models.text import TextFeatures
-from ella_kd.models.tokens import mask_of, pile
-
-
-class Combination(Conditioning):
-    """A conditioning made of others, each of one row or of as many as the rest."""
-
-    parts: tuple[Conditioning, ...]
-
-    def __init__(self, *parts: Conditioning) -> None:
-        for part in parts:
-            if not isinstance(part, Conditioning):
-                raise TypeError(f"{type(self).__name__} takes conditionings, got {type(part).__name__}: features "
-                                "become one as ELLA(tsc, features), or as Constant(features) for CLIP's")
-        self._set(parts=parts)
-        self._check_rows([part.rows for part in parts])
-
-    def _check_rows(self, rows: list[int]) -> None:
-        if not rows or len(set(rows) - {1}) > 1:
-            raise ValueError(f"{type(self).__name__} takes conditionings of one row or of equal rows, got rows {rows}")
-
-    def _set(self, **fields: object) -> None:
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise FrozenInstanceError(f"conditionings are values: {name} cannot be set; make a new one")
-
-    @abstractmethod
-    def of(self, parts: tuple[Conditioning, ...]) -> Self:
-        """The same combination of other parts."""
-
-    @property
-    def rows(self) -> int:
-        return max(part.rows for part in self.parts)
-
-    @property
-    def varies(self) -> bool:
-        return any(part.varies for part in self.parts)
-
-    def at(self, levels: Levels) -> Conditioning:
-        return self._map(lambda part: part.at(levels)) if self.varies else self
-
-    def repeat(self, n: int) -> Self:
-        return self._map(lambda part: part.repeat(n) if part.rows == self.rows else part)
-
-    def leaves(self) -> list[Conditioning]:
-        return [leaf for part in self.parts for leaf in part.leaves()]
-
-    def map_leaves(self, f: Map) -> Self:
-        return self._map(lambda part: part.map_leaves(f))
-
-    def _map(self, f: Map) -> Self:
-        return self.of(tuple(map(f, self.parts)))
-
-
-def of_rows(conditioning: Conditioning, rows: int) -> Conditioning:
-    """The same with this many rows: as it is, or its one row repeated."""
-    return conditioning if conditioning.rows == rows else conditioning.repeat(rows)
 
 
 class Concat(Combination):
@@ -79,14 +21,7 @@ class Concat(Combination):
         return type(self)(*parts)
 
     def __call__(self, t: Tensor) -> Context:
-        contexts = [part(t) for part in self.parts]
-        shown = [context for context in contexts if context.tokens.shape[1]] or contexts[:1]
-        if len({context.tokens.shape[2] for context in shown}) > 1:
-            raise ValueError("conditionings of one UNet need tokens of one width, got "
-                             f"{[context.tokens.shape[2] for context in shown]}")
-        tokens = torch.cat([context.tokens for context in shown], 1)
-        seen = None if all(c.mask is None for c in shown) else torch.cat([mask_of(c) for c in shown], 1)
-        return Context(tokens, seen, the_channels(contexts))
+        return Context.beside([part(t) for part in self.parts])
 
 
 class Stack(Combination):
@@ -112,8 +47,7 @@ class Stack(Combination):
         if len(t) != self.rows:
             raise ValueError(f"the stack has {self.rows} rows and the batch {len(t)}: a stack does not broadcast")
         of_parts = t.split([part.rows for part in self.parts])
-        contexts = [part(rows) for part, rows in zip(self.parts, of_parts, strict=True)]
-        return Context(*pile(contexts), pile_channels(contexts))
+        return Context.stack([part(rows) for part, rows in zip(self.parts, of_parts, strict=True)])
 
     def at(self, levels: Levels) -> Conditioning:
         if not self.varies:
@@ -122,11 +56,12 @@ class Stack(Combination):
             return self.parts[0].at(levels)
         rows = iter(levels * self.rows if len(levels) == 1 else levels)
         each = [tuple(islice(rows, part.rows)) for part in self.parts]
-        return self.of(tuple(of_rows(part.at(own[:1] if len(set(own)) == 1 else own), part.rows)
-                             for part, own in zip(self.parts, each)))
+        decided = [part.at(own[:1] if len(set(own)) == 1 else own) for part, own in zip(self.parts, each)]
+        return self.of(tuple(new if new.rows == part.rows else new.repeat(part.rows)
+                             for new, part in zip(decided, self.parts)))
 
     def repeat(self, n: int) -> Self:
-        return self._map(lambda part: part.repeat(n))
+        return self.of(tuple(part.repeat(n) for part in self.parts))
 
 
 class Lerp(Combination):
@@ -153,7 +88,8 @@ class Lerp(Combination):
         if a.tokens.shape != b.tokens.shape or a.mask is not None or b.mask is not None:
             raise ValueError(f"Lerp needs tokens of one shape without a mask, got {list(a.tokens.shape)} and "
                              f"{list(b.tokens.shape)}, masks: {a.mask is not None} and {b.mask is not None}")
-        return Context(torch.lerp(a.tokens, b.tokens, self.weight), None, the_channels([a, b]))
+        both = Context.beside([a, b])
+        return replace(both, tokens=torch.lerp(a.tokens, b.tokens, self.weight))
 
 
 def lerp_features(a: TextFeatures, b: TextFeatures, weight: float) -> TextFeatures:
@@ -169,53 +105,52 @@ def lerp_features(a: TextFeatures, b: TextFeatures, weight: float) -> TextFeatur
     return TextFeatures(torch.lerp(a.tokens, b.tokens, weight), a.mask)
 
 
-class Channels(Combination):
+class With(Combination):
+    """A conditioning with more for the network to see than tokens: `With(cond, channels=image)`.
+
+    inputs: fields of `Context`, or of the subclass that a subclass of this names as `context`, tensors [B, ...] of one
+    row or of one per sample. Raises ValueError for rows that do not fit, TypeError for an input that no field holds.
+    """
+
+    context: ClassVar[type[Context]] = Context
+    inputs: dict[str, Tensor]
+
+    def __init__(self, part: Conditioning, **inputs: Tensor) -> None:
+        known = [own.name for own in fields(self.context)[2:]]
+        unknown = [name for name in inputs if name not in known]
+        if unknown or not inputs:
+            raise TypeError(f"{type(self).__name__} takes the inputs {', '.join(known)}, got {', '.join(unknown)}")
+        self._set(inputs=inputs)
+        super().__init__(part)
+
+    def _check_rows(self, rows: list[int]) -> None:
+        super()._check_rows([*rows, *map(len, self.inputs.values())])
+
+    def of(self, parts: tuple[Any, ...]) -> Self:
+        return type(self)(parts[0], **self.inputs)
+
+    @property
+    def rows(self) -> int:
+        return max(self.parts[0].rows, *map(len, self.inputs.values()))
+
+    def __call__(self, t: Tensor) -> Context:
+        seen = self.parts[0](t)
+        own = self.context(seen.tokens[:, :0], **{name: to_batch(x, len(t)) for name, x in self.inputs.items()})
+        return Context.beside([seen, own])
+
+    def repeat(self, n: int) -> Self:
+        part: Any = self.parts[0]
+        inputs = {name: x.repeat_interleave(n, 0) if len(x) == self.rows else x for name, x in self.inputs.items()}
+        return type(self)(part.repeat(n) if part.rows == self.rows else part, **inputs)
+
+
+class Channels(With):
     """A conditioning with channels for the UNet to see beside x: an image to edit (InstructPix2Pix), a masked one.
 
     channels [B, C, h, w], as large as the latents, of one row or one per sample; unscaled by c_in.
     """
 
-    channels: Tensor
-
     def __init__(self, part: Conditioning, channels: Tensor) -> None:
         if channels.ndim != 4:
             raise ValueError(f"channels must be [B, C, h, w], got {list(channels.shape)}")
-        self._set(channels=channels)
-        super().__init__(part)
-
-    def _check_rows(self, rows: list[int]) -> None:
-        super()._check_rows([*rows, len(self.channels)])
-
-    def of(self, parts: tuple[Conditioning, ...]) -> Self:
-        return type(self)(parts[0], self.channels)
-
-    @property
-    def rows(self) -> int:
-        return max(self.parts[0].rows, len(self.channels))
-
-    def __call__(self, t: Tensor) -> Context:
-        context = self.parts[0](t)
-        own = Context(context.tokens, context.mask, to_batch(self.channels, len(t)))
-        return Context(own.tokens, own.mask, the_channels([context, own]))
-
-    def repeat(self, n: int) -> Self:
-        part = self.parts[0]
-        repeated = part.repeat(n) if part.rows == self.rows else part
-        channels = self.channels.repeat_interleave(n, 0) if len(self.channels) == self.rows else self.channels
-        return type(self)(repeated, channels)
-
-
-def pile_channels(contexts: Sequence[Context]) -> Tensor | None:
-    """The channels of contexts one under the other. Raises ValueError if some have channels and some have none."""
-    found = [context.channels for context in contexts if context.channels is not None]
-    if found and len(found) < len(contexts):
-        raise ValueError("one UNet call has channels beside x for all of its conditionings or for none: wrap "
-                         "each in Channels (zeros where there is no image)")
-    return torch.cat(found) if found else None
-
-
-def the_channels(contexts: Sequence[Context]) -> Tensor | None:
-    found = [context.channels for context in contexts if context.channels is not None]
-    if len(found) > 1:
-        raise ValueError("two parts of one conditioning have channels: put Channels around the combination")
-    return found[0] if found else None
+        super().__init__(part, channels=channels)

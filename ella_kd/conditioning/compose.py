@@ -1,91 +1,56 @@
-"""Conditions made of others at the level of what the network answers: weighted prompts (AND) and regions.
+"""Conditionings made of others at the level of what the network answers: weighted prompts (AND) and regions.
 
-A composition is given to a guided denoiser as `cond`. It stands for C = sum_i W_i D(x; c_i) + (1 - sum_i W_i) D(x; u),
-so every guidance rule works on it as on a single prompt.
+A composition stands for C = sum_i W_i D(x; c_i) + (1 - sum_i W_i) D(x; u), so every guidance rule works on it as on a
+single prompt.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import FrozenInstanceError, dataclass
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from ella_kd.conditioning.base import Conditioning, Levels, Map
+from ella_kd.conditioning.base import Combination, Conditioning, Term, Weight
+from ella_kd.conditioning.leaves import as_conditioning
+from ella_kd.models.context import Context
+from ella_kd.models.network import Levels
 from ella_kd.scale import Scale, check_scale, resolve
 
-Weight = float | Tensor
-"""How much an answer counts: a number, or on the CPU float64 [h, w], [B, 1, 1, 1] or [B, 1, h, w]."""
-Term = tuple[Conditioning | None, Weight]
-"""A conditioning, None for the uncond, and its weight."""
 
-
-class Composition(ABC):
+class Composition(Combination):
     """Several conditions and how much each counts, perhaps differently at each place of the picture."""
 
-    parts: tuple[Any, ...]
+    of_answers = True
 
-    def _set(self, parts: Sequence[Any], **fields: Any) -> None:
+    def __init__(self, parts: Sequence[Any], **fields: Any) -> None:
         for part in parts:
             if isinstance(part, (str, bytes)):
                 raise TypeError(f"{type(self).__name__} takes encoded prompts, got the text {part!r}: encode it first")
-        for name, value in {"parts": tuple(parts), **fields}.items():
-            object.__setattr__(self, name, value)
+        self._set(**fields)
+        super().__init__(*map(as_conditioning, parts))
 
-    def __setattr__(self, name: str, value: object) -> None:
-        raise FrozenInstanceError(f"compositions are values: {name} cannot be set; make a new one")
-
-    @abstractmethod
-    def of(self, parts: tuple[Any, ...]) -> Self:
-        """The same composition of other parts."""
+    def _check_part(self, part: object) -> None:
+        """Any conditioning, other compositions too."""
 
     @abstractmethod
     def weights(self, h: int, w: int, levels: Levels) -> list[Weight]:
         """The weight of each part; what they lack of 1 is the uncond's."""
 
-    @property
-    def rows(self) -> int:
-        rows = [part.rows for part in self.parts]
-        if len(set(rows) - {1}) > 1:
-            raise ValueError(f"{type(self).__name__} takes conditions of one row or of equal rows, got rows {rows}")
-        return max(rows)
-
-    @property
-    def varies(self) -> bool:
-        return any(part.varies for part in self.parts)
-
-    def at(self, levels: Levels) -> Self:
-        """The same at these noise levels, with every switch decided."""
-        return self.map(lambda part: part.at(levels)) if any(part.varies for part in self.parts) else self
-
-    def repeat(self, n: int) -> Self:
-        """n samples per row, side by side."""
-        return self.map(lambda part: part.repeat(n) if part.rows == self.rows else part)
-
-    def leaves(self) -> list[Conditioning]:
-        """The conditionings it is made of that are not themselves made of others."""
-        return [leaf for part in self.parts for leaf in part.leaves()]
-
-    def map_leaves(self, f: Map) -> Self:
-        """The same composition of f(leaf)."""
-        return self.map(lambda part: part.map_leaves(f))
-
-    def map(self, f: Callable[[Any], Any]) -> Self:
-        """The same composition of f(part)."""
-        return self.of(tuple(map(f, self.parts)))
+    def __call__(self, t: Tensor) -> Context:
+        raise TypeError(f"{type(self).__name__} combines several answers of the network and has no tokens of its own: "
+                        "give it to a denoiser")
 
     def terms(self, h: int, w: int, levels: Levels) -> list[Term]:
-        """What to evaluate for latents of h x w, each conditioning once, and how much its answer counts; the weights
-        sum to 1 everywhere. Inner compositions are multiplied out; what weighs nothing is left out.
-        """
+        """Each conditioning once; inner compositions are multiplied out; what weighs nothing is left out."""
         weights = self.weights(h, w, levels)
         total: dict[Conditioning | None, Weight] = {}
-        for part, weight in [*zip(self.parts, weights, strict=True), (None, 1.0 - sum(weights))]:
-            inner = part.terms(h, w, levels) if isinstance(part, Composition) else [(part, 1.0)]
-            for term, share in inner:
+        for part, weight in zip(self.parts, weights, strict=True):
+            for term, share in part.terms(h, w, levels):
                 total[term] = total.get(term, 0.0) + weight * share
+        total[None] = total.get(None, 0.0) + (1.0 - sum(weights))
         return [(term, 1.0 if _is(weight, 1.0) else weight) for term, weight in total.items() if not _is(weight, 0.0)]
 
 
@@ -102,14 +67,14 @@ class And(Composition):
         if not terms or any(not isinstance(term, tuple) or len(term) != 2 for term in terms):
             raise ValueError("And takes pairs of a condition and its weight: And((a, 1.0), (b, -0.5))")
         amounts = tuple(check_scale("a weight of And", weight, per_sample=False) for _, weight in terms)
-        self._set([part for part, _ in terms], amounts=amounts)
+        super().__init__([part for part, _ in terms], amounts=amounts)
 
     def of(self, parts: tuple[Any, ...]) -> Self:
         return type(self)(*zip(parts, self.amounts, strict=True))
 
     @property
-    def varies(self) -> bool:
-        return super().varies or any(callable(amount) for amount in self.amounts)
+    def weights_vary(self) -> bool:
+        return super().weights_vary or any(callable(amount) for amount in self.amounts)
 
     def weights(self, h: int, w: int, levels: Levels) -> list[Weight]:
         amounts = [resolve(amount, levels) for amount in self.amounts]
@@ -175,7 +140,7 @@ class Regions(Composition):
         if not 0 <= feather <= 1:
             raise ValueError(f"feather is a fraction of the side, from 0 to 1, got {feather}")
         parts = [part for part, _ in terms] + ([] if background is None else [background])
-        self._set(parts, areas=tuple(area for _, area in terms), feather=float(feather))
+        super().__init__(parts, areas=tuple(area for _, area in terms), feather=float(feather))
 
     def of(self, parts: tuple[Any, ...]) -> Self:
         background = parts[len(self.areas)] if len(parts) > len(self.areas) else None

@@ -1,76 +1,74 @@
-"""A run's timesteps evaluated beforehand: one connector call for all of them, and lookups in the loop."""
+"""The connector's answers at the noise levels of a run: asked for in few large calls, then only looked up."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ella_kd.conditioning.base import ELLA, Conditioning, Context, to_batch
-from ella_kd.conditioning.compose import Composition
-from ella_kd.models.tokens import pile
-from ella_kd.models.tsc import TSC
+from ella_kd.models.context import pile
+from ella_kd.models.text import TextFeatures
 
-T = TypeVar("T", Conditioning, Composition, Conditioning | Composition)
+READ = 1 << 24  # numbers of features that one call reads: 64 rows of 128 tokens of flan-t5-xl
+ROWS = 1 << 10  # rows of one call at most: a small connector's layers are wider than its features
+KEPT = 1 << 26  # numbers of tokens kept for the steps to come: 256 MB in fp32
 
 
-@dataclass(frozen=True, eq=False)
-class Planned(Conditioning):
-    """An ELLA prompt at the timesteps of a run, already evaluated; made by `planned`.
+class Plan:
+    """What one run asks of its connectors. levels: the run's sigmas; timesteps [N]: of each, as the denoiser has it;
+    times: the same on the host.
 
-    timesteps [N] fp32, table [N, P, L, D], prompts [rows]. A t is found by exact equality, never as its neighbour. One
-    that was not planned is a ValueError on the CPU, and NaN tokens on a device, where telling would stall the loop.
+    It belongs to the run and goes with it: conditionings stay values.
     """
 
-    timesteps: Tensor
-    table: Tensor
-    prompts: Tensor
+    def __init__(self, levels: Sequence[float], timesteps: Tensor, times: Sequence[float]) -> None:
+        distinct = list(dict.fromkeys(times))
+        self.index = {level: distinct.index(t) for level, t in zip(levels, times, strict=True)}
+        self.timesteps = timesteps if len(distinct) == len(times) else timesteps[[times.index(t) for t in distinct]]
+        self.tables: dict[Any, Table] = {}
 
-    @property
-    def rows(self) -> int:
-        return len(self.prompts)
-
-    def __call__(self, t: Tensor) -> Context:
-        if t.device.type == "cpu":
-            self.check_covers(t)
-        hit = t[:, None] == self.timesteps  # [B, N]
-        tokens = self.table[hit.int().argmax(1), to_batch(self.prompts, len(t))]
-        return Context(torch.where(hit.any(1)[:, None, None], tokens, torch.nan))
-
-    def check_covers(self, timesteps: Tensor) -> None:
-        """Raises ValueError if one of timesteps [N] was not planned. Waits for the device: before the loop only."""
-        missing = timesteps[~(timesteps[:, None] == self.timesteps).any(1)]
-        if len(missing):
-            raise ValueError(f"this conditioning was planned for other timesteps: it lacks {len(missing)} of "
-                             f"{len(timesteps)}, first {missing[0].item():g}; plan the unplanned one for this run")
-
-    def repeat(self, n: int) -> "Planned":
-        return Planned(self.timesteps, self.table, self.prompts.repeat_interleave(n))
+    def table(self, connector: Callable[..., Tensor]) -> "Table":
+        """Where all the prompts of one connector are: one call answers them all."""
+        return self.tables.setdefault(connector, Table(self, connector))
 
 
-def plan(conditionings: Sequence[T], timesteps: Tensor) -> list[T]:
-    """Each conditioning, evaluated at timesteps [N] fp32 in one batched call per connector, then only looked up.
+class Table:
+    """The prompts that one connector reads in a run, and what it says to them at the noise levels in turn.
 
-    Prompts of all the conditionings that share a connector go into the same call: N times their number of rows.
-    Raises ValueError for a conditioning that was planned before, for other timesteps.
+    Calls are as large as `READ` allows, one for a whole run if it fits; answers of the past go when `KEPT` is reached.
     """
-    timesteps = timesteps.unique()
-    prompts: dict[TSC, list[ELLA]] = {}
-    for leaf in dict.fromkeys(leaf for conditioning in conditionings for leaf in conditioning.leaves()):
-        if isinstance(leaf, ELLA):
-            prompts.setdefault(leaf.tsc, []).append(leaf)
-    planned: dict[Conditioning, Conditioning] = {}
-    for tsc, leaves in prompts.items():
-        tokens, mask = pile([leaf.features for leaf in leaves])
-        n, p = len(timesteps), len(tokens)
-        table = tsc(tokens.repeat(n, 1, 1), timesteps.repeat_interleave(p), None if mask is None else mask.repeat(n, 1))
-        tables = table.unflatten(0, (n, p)).split([len(leaf.features.tokens) for leaf in leaves], 1)
-        planned |= {leaf: Planned(timesteps, part, leaf.prompts) for leaf, part in zip(leaves, tables, strict=True)}
 
-    def of(leaf: Conditioning) -> Conditioning:
-        if isinstance(leaf, Planned):
-            leaf.check_covers(timesteps)
-        return planned.get(leaf, leaf)
+    def __init__(self, plan: Plan, connector: Callable[..., Tensor]) -> None:
+        self.plan, self.connector = plan, connector
+        self.features: dict[TextFeatures, slice] = {}
+        self.answers: dict[int, Tensor] = {}
 
-    return [conditioning.map_leaves(of) for conditioning in conditionings]
+    def add(self, features: TextFeatures) -> slice:
+        """Takes prompts [P, L, D] in; which of the table's they are."""
+        if features not in self.features:
+            start = max((part.stop for part in self.features.values()), default=0)
+            self.features[features] = slice(start, start + len(features.tokens))
+            self.answers.clear()  # they lack these prompts
+        return self.features[features]
+
+    def tokens(self, level: float) -> Tensor:
+        """[all prompts, L, D] at one of the plan's levels."""
+        i = self.plan.index[level]
+        if i not in self.answers:
+            self._ask(i)
+        return self.answers[i]
+
+    def _ask(self, first: int) -> None:
+        """Answers for `first` and as many of the next timesteps as one call may read."""
+        tokens, mask = pile(list(self.features))
+        prompts, rows = len(tokens), max(1, min(ROWS, READ // tokens[0].numel()))
+        missing = [i for i in range(first, len(self.plan.timesteps)) if i not in self.answers]
+        missing = missing[: max(1, rows // prompts)]
+        n, times = len(missing), torch.cat([self.plan.timesteps[i : i + 1] for i in missing])
+        args = [tokens.repeat(n, 1, 1), times.repeat_interleave(prompts)]
+        args += [] if mask is None else [mask.repeat(n, 1)]
+        calls = zip(*(arg.split(rows) for arg in args), strict=True)
+        found = torch.cat([self.connector(*call) for call in calls]).unflatten(0, (n, prompts))
+        if found[0].numel() * (len(self.answers) + n) > KEPT:
+            self.answers.clear()
+        self.answers |= zip(missing, found)

@@ -9,9 +9,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ella_kd.conditioning.base import Conditioning, Context, Levels, above
-from ella_kd.conditioning.combine import Combination, pile_channels
-from ella_kd.models.tokens import pile
+from ella_kd.conditioning.base import Combination, Conditioning, above
+from ella_kd.models.context import Context
+from ella_kd.models.devices import upload
+from ella_kd.models.network import Levels
 
 
 class Switch(Combination):
@@ -77,10 +78,8 @@ class _Chosen(Combination):
         if len(t) != self.rows:
             raise ValueError(f"a switch was decided for {self.rows} rows, and the batch has {len(t)}")
         used = sorted(set(self.which))
-        contexts = [self.parts[part](t) for part in used]
-        rows = torch.tensor([used.index(part) * len(t) + row for row, part in enumerate(self.which)], device=t.device)
-        (tokens, mask), channels = pile(contexts), pile_channels(contexts)
-        return Context(tokens[rows], None if mask is None else mask[rows], None if channels is None else channels[rows])
+        rows = [used.index(part) * len(t) + row for row, part in enumerate(self.which)]
+        return Context.stack([self.parts[part](t) for part in used]).take(upload(torch.tensor(rows), t.device))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,11 +1,13 @@
 """Guidance: rules over the answers of a denoiser, and the denoiser that evaluates what they ask for."""
 
-from ella_kd.guidance.guided import CFGDenoiser, GuidedDenoiser, Prediction
-from ella_kd.guidance.models import AutoGuidance, InstructPix2Pix
+from ella_kd.bound import COND, UNCOND, Branch
+from ella_kd.guidance.branches import AutoGuidance, InstructPix2Pix
+from ella_kd.guidance.guided import CFGDenoiser, GuidedDenoiser
 from ella_kd.guidance.perturbed import PAG, SAG, SEG, SLG, Perturbed
 from ella_kd.guidance.projections import APG, TCFG, CFGZeroStar
-from ella_kd.guidance.rule import CFG, COND, UNCOND, Answers, Branch, Guidance, Interval
+from ella_kd.guidance.rule import CFG, Answers, Guidance, Interval
 from ella_kd.guidance.thresholds import DynamicThreshold, MimicScale, Rescale
+from ella_kd.samplers.model import Prediction
 
 __all__ = [
     "APG",

@@ -4,33 +4,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ella_kd.bound import COND, UNCOND, Branch
 from ella_kd.conditioning import Levels, above
-from ella_kd.models.patches import Patch
+from ella_kd.models.devices import upload
 from ella_kd.scale import Scale, check_scale, resolve
-
-if TYPE_CHECKING:
-    from ella_kd.denoiser import LDMDenoiser
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One answer that a rule asks for.
-
-    cond: the name of the condition among those of the call ("cond", "uncond", "image"). patch: what its rows change in
-    the UNet. model: another denoiser than the guided one, which sees the same x, sigma and conditions.
-    """
-
-    cond: str = "cond"
-    patch: Patch | None = None
-    model: "LDMDenoiser | None" = None
-
-
-COND, UNCOND = Branch("cond"), Branch("uncond")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +40,7 @@ class Answers:
         if isinstance(scale, float):
             return scale
         assert not callable(scale), "a rule is resolved by at() before it is called"
-        return self.x.new_tensor(scale).view(-1, 1, 1, 1)
+        return upload(torch.tensor(scale, dtype=self.x.dtype), self.x.device).view(-1, 1, 1, 1)
 
 
 class Guidance(ABC):
@@ -102,7 +84,7 @@ class Guidance(ABC):
     @property
     def varies(self) -> bool:
         """Whether it depends on sigma, so that `at` has something to decide."""
-        own = any(callable(getattr(self, name)) for name in self.scales)
+        own = type(self).at is not Guidance.at or any(callable(getattr(self, name)) for name in self.scales)
         return own or any(rule.varies for rule in self._inner())
 
     def at(self, levels: Levels) -> "Guidance":
@@ -213,7 +195,7 @@ def zip_rows(a: tuple[bool, ...], b: tuple[bool, ...]) -> list[tuple[bool, bool]
 
 def where_rows(rows: tuple[bool, ...], a: Tensor, b: Tensor) -> Tensor:
     """The rows of a where True, those of b elsewhere: [B, C, h, w]."""
-    return torch.where(torch.tensor(rows, device=a.device).view(-1, 1, 1, 1), a, b)
+    return torch.where(upload(torch.tensor(rows), a.device).view(-1, 1, 1, 1), a, b)
 
 
 def is_all(scale: Scale, value: float) -> bool:

@@ -16,14 +16,14 @@ def parse(text: str) -> Guidance:
 
     Nothing is executed. Raises ValueError for anything else, naming the rules that exist.
     """
+    shown = text if len(text) <= 80 else f"{text[:80]}..."
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError as error:
-        raise ValueError(f"not a guidance rule: {text!r}: expected something like CFG(7) or Rescale(CFG(7), 0.7)"
+        rule = _value(ast.parse(text.strip(), mode="eval").body, shown)
+    except (SyntaxError, RecursionError, MemoryError, UnicodeError) as error:  # thousands of signs or brackets too
+        raise ValueError(f"not a guidance rule: {shown!r}: expected something like CFG(7) or Rescale(CFG(7), 0.7)"
                          ) from error
-    rule = _value(tree, text)
     if not isinstance(rule, Guidance):
-        raise ValueError(f"not a guidance rule: {text!r}: expected something like CFG(7) or Rescale(CFG(7), 0.7)")
+        raise ValueError(f"not a guidance rule: {shown!r}: expected something like CFG(7) or Rescale(CFG(7), 0.7)")
     return rule
 
 
@@ -44,7 +44,11 @@ def _value(node: ast.expr, text: str) -> Any:
             raise ValueError(f"unknown guidance rule {name!r}: "
                              + (f"did you mean {', '.join(near)}?" if near else f"choose {', '.join(sorted(table))}"))
         args = [_value(arg, text) for arg in node.args]
-        keywords = {keyword.arg: _value(keyword.value, text) for keyword in node.keywords if keyword.arg}
+        keywords: dict[str, Any] = {}
+        for keyword in node.keywords:
+            if keyword.arg is None or keyword.arg in keywords:
+                raise ValueError(f"{name} takes each argument once, by its name, in the guidance rule {text!r}")
+            keywords[keyword.arg] = _value(keyword.value, text)
         try:
             return table[name](*args, **keywords)
         except TypeError as error:
@@ -56,4 +60,4 @@ def _value(node: ast.expr, text: str) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError as error:
-        raise ValueError(f"cannot read {ast.unparse(node)!r} in the guidance rule {text!r}") from error
+        raise ValueError(f"cannot read {ast.unparse(node)[:80]!r} in the guidance rule {text!r}") from error

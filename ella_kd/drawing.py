@@ -1,0 +1,176 @@
+"""Encoded prompts to pictures: denoiser, guidance, sampler and decoder put together."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ella_kd.conditioning import Composition, Conditioning
+from ella_kd.denoiser import Condition
+from ella_kd.guidance import CFG, Guidance
+from ella_kd.images import to_images
+from ella_kd.models import TextFeatures
+from ella_kd.pipeline import Pipeline
+from ella_kd.request import SCALE, Request, method_named, seed_number, whole
+from ella_kd.samplers import SAMPLERS, get_schedule, randn
+
+OTHER_WORDS = {"scale": "guidance", "cond_scale": "guidance", "cfg_scale": "guidance", "negative": "uncond",
+               "prompt": "cond", "num_inference_steps": "steps", "guidance_scale": "guidance"}
+
+
+@torch.no_grad()
+def draw(
+    pipeline: Pipeline,
+    cond: Condition,
+    *,
+    uncond: Condition | None = None,
+    guidance: Guidance | float = SCALE,
+    sampler: str = Request.sampler,
+    schedule: str = Request.schedule,
+    steps: int = Request.steps,
+    width: int | None = None,
+    height: int | None = None,
+    seeds: int | Sequence[int] = 0,
+    noise: Tensor | None = None,
+    latents: Tensor | None = None,
+    sigmas: Tensor | Sequence[float] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = True,
+    **conditions: Condition,
+) -> list[Image.Image]:
+    """One picture per seed, in one batch, from encoded prompts: `draw(sd, Regions(...), uncond=sd.encode(""))`.
+
+    cond, uncond, and other conditions by the names the rule asks for: conditionings (`pipeline.encode(prompts)`), T5
+    features, or compositions, each of one row or of one per seed. guidance: a rule, or the scale of classifier-free
+    guidance (lambda for a sampler in `_cfg_pp`). The rest is as in `generate`, which reads prompts and keeps settings.
+    noise [B, C, h, w], fp32 or fp64: a start of unit variance in place of the seeds' own. latents, of that shape: x at
+    sigmas[0], as it is. Beside either, one number as seeds is that of the first row. sigmas [n + 1]: the noise levels
+    themselves, in place of schedule and steps: `draw(sd, cond, latents=x, sigmas=sigmas[8:])` goes on from x.
+    Raises ValueError or TypeError for an argument that cannot be met, and ValueError if a network returns NaN.
+    """
+    refuse_unknown(draw, conditions, OTHER_WORDS, _is_condition)
+    sampler, schedule = method_named(sampler, schedule)
+    rule, given = plain_scale(guidance, SAMPLERS[sampler].cfg_pp), start_given(noise, latents)
+    rows = seed_rows(seeds, None if given is None else len(given))
+    shape = latent_shape(pipeline, width, height, len(rows), given)
+    denoiser = pipeline.denoiser(rule if isinstance(rule, Guidance) else None)
+    extra_args: dict[str, Any] = {"cond": cond, "uncond": uncond, **conditions}
+    if not isinstance(rule, Guidance):
+        extra_args["cond_scale"] = rule
+    if sigmas is None:
+        sigmas = get_schedule(schedule).sigmas(whole("steps", steps), denoiser)
+    sigmas = torch.as_tensor(sigmas).to(pipeline.device)
+    if latents is None:
+        latents = (randn(shape, rows) if noise is None else noise).to(pipeline.device) * sigmas[0]
+    sample = SAMPLERS[sampler].function
+    latents = sample(denoiser, latents.to(pipeline.device), sigmas, extra_args=extra_args, callback=callback,
+                     disable=not progress, seeds=rows)
+    return to_images(pipeline.vae.decode(latents.to(pipeline.vae.dtype)))
+
+
+def plain_scale(guidance: Guidance | float, cfg_pp: bool) -> Guidance | float:
+    """The scale of `CFG(7.0)`, which is the same as 7.0; other rules as they are, and a warning where CFG++ would take
+    their scale for lambda."""
+    if type(guidance) is CFG and isinstance(guidance.scale, float):
+        return guidance.scale
+    scale = innermost_scale(guidance) if isinstance(guidance, Guidance) else None
+    if cfg_pp and scale is not None and scale > 2:
+        warnings.warn(f"with CFG++ the rule's scale is lambda, usually 0 to 1; {guidance} has {scale:g} (a plain "
+                      "guidance scale, perhaps?)", stacklevel=4)
+    return guidance
+
+
+def innermost_scale(rule: Guidance) -> float | None:
+    """The scale that a nest of rules starts from, if it is one number."""
+    while isinstance(base := getattr(rule, "base", None), Guidance):
+        rule = base
+    found = getattr(rule, "scale", None)
+    return float(found) if isinstance(found, (int, float)) else None
+
+
+def start_given(noise: Tensor | None, latents: Tensor | None) -> Tensor | None:
+    """The noise or the latents that a run starts from. ValueError for both or another shape, TypeError for a dtype."""
+    if noise is not None and latents is not None:
+        raise ValueError("give noise (of unit variance) or latents (x at sigmas[0]), not both")
+    name, given = ("noise", noise) if latents is None else ("latents", latents)
+    if given is None:
+        return None
+    if not isinstance(given, Tensor) or given.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be a tensor in float32 or float64, the network inside may be half; got "
+                        f"{given.dtype if isinstance(given, Tensor) else type(given).__name__}")
+    if given.ndim != 4 or not given.numel():
+        raise ValueError(f"{name} must be latents [B, C, h, w], got shape {list(given.shape)}")
+    return given
+
+
+def seed_rows(seeds: int | Sequence[int], rows: int | None = None) -> list[int]:
+    """One seed per row; of rows that are given, a single number is the first's, and the next ones follow."""
+    if not several(seeds):
+        first = seed_number(seeds)
+        return [first + i for i in range(rows or 1)]
+    assert isinstance(seeds, Iterable)
+    values = [seed_number(seed) for seed in seeds]
+    if not values:
+        raise ValueError("seeds is empty: give one per picture, at least one")
+    if rows not in (None, len(values)):
+        raise ValueError(f"there are {len(values)} seeds and {rows} rows to start from: give one per row, or one")
+    return values
+
+
+def several(seeds: object) -> bool:
+    """Whether they are a sequence or an array of seeds, rather than one."""
+    return isinstance(seeds, Iterable) and not isinstance(seeds, str) and getattr(seeds, "ndim", None) != 0
+
+
+def latent_shape(pipeline: Pipeline, width: int | None, height: int | None, rows: int,
+                 given: Tensor | None = None) -> tuple[int, int, int, int]:
+    """[B, C, h, w] of the latents. ValueError for a size that the decoder cannot do, or that is not the given start's.
+    """
+    factor, channels = pipeline.vae.factor, pipeline.vae.config.latent_channels
+    if given is not None:
+        if given.shape[1] != channels:
+            raise ValueError(f"this model's latents have {channels} channels, got {list(given.shape)}")
+        h, w = given.shape[2:]
+        if (width, height) not in ((None, None), (w * factor, h * factor)):
+            raise ValueError(f"latents of {h}x{w} are a picture of {w * factor}x{h * factor}, not {width}x{height}: "
+                             "leave out width and height")
+        return rows, channels, h, w
+    width, height = picture_size(pipeline, width, height)
+    return rows, channels, height // factor, width // factor
+
+
+def picture_size(pipeline: Pipeline, width: int | None, height: int | None) -> tuple[int, int]:
+    """Width and height in pixels, the model's own where they are None. ValueError for what the decoder cannot do."""
+    width = whole("width", pipeline.size if width is None else width)
+    height = whole("height", pipeline.size if height is None else height)
+    check_multiples(width, height, pipeline.vae.factor)
+    return width, height
+
+
+def check_multiples(width: int, height: int, multiple: int) -> None:
+    """ValueError unless both sides are multiples of a latent's pixels."""
+    if width % multiple or height % multiple:
+        near = "x".join(str(max(1, round(side / multiple)) * multiple) for side in (width, height))
+        raise ValueError(f"width and height must be multiples of {multiple} for this model, got {width}x{height}: "
+                         f"try {near}")
+
+
+def refuse_unknown(function: Callable[..., Any], given: Mapping[str, Any], other_words: Mapping[str, str],
+                   allowed: Callable[[object], bool] = lambda value: False) -> None:
+    """TypeError for a keyword that the function does not have and whose value is not allowed there, with the nearest
+    that it has."""
+    names = [name for name, each in inspect.signature(function).parameters.items() if each.kind != each.VAR_KEYWORD]
+    for name, value in given.items():
+        near = [other_words[name]] if name in other_words else get_close_matches(name, names, 3, 0.6)
+        if near or not allowed(value):
+            advice = f"did you mean {' or '.join(near)}?" if near else f"{function.__name__} takes {', '.join(names)}"
+            raise TypeError(f"unknown argument {name}: {advice}")
+
+
+def _is_condition(value: object) -> bool:
+    return isinstance(value, (Conditioning, Composition, TextFeatures, Tensor)) or value is None

@@ -1,0 +1,204 @@
+"""Prompts to pictures: what a prompt may say, which picture gets which seed, and the request each one keeps."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, Never
+
+import torch
+from tqdm.auto import tqdm
+
+from ella_kd.conditioning import And, Concat, Conditioning, Switch
+from ella_kd.denoiser import Condition
+from ella_kd.drawing import draw, innermost_scale, picture_size, refuse_unknown, seed_rows, several
+from ella_kd.guidance import Guidance
+from ella_kd.guidance.text import parse
+from ella_kd.images import Picture
+from ella_kd.pipeline import Pipeline
+from ella_kd.prompt_editing import edits
+from ella_kd.prompts import check_wildcards, expand_wildcards, split_and
+from ella_kd.request import SCALE, VERSION, Mode, Request, whole
+from ella_kd.samplers import get_schedule
+
+OTHER_WORDS = {"cfg_scale": "scale", "cond_scale": "scale", "guidance_scale": "scale", "num_inference_steps": "steps",
+               "uncond": "negative"}
+
+
+def generate(
+    pipeline: Pipeline,
+    prompts: str | Sequence[str],
+    *,
+    negative: str | Sequence[str] = Request.negative,
+    mode: Mode = Request.mode,
+    negative_mode: Mode | None = Request.negative_mode,
+    tags: str | None = Request.tags,
+    syntax: bool = Request.syntax,
+    wildcards: str | Path | None = None,
+    clip_skip: int = Request.clip_skip,
+    sampler: str = Request.sampler,
+    schedule: str = Request.schedule,
+    steps: int = Request.steps,
+    scale: float = SCALE,
+    guidance: Guidance | str | None = None,
+    width: int | None = Request.width,
+    height: int | None = Request.height,
+    seeds: int | Sequence[int] | None = None,
+    count: int = 1,
+    batch_size: int = 8,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = True,
+    **unknown: Never,
+) -> list[Picture]:
+    """Draw `count` pictures of every prompt, prompt by prompt.
+
+    mode: how the text reaches the UNet: "flexible", ELLA on the prompt's own T5 tokens; "fixed", ELLA on 128 of them,
+    padded or cut, as it was trained; "clip", CLIP and no ELLA. negative: one for all prompts, or a sequence of one for
+    each. negative_mode: how it is read, if not as the prompt ("clip": ELLA for the prompt alone). tags: a text for CLIP
+    whose tokens follow ELLA's (trigger words, styles). syntax: read `(phrase:1.3)`, `[phrase]`, `[from:to:when]` and
+    `[a|b]` in every text, and `AND` in prompts, as A1111's web UI does (`ella_kd.models.emphasis`, `.prompt_editing`).
+    wildcards: a folder of text files; `__name__` in a prompt becomes a line of name.txt, chosen by the picture's seed.
+    clip_skip: the layer of CLIP, counted from the last, 1.
+    sampler, schedule: names in `ella_kd.samplers.SAMPLERS` and `SCHEDULES`. scale: of classifier-free guidance; lambda
+    for a sampler in `_cfg_pp`. guidance: a rule in its place, `Rescale(CFG(7), 0.7)`, or its text.
+    width, height: pixels; by default the size the model was trained on. seeds: a number s gives every prompt the seeds
+    s, s + 1, ...; a sequence names one per picture; None draws them from torch's global generator. A picture depends on
+    its own seed, not on those it is drawn with (to one of 255 grey levels in fp32 and fp16, three in bf16): batch_size,
+    the pictures drawn at once, is a matter of memory.
+    callback: called by the sampler at every step, as in k-diffusion. progress: show a bar.
+
+    Raises ValueError or TypeError for an argument that cannot be met (an unknown name comes with the nearest ones), and
+    ValueError if a network returns NaN.
+    """
+    refuse_unknown(generate, unknown, OTHER_WORDS)
+    rule = parse(guidance) if isinstance(guidance, str) else guidance
+    found = rows(prompts, negative, seeds, whole("count", count), wildcards)
+    asked = Request(found[0][0], "", mode, sampler, schedule, steps, scale if rule is None else innermost_scale(rule),
+                    width=width, height=height, guidance="" if rule is None else repr(rule),
+                    negative_mode=negative_mode, tags=tags, syntax=syntax, clip_skip=clip_skip)
+    requests = [replace(asked, prompt=prompt, negative=negative, seed=seed) for prompt, negative, seed in found]
+    drawn = draw_requests(pipeline, requests, guidance=rule, batch_size=batch_size, callback=callback,
+                          progress=progress)
+    return list(tqdm(drawn, total=len(requests), unit="picture",
+                     disable=not progress or len(requests) <= batch_size))
+
+
+def draw_requests(
+    pipeline: Pipeline,
+    requests: Iterable[Request],
+    *,
+    guidance: Guidance | None = None,
+    batch_size: int = 8,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = True,
+) -> Iterator[Picture]:
+    """The pictures of any number of requests, batch by batch as they are drawn; requests may be made on the way.
+
+    Neighbours that differ in prompt, negative and seed only are drawn together, up to batch_size at once. What was
+    encoded for a batch serves the next one if it says the same. guidance: a rule that no text can name, for all of
+    them. callback and progress as in `generate`, and the errors too, which come when the first picture is asked for.
+    """
+    size = whole("batch_size", batch_size)
+    groups = groupby(requests, lambda r: (replace(r, prompt="", negative="", seed=0),
+                                          _weights(r.prompt) if r.syntax else ()))
+    for (asked, _), group in groups:
+        draw_batch = _drawer(pipeline, asked, guidance or (parse(asked.guidance) if asked.guidance else None))
+        left = iter(group)
+        while batch := list(islice(left, size)):
+            yield from draw_batch(batch, callback=callback, progress=progress)
+
+
+def _drawer(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callable[..., list[Picture]]:
+    """What draws a batch of requests that are like `asked` in all but prompt, negative and seed."""
+    width, height = picture_size(pipeline, asked.width, asked.height)
+    guidance = rule if rule is not None else SCALE if asked.scale is None else asked.scale
+    sigmas = get_schedule(asked.schedule).sigmas(asked.steps, pipeline.denoiser())
+    levels = sigmas.tolist() if asked.syntax else None
+    # ELLA's tokens of "" and CLIP's of "" stand against ELLA's and the tags': the same kinds on both sides.
+    no_tags = "" if asked.tags is not None and asked.negative_mode is None else None
+
+    def encode(texts: Sequence[str], mode: Mode, extra: str | None) -> Conditioning:
+        encoded = _over_steps(texts, lambda t: pipeline.encode(t, mode, weighted=asked.syntax,
+                                                               clip_skip=asked.clip_skip), levels)
+        return encoded if extra is None else Concat(encoded, encode([extra], "clip", None))
+
+    @lru_cache(1)
+    def cond_of(prompts: tuple[str, ...]) -> Condition:
+        return _condition(prompts, lambda texts: encode(texts, asked.mode, asked.tags), asked.syntax)
+
+    @lru_cache(1)
+    def uncond_of(negatives: tuple[str, ...]) -> Conditioning:
+        return encode(negatives, asked.negative_mode or asked.mode, no_tags)
+
+    def draw_batch(batch: list[Request], **shown: Any) -> list[Picture]:
+        images = draw(pipeline, cond_of(_one_if_equal(r.prompt for r in batch)),
+                      uncond=uncond_of(_one_if_equal(r.negative for r in batch)), guidance=guidance,
+                      sampler=asked.sampler, sigmas=sigmas, width=width, height=height,
+                      seeds=[r.seed for r in batch], **shown)
+        return [Picture(image, replace(r, width=width, height=height, model=pipeline.name, version=VERSION,
+                                       dtype=str(pipeline.dtype).removeprefix("torch.")))
+                for image, r in zip(images, batch, strict=True)]
+
+    return draw_batch
+
+
+def rows(prompts: str | Sequence[str], negative: str | Sequence[str], seeds: int | Sequence[int] | None, count: int,
+         wildcards: str | Path | None) -> list[tuple[str, str, int]]:
+    """Prompt, negative and seed of every picture, wildcards chosen. ValueError for counts that differ."""
+    prompts = [prompts] if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"prompts must be a string or a sequence of strings, at least one, got {prompts[:3]}")
+    if not isinstance(negative, Iterable):
+        raise TypeError(f"negative must be a string, or one per prompt, got {negative!r}")
+    negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+    if len(negatives) != len(prompts):
+        raise ValueError(f"negative must be one string, or one per prompt: expected {len(prompts)}, got "
+                         f"{len(negatives)}")
+    numbers = _seeds(seeds, len(prompts), count)
+    for prompt in prompts if wildcards is not None else ():
+        check_wildcards(prompt, wildcards)
+    found = [(prompt, negative) for prompt, negative in zip(prompts, negatives) for _ in range(count)]
+    return [(prompt if wildcards is None else expand_wildcards(prompt, wildcards, seed), negative, seed)
+            for (prompt, negative), seed in zip(found, numbers, strict=True)]
+
+
+def _condition(prompts: Sequence[str], encode: Callable[[Sequence[str]], Conditioning], syntax: bool) -> Condition:
+    """Prompts of equal weights, one row each, as what they say: one conditioning, or the AND of several."""
+    if not syntax:
+        return encode(prompts)
+    terms = list(zip(*(split_and(prompt) for prompt in prompts), strict=True))  # term by term, each of all the prompts
+    if len(terms) == 1 and terms[0][0][1] == 1:
+        return encode([text for text, _ in terms[0]])
+    return And(*((encode([text for text, _ in term]), term[0][1]) for term in terms))
+
+
+def _over_steps(texts: Sequence[str], encode: Callable[[Sequence[str]], Conditioning],
+                sigmas: Sequence[float] | None) -> Conditioning:
+    """Texts encoded, one row each; with the sigmas of a run, those that change from step to step as a switch."""
+    if sigmas is None:
+        return encode(texts)
+    steps = list(zip(*(edits(text, len(sigmas) - 1) for text in texts), strict=True))
+    starts = [i for i, said in enumerate(steps) if i == 0 or said != steps[i - 1]]
+    encoded = {said: encode(said) for said in dict.fromkeys(steps)}
+    parts = [encoded[steps[i]] for i in starts]
+    return parts[0] if len(parts) == 1 else Switch(*parts, at=[sigmas[i] for i in starts[1:]])
+
+
+def _weights(prompt: str) -> tuple[float, ...]:
+    return tuple(weight for _, weight in split_and(prompt))
+
+
+def _one_if_equal(texts: Iterable[str]) -> tuple[str, ...]:
+    """All of them, or one for all rows: a batch of another size then asks for the same."""
+    found = tuple(texts)
+    return found[:1] if len(set(found)) == 1 else found
+
+
+def _seeds(seeds: int | Sequence[int] | None, prompts: int, count: int) -> list[int]:
+    if seeds is None:  # 32 bits: what torch's CPU generator uses of a seed, and what other tools can read back
+        return torch.randint(0, 2**32, (prompts * count,)).tolist()
+    found = seed_rows(seeds) if several(seeds) else seed_rows(seeds, count) * prompts
+    if len(found) != prompts * count:
+        raise ValueError(f"seeds must be one number, or one per picture: expected {prompts * count}, got {len(found)}")
+    return found

@@ -1,0 +1,110 @@
+"""The `parameters` text in a PNG, as the AUTOMATIC1111 web UI writes and reads it.
+
+    prompt, of any number of lines
+    Negative prompt: ...
+    Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 1, Size: 512x512, Model: ...
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ella_kd.prompts import without_add_ons
+from ella_kd.samplers.names import a1111_sampler, a1111_schedule, sampler_named, schedule_named
+from ella_kd.samplers.registry import COMPATIBLE_SCHEDULES
+
+# What the web UI's schedule type "Automatic" is: of these samplers this one, of the others "normal".
+AUTOMATIC = {
+    **dict.fromkeys(("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_ancestral", "dpm_2", "dpm_2_ancestral", "restart"), "karras"),
+    **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_3m_sde"), "exponential"),
+}
+_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # the web UI's own
+
+
+def write(values: Mapping[str, Any]) -> str:
+    """The text of a request's fields."""
+    given = {
+        "Steps": values["steps"],
+        "Sampler": a1111_sampler(values["sampler"]),
+        "Schedule type": a1111_schedule(values["schedule"]),
+        "CFG scale": None if values["scale"] is None else f"{values['scale']:g}",
+        "Seed": values["seed"],
+        "Size": f"{values['width']}x{values['height']}" if values["width"] and values["height"] else None,
+        "Model": values["model"] or None,
+        "Clip skip": values["clip_skip"] if values["clip_skip"] != 1 else None,
+        "ELLA": values["mode"],
+        "ELLA negative": values["negative_mode"],
+        "ELLA syntax": "on" if values["syntax"] else None,
+        "CLIP prompt": values["tags"],
+        "Guidance": values["guidance"] or None,
+        "Version": f"ella_kd {values['version']}",
+    }
+    lines = [values["prompt"].strip()]
+    if values["negative"].strip():
+        lines.append(f"Negative prompt: {values['negative'].strip()}")
+    lines.append(", ".join(f"{key}: {_quoted(str(value))}" for key, value in given.items() if value is not None))
+    return "\n".join(lines)
+
+
+def read(text: str) -> tuple[dict[str, Any], list[str]]:
+    """A request's fields as far as the text gives them, and the "Key: value" that it has beside them.
+
+    Raises ValueError for a text that does not end in such a line.
+    """
+    *lines, last = text.strip().split("\n")
+    given = {key.strip(): _unquoted(value) for key, value in _PAIR.findall(last)}
+    if len(given) < 3:
+        raise ValueError(f"expected generation parameters that end in a line such as {'Steps: 20, Sampler: Euler'!r}, "
+                         f"got {last[:80]!r}")
+    at = next((i for i, line in enumerate(lines) if line.startswith("Negative prompt:")), len(lines))
+    found: dict[str, Any] = {
+        "prompt": "\n".join(lines[:at]).strip(),
+        "negative": "\n".join(lines[at:]).removeprefix("Negative prompt:").strip(),
+        "version": "",
+    }
+    made_by = given.pop("Version", "")
+    ours = made_by.startswith("ella_kd ")
+    if ours:
+        found["version"] = made_by.removeprefix("ella_kd ")
+    found["mode"] = given.pop("ELLA", "clip")
+    found["syntax"] = given.pop("ELLA syntax", "" if ours else "on") == "on"
+    if "Sampler" in given:
+        found["sampler"], schedule = sampler_named(given.pop("Sampler"))
+        label = given.pop("Schedule type", schedule)
+        if label is None:
+            found["schedule"] = "normal"  # before it had schedule types
+        elif label == "Automatic":
+            found["schedule"] = AUTOMATIC.get(found["sampler"], "normal")
+        else:
+            name = schedule_named(label)
+            theirs = f"{name}_a1111"  # the curve that the web UI means by this label, where it is not ours
+            found["schedule"] = theirs if not ours and theirs in COMPATIBLE_SCHEDULES else name
+    if "Size" in given and re.fullmatch(r"\d+x\d+", given["Size"]):
+        found["width"], found["height"] = map(int, given.pop("Size").split("x"))
+    for key, name, kind in (("Steps", "steps", int), ("CFG scale", "scale", float), ("Seed", "seed", int),
+                            ("Clip skip", "clip_skip", int), ("Model", "model", str), ("CLIP prompt", "tags", str),
+                            ("ELLA negative", "negative_mode", str), ("Guidance", "guidance", str)):
+        if key in given:
+            found[name] = kind(given.pop(key))
+    if "CFG scale" not in text and found.get("guidance"):
+        found["scale"] = None
+    left_out = [f"{key}: {value}" for key, value in given.items()]
+    for name in ("prompt", "negative"):
+        found[name], add_ons = without_add_ons(found[name])
+        left_out += add_ons
+    return found, left_out
+
+
+def _quoted(value: str) -> str:
+    """A value that holds a separator is written as a JSON string, as the web UI does."""
+    return json.dumps(value, ensure_ascii=False) if any(c in value for c in ",\n:") else value
+
+
+def _unquoted(value: str) -> str:
+    if value.startswith('"') and value.endswith('"'):
+        try:
+            return str(json.loads(value))
+        except json.JSONDecodeError:
+            pass
+    return value.strip()

@@ -1,0 +1,137 @@
+"""What a network sees beside x and t, as one value, and the algebra of its rows.
+
+A new input of a network is a field of `Context` (or of a subclass of your own), made by `per_row`, and a line in the
+network that reads it: how rows are taken, put one under the other and joined is the same for all of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def per_row(what: str) -> Any:
+    """A field of a Context: a tensor [B, ...] or None. what: its name in messages ("channels beside x")."""
+    return field(default=None, metadata={"what": what})
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What the network takes beside x and t, a row per sample.
+
+    tokens [B, L, D]. mask [B, L]: bool, True at real tokens, or the factors >= 0 by which the tokens' attention is
+    multiplied; None: all are plainly seen. channels [B, C, h, w], concatenated to x (InstructPix2Pix, inpainting), or
+    None.
+    """
+
+    tokens: Tensor
+    mask: Tensor | None = None
+    channels: Tensor | None = per_row("channels beside x")  # noqa: RUF009
+
+    @classmethod
+    def of(cls, seen: "Context | Tensor") -> "Context":
+        """A context as it is; bare tokens [B, L, D] as one."""
+        return Context(seen) if isinstance(seen, Tensor) else seen
+
+    def take(self, rows: Tensor) -> Self:
+        """These rows, int64 [n], of everything."""
+        return self._with(lambda x: x[rows])
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """Everything that is a float in this dtype, but for the mask."""
+        cast = self._with(lambda x: x.to(dtype) if x.is_floating_point() else x)
+        return replace(cast, mask=self.mask)
+
+    def _with(self, f: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, **{name: f(x) for name, x in vars(self).items() if x is not None})
+
+    def beside_x(self, x: Tensor) -> Tensor:
+        """x [B, C, h, w] with the channels after its own."""
+        return x if self.channels is None else torch.cat([x, self.channels], 1)
+
+    @staticmethod
+    def stack(contexts: "Sequence[Context]") -> "Context":
+        """All rows, one context under the other; shorter tokens are padded and the padding is masked.
+
+        Raises ValueError for tokens of several widths, and for an input that some have and others lack.
+        """
+        if len(contexts) == 1:
+            return contexts[0]
+
+        def whole(what: str, found: list[Tensor]) -> Tensor:
+            if len(found) < len(contexts):
+                raise ValueError(f"one UNet call has {what} for all of its conditionings or for none: give them to "
+                                 "each (zeros where there is no image)")
+            return torch.cat(found)
+
+        return _joined(contexts, *pile(contexts), whole)
+
+    @staticmethod
+    def beside(contexts: "Sequence[Context]") -> "Context":
+        """One context of the same rows: the tokens in a row, masks kept; of other inputs each at most once.
+
+        Raises ValueError for tokens of several widths, and for an input that two have.
+        """
+        shown = [context for context in contexts if context.tokens.shape[1]] or contexts[:1]
+        if len({context.tokens.shape[2] for context in shown}) > 1:
+            raise ValueError("conditionings of one UNet need tokens of one width, got "
+                             f"{[context.tokens.shape[2] for context in shown]}")
+        seen = None if all(c.mask is None for c in shown) else torch.cat([mask_of(c) for c in shown], 1)
+        return _joined(contexts, torch.cat([context.tokens for context in shown], 1), seen, the_only)
+
+
+def the_only(what: str, found: list[Tensor]) -> Tensor:
+    """The one input that parts of a conditioning have. Raises ValueError if there are several."""
+    if len(found) > 1:
+        raise ValueError(f"two parts of one conditioning have {what}: give them to the combination as a whole")
+    return found[0]
+
+
+def _joined(contexts: Sequence[Context], tokens: Tensor, mask: Tensor | None, join: Any) -> Context:
+    """A context of these tokens, every other input joined from those that have it."""
+    kind = max((type(context) for context in contexts), key=lambda kind: len(fields(kind)))
+    for other in {type(context) for context in contexts}:
+        if not issubclass(kind, other):
+            raise TypeError(f"{kind.__name__} and {other.__name__} are two contexts of their own, and one network sees "
+                            "one: put the fields of both in one subclass")
+    inputs = {}
+    for own in fields(kind)[2:]:
+        found = [x for context in contexts if (x := getattr(context, own.name, None)) is not None]
+        if found:
+            inputs[own.name] = join(own.metadata["what"], found)
+    return kind(tokens, mask, **inputs)
+
+
+class Tokens(Protocol):
+    """What has tokens [B, L, D] and a mask [B, L], bool or floats, None where all are seen: features, contexts."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def mask(self) -> Tensor | None: ...
+
+
+def mask_of(x: Tokens) -> Tensor:
+    """The mask [B, L], all True where it is None."""
+    return torch.ones(x.tokens.shape[:2], dtype=torch.bool, device=x.tokens.device) if x.mask is None else x.mask
+
+
+def pile(parts: Sequence[Tokens]) -> tuple[Tensor, Tensor | None]:
+    """All rows, one part under the other, shorter tokens padded and masked; the mask is None if nothing needs one.
+
+    Masked, because an unmasked zero key still takes its share of the softmax.
+    """
+    widths = {part.tokens.shape[2] for part in parts if part.tokens.shape[1]}
+    if len(widths) > 1:
+        raise ValueError(f"conditionings of one UNet need tokens of one width, got "
+                         f"{[part.tokens.shape[2] for part in parts]}")
+    longest, width = max(part.tokens.shape[1] for part in parts), max(widths, default=0)
+    if all(part.mask is None and part.tokens.shape[1:] == (longest, width) for part in parts):
+        return torch.cat([part.tokens for part in parts]), None
+    tokens = torch.cat([F.pad(part.tokens, (0, width - part.tokens.shape[2], 0, longest - part.tokens.shape[1]))
+                        for part in parts])
+    return tokens, torch.cat([F.pad(mask_of(part), (0, longest - part.tokens.shape[1])) for part in parts])
