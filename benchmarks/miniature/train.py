@@ -26,10 +26,10 @@ from benchmarks.miniature.text import CLIPReader, T5Reader
 from ella_kd.models import save_checkpoint, save_tsc
 
 BUDGETS = {
-    "vae": Budget(samples=24_000, batch=16, bf16=True),
+    "vae": Budget(samples=250_000, batch=16, bf16=True),
     "clip": Budget(samples=100_000, batch=48),
-    "unet": Budget(samples=500_000, batch=64, bf16=True),
-    "t5": Budget(samples=150_000, batch=48),
+    "unet": Budget(samples=350_000, batch=64, bf16=True),
+    "t5": Budget(samples=240_000, batch=48),
     "tsc": Budget(samples=250_000, batch=48, bf16=True),
 }
 STAGES = tuple(BUDGETS)
