@@ -12,7 +12,6 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import click
 import numpy as np
@@ -23,12 +22,11 @@ from benchmarks.machine import machine
 from benchmarks.miniature import captions
 from benchmarks.miniature.questions import ask
 from benchmarks.miniature.scenes import Scene, parse, random_scene, random_thing, render, to_pictures, to_tensor
-from benchmarks.readme import between_marks
+from benchmarks.results import Results, writes
 from ella_kd import CFGDenoiser, ELLADenoiser, Pipeline
 from ella_kd.models import TSC, NoiseSchedule
 from ella_kd.samplers import get_sigmas_karras, randn, sample_dpmpp_2m
 
-HERE = Path(__file__).parent
 STEPS, SCALE, BATCH = 20, 3.0, 50
 Change = Callable[[Tensor], Tensor]  # the network's timesteps -> the connector's
 Rows = dict[str, dict[str, tuple[float, float]]]  # what the connector sees -> early, late, ...: mean, half an interval
@@ -181,15 +179,13 @@ def table(result: dict[str, Rows]) -> str:
 @click.option("--count", default=200, show_default=True, help="Held-out prompts.")
 @click.option("--things", default=3, show_default=True, help="Things in each.")
 @click.option("--mode", type=click.Choice(["fixed", "flexible"]), default="fixed", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=HERE, show_default="benchmarks/")
-def main(count: int, things: int, mode: str, out: Path) -> None:
+@writes("exactness")
+def main(count: int, things: int, mode: str, results: Results) -> None:
     result = measure(Pipeline.miniature(), count, things, mode)
     command = f"python -m benchmarks.exactness --count {count} --things {things} --mode {mode}"
     found = {"command": command, "machine": machine(), "runs": result}
-    (out / "exactness.json").write_text(json.dumps(found, indent=1) + "\n")
-    readme = out / "README.md"
-    text = between_marks(readme.read_text(), "exactness", table(result))
-    readme.write_text(between_marks(text, "exactness measured", f"`{command}` on {machine()}."))
+    (results.folder / "exactness.json").write_text(json.dumps(found, indent=1) + "\n")
+    results.write_tables({"exactness": table(result), "exactness measured": f"`{command}` on {machine()}."})
 
 
 if __name__ == "__main__":

@@ -9,20 +9,19 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import click
 
+from benchmarks import readme
 from benchmarks.machine import machine
 from benchmarks.miniature import captions
 from benchmarks.miniature.captions import FORMS, HELD_FORMS, Wording
 from benchmarks.miniature.questions import ask, summary
 from benchmarks.miniature.scenes import Scene
-from benchmarks.readme import between_marks
+from benchmarks.results import Results, writes
 from benchmarks.score import SCALE, STEPS, draw, held_out
 from ella_kd import Pipeline
 
-HERE = Path(__file__).parent
 MODES = ("fixed", "flexible")
 Find = Callable[[Sequence[str]], list[Scene]]  # prompts -> what the parser finds in a picture of each
 
@@ -92,16 +91,17 @@ def table(result: dict[str, dict[str, dict[str, float]]]) -> str:
 
 @click.command(help=__doc__)
 @click.option("--count", default=96, show_default=True, help="Held-out prompts per row.")
-@click.option("--out", type=click.Path(path_type=Path), default=HERE, show_default="benchmarks/")
-def main(count: int, out: Path) -> None:
+@writes("wordings")
+def main(count: int, results: Results) -> None:
     pipeline = Pipeline.miniature()
     result = {mode: measure(lambda texts, mode=mode: draw(pipeline, texts, mode=mode, steps=STEPS, scale=SCALE), count)
               for mode in MODES}  # fmt: skip
     command = f"python -m benchmarks.wordings --count {count}"
     found = {"command": command, "machine": machine(), "rows": result}
-    (out / "wordings.json").write_text(json.dumps(found, indent=1) + "\n")
-    text = between_marks((out / "README.md").read_text(), "wordings", table(result))
-    (out / "README.md").write_text(between_marks(text, "wordings measured", f"`{command}` on {machine()}."))
+    (results.folder / "wordings.json").write_text(json.dumps(found, indent=1) + "\n")
+    results.write_tables({"wordings": table(result), "wordings measured": f"`{command}` on {machine()}."})
+    if results.published:
+        readme.publish()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ rules = {
     "mimic scale 3": MimicScale(CFG(14), 3),
     "TCFG 14": TCFG(14),
     "falling with sigma": CFG(lambda sigma: 1 + 13 * min(sigma, 5) / 5),
-    "CFG 3 and PAG": PAG(CFG(3), 0.5, "output_blocks.3.1"),
+    "CFG 3 and PAG": PAG(CFG(3), 0.5, "output_blocks.0.1"),
 }
 args = {"uncond": sd.encode(""), "steps": 10, "seeds": [1, 2]}
 drawn = [draw(sd, sd.encode(prompts), guidance=rule, **args) for rule in rules.values()]

@@ -10,7 +10,7 @@ sd = Pipeline.miniature()
 before = "The scene is set in a dark night. A red heart sits in the center."
 after = "The scene is set in a deep forest. A red heart sits in the center."
 [image] = draw(sd, sd.encode(before), uncond=sd.encode(""), guidance=3.0, seeds=1)
-pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, 32, 32, 3).permute(0, 3, 1, 2)
+pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, 48, 48, 3).permute(0, 3, 1, 2)
 denoiser = CFGDenoiser(ELLADenoiser(sd.unet, sd.tsc, sd.noise_schedule))
 sigmas = get_sigmas_karras(20, denoiser.sigma_min, denoiser.sigma_max)[8:]  # the last 12 steps
 with torch.no_grad():

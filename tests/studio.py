@@ -50,7 +50,7 @@ def latents(cond: Any, uncond: Any, count: int, rule: Guidance | None = None, sa
     """Drawn from seeds 0, 1, 2, ..., with CFG at scale 3 unless another rule is given."""
     model = GuidedDenoiser(inner or denoiser(), rule or CFG(3.0))
     sigmas = get_sigmas_karras(steps, model.sigma_min, model.sigma_max)
-    x = randn((count, 4, 8, 8), list(range(count))) * sigmas[0]
+    x = randn((count, 4, 6, 6), list(range(count))) * sigmas[0]
     return get_sampler(sampler).function(model, x, sigmas, extra_args={"cond": cond, "uncond": uncond}, disable=True)
 
 
