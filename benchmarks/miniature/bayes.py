@@ -29,6 +29,7 @@ from benchmarks.miniature.scenes import (
     render,
     to_tensor,
 )
+from benchmarks.results import Results, writes
 from ella_kd import Pipeline
 
 EARLY, LATE = ("background", "count", "place"), ("fill", "rim")
@@ -101,8 +102,11 @@ def encoded(scenes: list[Scene]) -> Tensor:
 @click.option("--latents", type=click.Choice(["coded", "encoded"]), default="coded", show_default=True,
               help="The codes that the diffusion is trained on, or what the bundled autoencoder makes of the pictures.")
 @click.option("--draws", default=300, show_default=True, help="Noisy scenes per sigma.")
-def main(latents: str, draws: int) -> None:
-    click.echo(table(curves({"coded": coded, "encoded": encoded}[latents], draws)))
+@writes("bayes")
+def main(latents: str, draws: int, results: Results) -> None:
+    found = table(curves({"coded": coded, "encoded": encoded}[latents], draws))
+    click.echo(found)
+    results.write_tables({"bayes": found})
 
 
 if __name__ == "__main__":
