@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 from abc import ABC, abstractmethod
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ella_kd.files import writing
 
 WARM_UP = 200  # steps
 DECAY = 0.25  # the last share of a budget, in which the learning rate falls to a fiftieth
@@ -55,12 +56,6 @@ class Stage(nn.Module, ABC):
     @abstractmethod
     def evaluate(self) -> dict[str, Any]:
         """Scores for the record, on held-out scenes."""
-
-
-def write_atomically(path: Path, state: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
 
 
 def precision(device: str, bf16: bool) -> AbstractContextManager[Any]:
@@ -124,7 +119,8 @@ def train(stage: Stage, budget: Budget, folder: Path, seed: int, log_every: floa
 
     def save() -> None:
         state = {"weights": trained.state_dict(), "average": average.values, "optimizer": optimizer.state_dict()}
-        write_atomically(path, state | {"step": step, "seconds": seconds, "done": done})
+        with writing(path) as temporary:
+            torch.save(state | {"step": step, "seconds": seconds, "done": done}, temporary)
 
     def record() -> None:
         average.swap()
