@@ -54,7 +54,7 @@ def test_a_stage_learns_logs_and_is_not_trained_twice(tmp_path: Path) -> None:
     run_stage(again, BUDGET, tmp_path, seed=0)
     assert torch.equal(again.layer.weight, line.layer.weight)
     assert len((tmp_path / "line.jsonl").read_text().splitlines()) == len(log)
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
