@@ -30,7 +30,7 @@ BUDGETS = {
     "clip": Budget(samples=100_000, batch=48),
     "unet": Budget(samples=350_000, batch=64, bf16=True),
     "t5": Budget(samples=240_000, batch=48),
-    "tsc": Budget(samples=250_000, batch=48, bf16=True),
+    "tsc": Budget(samples=180_000, batch=48, bf16=True),
 }
 STAGES = tuple(BUDGETS)
 BUNDLED = Path(__file__).parents[2] / "models" / "miniature"
