@@ -26,7 +26,7 @@ from benchmarks.miniature.text import CLIPReader, T5Reader
 from ella_kd.models import save_checkpoint, save_tsc
 
 BUDGETS = {
-    "vae": Budget(samples=90_000, batch=8, bf16=True),
+    "vae": Budget(samples=80_000, batch=8, bf16=True),
     "clip": Budget(samples=100_000, batch=48),
     "unet": Budget(samples=350_000, batch=64, bf16=True),
     "t5": Budget(samples=240_000, batch=48),
