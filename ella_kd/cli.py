@@ -12,12 +12,17 @@ from typing import Any, NoReturn
 
 import click
 import torch
+from huggingface_hub.utils import enable_progress_bars
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from ella_kd.commands.convert import convert
+from ella_kd.commands.download import download
+from ella_kd.commands.inspect import inspect as inspect_files
+from ella_kd.commands.models import models
 from ella_kd.drawing import innermost_scale
-from ella_kd.generation import draw_requests
 from ella_kd.generation import generate as draw_all
+from ella_kd.generation import jobs
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import known, parse
 from ella_kd.images import Picture, contact_sheet, save_image
@@ -93,7 +98,14 @@ def main(ctx: click.Context) -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no letter for a prompt's
     ctx.with_resource(warnings.catch_warnings())
     warnings.showwarning = _show_warning
-    disable_progress_bar()  # the one transformers shows while it reads T5
+    disable_progress_bar()  # the one transformers shows while it reads T5, and with it those of downloads
+    enable_progress_bars()
+
+
+main.add_command(convert)
+main.add_command(download)
+main.add_command(models)
+main.add_command(inspect_files)
 
 
 @main.command()
@@ -140,11 +152,12 @@ def generate(prompts: tuple[str, ...], file: str | None, count: int, out: Path, 
     saved = 0
     try:
         with tqdm(total=total, unit="picture", disable=total <= batch) as bar:
-            for picture in draw_requests(pipeline, requests(), guidance=rule, batch_size=batch):
-                number, path = save(picture, out, number, enlarge)
-                saved += 1
-                bar.update()
-                tqdm.write(click.format_filename(path), file=sys.stdout)
+            for job in jobs(pipeline, requests(), guidance=rule, batch_size=batch):
+                for picture in map(Picture, job.draw(), job.requests):
+                    number, path = save(picture, out, number, enlarge)
+                    saved += 1
+                    bar.update()
+                    tqdm.write(click.format_filename(path), file=sys.stdout)
     except KeyboardInterrupt as error:
         raise Stopped(f"stopped: {saved} of {total} pictures are saved in {out}") from error
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ella_kd.conditioning import Composition, Conditioning
+from ella_kd.conditioning import Composition, Conditioning, With, as_conditioning
 from ella_kd.denoiser import Condition
 from ella_kd.guidance import CFG, Guidance
 from ella_kd.images import to_images
@@ -61,6 +61,11 @@ def draw(
     denoiser = pipeline.denoiser(rule if isinstance(rule, Guidance) else None)
     extra_args: dict[str, Any] = {"cond": cond, "uncond": uncond, **conditions}
     if not isinstance(rule, Guidance):
+        if getattr(pipeline.unet, "guidance_dim", None) and not SAMPLERS[sampler].cfg_pp:
+            told = torch.tensor([float(rule)], device=pipeline.device)  # the network guides itself (LCM)
+            extra_args = {name: each and as_conditioning(each).map(lambda leaf: With(leaf, guidance=told))
+                          for name, each in extra_args.items()}
+            rule = 1.0
         extra_args["cond_scale"] = rule
     if sigmas is None:
         sigmas = get_schedule(schedule).sigmas(whole("steps", steps), denoiser)
@@ -68,9 +73,11 @@ def draw(
     if latents is None:
         latents = (randn(shape, rows) if noise is None else noise).to(pipeline.device) * sigmas[0]
     sample = SAMPLERS[sampler].function
-    latents = sample(denoiser, latents.to(pipeline.device), sigmas, extra_args=extra_args, callback=callback,
-                     disable=not progress, seeds=rows)
-    return to_images(pipeline.vae.decode(latents.to(pipeline.vae.dtype)))
+    with pipeline.at_work("unet", "tsc"):
+        latents = sample(denoiser, latents.to(pipeline.device), sigmas, extra_args=extra_args, callback=callback,
+                         disable=not progress, seeds=rows)
+    with pipeline.at_work("vae"):
+        return to_images(pipeline.vae.decode(latents.to(pipeline.vae.dtype)))
 
 
 def plain_scale(guidance: Guidance | float, cfg_pp: bool) -> Guidance | float:

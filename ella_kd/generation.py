@@ -1,13 +1,14 @@
 """Prompts to pictures: what a prompt may say, which picture gets which seed, and the request each one keeps."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Never
 
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
 from ella_kd.conditioning import And, Concat, Conditioning, Switch
@@ -16,6 +17,7 @@ from ella_kd.drawing import draw, innermost_scale, picture_size, refuse_unknown,
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import parse
 from ella_kd.images import Picture
+from ella_kd.models.added import NEGATIVE_SCORE, POSITIVE_SCORE
 from ella_kd.pipeline import Pipeline
 from ella_kd.prompt_editing import edits
 from ella_kd.prompts import check_wildcards, expand_wildcards, split_and
@@ -59,7 +61,7 @@ def generate(
     whose tokens follow ELLA's (trigger words, styles). syntax: read `(phrase:1.3)`, `[phrase]`, `[from:to:when]` and
     `[a|b]` in every text, and `AND` in prompts, as A1111's web UI does (`ella_kd.models.emphasis`, `.prompt_editing`).
     wildcards: a folder of text files; `__name__` in a prompt becomes a line of name.txt, chosen by the picture's seed.
-    clip_skip: the layer of CLIP, counted from the last, 1.
+    clip_skip: the layer of CLIP, 1 the one that the model was trained with, 2 that before.
     sampler, schedule: names in `ella_kd.samplers.SAMPLERS` and `SCHEDULES`. scale: of classifier-free guidance; lambda
     for a sampler in `_cfg_pp`. guidance: a rule in its place, `Rescale(CFG(7), 0.7)`, or its text.
     width, height: pixels; by default the size the model was trained on. seeds: a number s gives every prompt the seeds
@@ -78,13 +80,23 @@ def generate(
                     width=width, height=height, guidance="" if rule is None else repr(rule),
                     negative_mode=negative_mode, tags=tags, syntax=syntax, clip_skip=clip_skip)
     requests = [replace(asked, prompt=prompt, negative=negative, seed=seed) for prompt, negative, seed in found]
-    drawn = draw_requests(pipeline, requests, guidance=rule, batch_size=batch_size, callback=callback,
-                          progress=progress)
-    return list(tqdm(drawn, total=len(requests), unit="picture",
-                     disable=not progress or len(requests) <= batch_size))
+    pictures: list[Picture] = []
+    with tqdm(total=len(requests), unit="picture", disable=not progress or len(requests) <= batch_size) as bar:
+        for job in jobs(pipeline, requests, guidance=rule, batch_size=batch_size, callback=callback, progress=progress):
+            pictures += map(Picture, job.draw(), job.requests)
+            bar.update(len(job.requests))
+    return pictures
 
 
-def draw_requests(
+@dataclass(frozen=True)
+class Job:
+    """Requests that are drawn together, each with what the pipeline adds to it, and the call that draws them."""
+
+    requests: list[Request]
+    draw: Callable[[], list[Image.Image]]
+
+
+def jobs(
     pipeline: Pipeline,
     requests: Iterable[Request],
     *,
@@ -92,25 +104,28 @@ def draw_requests(
     batch_size: int = 8,
     callback: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
-) -> Iterator[Picture]:
-    """The pictures of any number of requests, batch by batch as they are drawn; requests may be made on the way.
+) -> Iterator[Job]:
+    """Any number of requests, batch by batch and ready to be drawn; they may be made on the way.
+
+        for job in jobs(pipeline, requests):
+            pictures = map(Picture, job.draw(), job.requests)
 
     Neighbours that differ in prompt, negative and seed only are drawn together, up to batch_size at once. What was
     encoded for a batch serves the next one if it says the same. guidance: a rule that no text can name, for all of
-    them. callback and progress as in `generate`, and the errors too, which come when the first picture is asked for.
+    them. callback and progress as in `generate`, and the errors too.
     """
     size = whole("batch_size", batch_size)
     groups = groupby(requests, lambda r: (replace(r, prompt="", negative="", seed=0),
                                           _weights(r.prompt) if r.syntax else ()))
     for (asked, _), group in groups:
-        draw_batch = _drawer(pipeline, asked, guidance or (parse(asked.guidance) if asked.guidance else None))
+        ready = _ready(pipeline, asked, guidance or (parse(asked.guidance) if asked.guidance else None))
         left = iter(group)
         while batch := list(islice(left, size)):
-            yield from draw_batch(batch, callback=callback, progress=progress)
+            yield ready(batch, callback=callback, progress=progress)
 
 
-def _drawer(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callable[..., list[Picture]]:
-    """What draws a batch of requests that are like `asked` in all but prompt, negative and seed."""
+def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callable[..., Job]:
+    """What makes a job of requests that are like `asked` in all but prompt, negative and seed."""
     width, height = picture_size(pipeline, asked.width, asked.height)
     guidance = rule if rule is not None else SCALE if asked.scale is None else asked.scale
     sigmas = get_schedule(asked.schedule).sigmas(asked.steps, pipeline.denoiser())
@@ -118,8 +133,8 @@ def _drawer(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callab
     # ELLA's tokens of "" and CLIP's of "" stand against ELLA's and the tags': the same kinds on both sides.
     no_tags = "" if asked.tags is not None and asked.negative_mode is None else None
 
-    def encode(texts: Sequence[str], mode: Mode, extra: str | None) -> Conditioning:
-        encoded = _over_steps(texts, lambda t: pipeline.encode(t, mode, weighted=asked.syntax,
+    def encode(texts: Sequence[str], mode: Mode, extra: str | None, score: float = POSITIVE_SCORE) -> Conditioning:
+        encoded = _over_steps(texts, lambda t: pipeline.encode(t, mode, weighted=asked.syntax, score=score,
                                                                clip_skip=asked.clip_skip), levels)
         return encoded if extra is None else Concat(encoded, encode([extra], "clip", None))
 
@@ -129,18 +144,18 @@ def _drawer(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callab
 
     @lru_cache(1)
     def uncond_of(negatives: tuple[str, ...]) -> Conditioning:
-        return encode(negatives, asked.negative_mode or asked.mode, no_tags)
+        return encode(negatives, asked.negative_mode or asked.mode, no_tags, NEGATIVE_SCORE)
 
-    def draw_batch(batch: list[Request], **shown: Any) -> list[Picture]:
-        images = draw(pipeline, cond_of(_one_if_equal(r.prompt for r in batch)),
-                      uncond=uncond_of(_one_if_equal(r.negative for r in batch)), guidance=guidance,
-                      sampler=asked.sampler, sigmas=sigmas, width=width, height=height,
-                      seeds=[r.seed for r in batch], **shown)
-        return [Picture(image, replace(r, width=width, height=height, model=pipeline.name, version=VERSION,
-                                       dtype=str(pipeline.dtype).removeprefix("torch.")))
-                for image, r in zip(images, batch, strict=True)]
+    def ready(batch: list[Request], **shown: Any) -> Job:
+        cond = cond_of(_one_if_equal(r.prompt for r in batch))
+        uncond = uncond_of(_one_if_equal(r.negative for r in batch))
+        pipeline.rest()
+        call = partial(draw, pipeline, cond, uncond=uncond, guidance=guidance, sampler=asked.sampler, sigmas=sigmas,
+                       width=width, height=height, seeds=[r.seed for r in batch], **shown)
+        return Job([replace(r, width=width, height=height, model=pipeline.name, version=VERSION,
+                            dtype=str(pipeline.dtype).removeprefix("torch.")) for r in batch], call)
 
-    return draw_batch
+    return ready
 
 
 def rows(prompts: str | Sequence[str], negative: str | Sequence[str], seeds: int | Sequence[int] | None, count: int,
@@ -156,8 +171,9 @@ def rows(prompts: str | Sequence[str], negative: str | Sequence[str], seeds: int
         raise ValueError(f"negative must be one string, or one per prompt: expected {len(prompts)}, got "
                          f"{len(negatives)}")
     numbers = _seeds(seeds, len(prompts), count)
-    for prompt in prompts if wildcards is not None else ():
-        check_wildcards(prompt, wildcards)
+    if wildcards is not None:
+        for prompt in prompts:
+            check_wildcards(prompt, wildcards)
     found = [(prompt, negative) for prompt, negative in zip(prompts, negatives) for _ in range(count)]
     return [(prompt if wildcards is None else expand_wildcards(prompt, wildcards, seed), negative, seed)
             for (prompt, negative), seed in zip(found, numbers, strict=True)]

@@ -1,6 +1,5 @@
 """The command's options, and what is checked before any weight is read."""
 
-import re
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
@@ -8,15 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import click
-from safetensors import safe_open
 
 from ella_kd.drawing import check_multiples
 from ella_kd.models.devices import check_device, check_dtype
-from ella_kd.pipeline import MINIATURE, Pipeline, image_size
+from ella_kd.models.files.checkpoint import parts_at
+from ella_kd.models.files.connector import connector_file
+from ella_kd.models.files.hub import find_all, with_preset
+from ella_kd.models.files.kinds import kind_of_path
+from ella_kd.models.files.presets import PRESETS, Part
+from ella_kd.models.shapes import count_of
+from ella_kd.models.tokenizers import BPE, find_clip_tokenizer
+from ella_kd.pipeline import MINIATURE, Pipeline, size_of
+from ella_kd.placement import Placement
 from ella_kd.request import MODES, Mode, Request, mode_named
 
 Command = Callable[..., Any]
-FILES = ("checkpoint", "tsc", "t5", "clip_tokenizer")
+FILES: tuple[Part, ...] = ("checkpoint", "vae", "tsc", "t5", "clip_tokenizer")
+WHAT = {"checkpoint": "a Stable Diffusion checkpoint", "vae": "an autoencoder", "tsc": "ELLA's connector"}
 
 
 class ModeChoice(click.Choice[Any]):
@@ -32,15 +39,27 @@ class ModeChoice(click.Choice[Any]):
 def model_options(command: Command) -> Command:
     """The model, its files, and where it runs."""
     for option in reversed([
-        click.option("--model", type=click.Choice(["miniature"]), default="miniature", show_default=True,
-                     help="The model that comes with the package, unless --checkpoint names another."),
-        click.option("--checkpoint", metavar="FILE", help="A Stable Diffusion 1.x single file."),
+        click.option("--model", type=click.Choice(["miniature", *PRESETS]), default="miniature", show_default=True,
+                     metavar="NAME", help="The files of a model by its name (ella-kd models), fetched if need be; "
+                                          "those named below come first."),
+        click.option("--checkpoint", metavar="FILE",
+                     help="Stable Diffusion: a single file or a diffusers folder; this and the next four may be "
+                          "org/repo:file on the Hugging Face hub."),
+        click.option("--vae", metavar="FILE", help="An autoencoder instead of the checkpoint's: a file or a folder."),
         click.option("--tsc", metavar="FILE", help="ELLA's connector: ella-sd1.5-tsc-t5xl.safetensors."),
         click.option("--t5", metavar="DIR", help="The folder of flan-t5-xl: model and tokenizer."),
-        click.option("--clip-tokenizer", metavar="DIR", help="CLIP's tokenizer folder: for plain SD and --tags."),
+        click.option("--clip-tokenizer", metavar="DIR",
+                     help="CLIP's tokenizer folder, for plain SD and --tags.  [default: an installed package's, or the "
+                          "hub's]"),
+        click.option("--prediction", type=click.Choice(["eps", "v"]),
+                     help="What the UNet predicts, where its files do not say (ella-kd inspect)."),
         click.option("--device", metavar="NAME", help="cuda, cpu, mps ... [default: cuda if there is one, else cpu]"),
         click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]),
                      help="[default: float16 on a GPU, float32 on a CPU]"),
+        click.option("--offload", is_flag=True,
+                     help="For small cards: every network waits in the CPU's memory until its turn."),
+        click.option("--keep-t5", is_flag=True,
+                     help="Keep T5 where it runs; else it leaves once a batch is encoded, to be read again."),
         click.option("--fast", is_flag=True,
                      help="On a CPU: faster, for more memory: 2 GB with SD1.5 in float32, 4 while loading."),
     ]):
@@ -111,61 +130,69 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
 
     wanted: which options need which mode. Files, modes, device and sizes are checked before any weight is read.
     """
-    options.pop("model")
+    model = options.pop("model")
+    prediction, offload, keep_t5 = (options.pop(name) for name in ("prediction", "offload", "keep_t5"))
     dtype, fast, device = options.pop("dtype"), options.pop("fast"), check_device(options.pop("device"))
-    files = {name: options.pop(name) for name in FILES}
-    given = [name for name in FILES if files[name]]
-    if given and not files["checkpoint"]:
+    specs = with_preset({name: options.pop(name) for name in FILES}, None if model == "miniature" else model)
+    files: dict[str, Any] = {"checkpoint": MINIATURE / "sd.safetensors"}
+    given = [name for name in FILES if specs[name]]
+    if given and not specs["checkpoint"]:
         raise ValueError(f"{_flag(given[0])} belongs to a checkpoint: name it with --checkpoint")
     if given:
+        _check_modes(specs, wanted)
+        files = {str(part): path for part, path in find_all(specs).items()}
         _check_files(files)
-        _check_modes(files, wanted)
-    checkpoint = Path(files["checkpoint"] or MINIATURE / "sd.safetensors")
-    own, factor = image_size(checkpoint), _factor(checkpoint)
+    checkpoint = Path(files["checkpoint"])
+    factor = _factor(Path(files.get("vae") or checkpoint))
+    own = size_of(checkpoint, factor)
     check_multiples(options.get("width") or own or factor, options.get("height") or own or factor, factor)
     numbers = check_dtype(dtype, device)
     if fast and (device.type != "cpu" or dtype == "float16"):
         raise ValueError(f"--fast is for float32 or bfloat16 on the CPU, got {dtype or numbers} on {device}")
     if given:
-        pipeline = Pipeline.load(**files, device=device, dtype=numbers)
+        pipeline = Pipeline.load(**files, prediction=prediction,
+                                 placement=Placement(device, numbers, keep_t5=keep_t5, offload=offload))
     else:
         pipeline = Pipeline.miniature(device=device, **({"dtype": numbers} if dtype else {}))
     return pipeline.fast_on_cpu() if fast else pipeline
 
 
-def _check_files(files: dict[str, str | None]) -> None:
-    for name, what in (("checkpoint", "checkpoint"), ("tsc", "connector")):
-        if files[name] and not Path(str(files[name])).is_file():
-            raise FileNotFoundError(f"no {what} at {files[name]}: {_flag(name)} takes a file")
+def _check_files(files: dict[str, Any]) -> None:
+    for name, what in WHAT.items():
+        if path := files.get(name):
+            if not Path(path).exists():
+                raise FileNotFoundError(f"no {what.split()[-1]} at {path}: {_flag(name)} takes a file or a folder")
+            kind = kind_of_path(connector_file(Path(path)) if name == "tsc" else path)
+            if kind.what and kind.place != name:
+                raise ValueError(f"{_flag(name)} takes {what}, and {path} looks like {kind}")
     if (files["tsc"] is None) != (files["t5"] is None):
         raise ValueError("ELLA takes both --tsc, the connector, and --t5, the folder of the T5 it was trained with")
     for name, what in (("t5", "config.json"), ("clip_tokenizer", "a tokenizer")):
-        folder = files[name] and Path(str(files[name]))
+        folder = files[name] and Path(files[name])
         wanted = ("config.json",) if name == "t5" else ("tokenizer.json", "vocab.json", "spiece.model")
-        if folder and not any((folder / found).is_file() for found in wanted):
+        if folder and folder.name != BPE and not any((folder / found).is_file() for found in wanted):
             raise FileNotFoundError(f"{_flag(name)} takes a folder that holds {what}, and {folder} does not")
 
 
-def _check_modes(files: dict[str, str | None], wanted: Iterable[tuple[str, Mode | None]]) -> None:
+def _check_modes(files: dict[Part, str | Path | None], wanted: Iterable[tuple[str, Mode | None]]) -> None:
     for said, mode in wanted:
         if not mode:
             continue
         if mode_named(mode) == "clip":
-            if not files["clip_tokenizer"]:
-                raise ValueError(f"{said} needs CLIP's tokenizer, which no checkpoint holds: name its folder with "
-                                 "--clip-tokenizer")
+            if not files["clip_tokenizer"] and not Path(str(files["checkpoint"]), "tokenizer").is_dir():
+                try:
+                    files["clip_tokenizer"] = find_clip_tokenizer()
+                except FileNotFoundError as error:
+                    raise ValueError(f"{said} needs {error}") from error
         elif not files["tsc"]:
             raise ValueError(f"{said} needs ELLA: name its files with --tsc and --t5, or draw without it, --mode clip")
 
 
-def _factor(checkpoint: Path) -> int:
-    """Pixels per latent, from the names in the file's header; SD1.x's 8 where it has none that tells."""
-    if checkpoint.suffix != ".safetensors":
-        return 8
-    with safe_open(checkpoint, framework="pt") as file:
-        levels = {found[1] for name in file.keys()  # noqa: SIM118
-                  if (found := re.match(r"first_stage_model\.encoder\.down\.(\d+)\.", name))}
-    return int(2 ** (len(levels) - 1)) if levels else 8
+def _factor(path: Path) -> int:
+    """Pixels per latent, from the names of an autoencoder's tensors; 8 where there is none that tells."""
+    autoencoder = parts_at(path)[0].get("vae")
+    levels = count_of(autoencoder.shapes, "encoder.down") if autoencoder else 0
+    return int(2 ** (levels - 1)) if levels else 8
 
 
 def _flag(name: str) -> str:

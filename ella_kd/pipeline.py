@@ -1,24 +1,35 @@
 """All the networks of one text-to-image system, loaded together."""
 
 import copy
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ella_kd.conditioning import ELLA, Conditioning, Constant
+from ella_kd.conditioning import ELLA, Conditioning, Constant, With
 from ella_kd.denoiser import ELLADenoiser, LDMDenoiser
 from ella_kd.guidance import CFG, CFGDenoiser, Guidance, GuidedDenoiser
-from ella_kd.models import TSC, AutoencoderKL, NoiseSchedule, fast_on_cpu
-from ella_kd.models.checkpoint import load_checkpoint, load_tsc
+from ella_kd.models import TSC, AutoencoderKL, Checkpoint, NoiseSchedule, UNet, fast_on_cpu, load_checkpoint, load_tsc
+from ella_kd.models.added import POSITIVE_SCORE, WIDTH
+from ella_kd.models.clip import CLIPTextEncoder, TwoTextEncoders
 from ella_kd.models.devices import check_device, check_dtype
-from ella_kd.models.text import CLIPTextEncoder, T5TextEncoder, TextFeatures
+from ella_kd.models.emphasis import escape
+from ella_kd.models.files.from_diffusers import from_modules
+from ella_kd.models.files.hub import find_all, with_preset
+from ella_kd.models.files.layout import json_in
+from ella_kd.models.files.saving import save
+from ella_kd.models.files.weights import Weights
+from ella_kd.models.noise_schedule import EDMSchedule, PredictionType
+from ella_kd.models.t5 import T5TextEncoder
+from ella_kd.models.tokenizers import published_clip_tokenizer
 from ella_kd.models.winograd import WinogradConv2d
+from ella_kd.placement import Name, Placement, carried
 from ella_kd.request import Mode, mode_named
 from ella_kd.scale import Scale
 
@@ -38,12 +49,13 @@ class Pipeline:
 
     unet: nn.Module
     vae: AutoencoderKL
-    noise_schedule: NoiseSchedule
-    clip: CLIPTextEncoder | None = None
+    noise_schedule: NoiseSchedule | EDMSchedule
+    clip: CLIPTextEncoder | TwoTextEncoders | None = None
     tsc: TSC | None = None
     t5: T5TextEncoder | None = None
     size: int = 512
     name: str = ""
+    placement: Placement | None = None
 
     @classmethod
     def load(
@@ -52,40 +64,104 @@ class Pipeline:
         *,
         tsc: File | None = None,
         t5: File | None = None,
+        vae: File | None = None,
         clip_tokenizer: File | None = None,
+        prediction: PredictionType | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        placement: Placement | None = None,
     ) -> "Pipeline":
-        """Read a single-file Stable Diffusion checkpoint and, for ELLA, the connector's file and the T5 folder.
+        """Read a Stable Diffusion checkpoint, a single file or a diffusers folder, and, for ELLA, the connector's file
+        and the T5 folder.
 
-        clip_tokenizer, a tokenizer folder, is needed for plain Stable Diffusion only. device None: cuda if there is
-        one, else the CPU; dtype (torch.float16 or "float16") None: fp16 on a GPU, fp32 on a CPU. The size is the first
-        number of `modelspec.resolution` in the file's metadata, otherwise 64 latents (512 px for SD1.5).
+        Each is a path, `org/repo:file` or `org/repo` on the Hugging Face hub, or the name of a preset that has it
+        (`ella_kd.models.files.hub.find`); for a preset's name as checkpoint, its other parts need not be named:
+        `Pipeline.load("ella-sd15")`. vae: an autoencoder instead of the checkpoint's. clip_tokenizer: CLIP's tokenizer
+        folder; None: a diffusers folder's own, that of an installed open_clip or clip package, or of the hub's cache,
+        and where nothing is drawn without CLIP it is fetched. prediction: "eps" or "v", where the files do not say
+        which (`load_checkpoint`, which takes the networks from any files).
+        device None: cuda if there is one, else the CPU; dtype (torch.float16 or "float16") None: fp16 on a GPU, fp32 on
+        a CPU. placement, instead of these two: the dtype of each part and where it is when (`Placement`; by default T5
+        leaves once `generate` has encoded a batch). The size is the first number of `modelspec.resolution` in the
+        file's metadata, or in the configuration of the folder's UNet, otherwise the family's: 64 latents (512 px) or
+        SDXL's 128 (1024 px).
         Raises FileNotFoundError, or ValueError for files that do not hold what they should.
         """
-        device = check_device(device)
-        dtype = check_dtype(dtype, device)
-        if (tsc is None) != (t5 is None):
+        if placement is not None and (device, dtype) != (None, None):
+            raise ValueError("device and dtype belong to the placement, Placement(device=..., dtype=...): give either")
+        placement = placement or Placement(device, dtype)
+        at, t5_at = placement.of("unet"), placement.of("t5")
+        specs = with_preset({"checkpoint": checkpoint, "tsc": tsc, "t5": t5, "vae": vae,
+                             "clip_tokenizer": clip_tokenizer})
+        if (specs["tsc"] is None) != (specs["t5"] is None):
             raise ValueError("ELLA takes both the connector (tsc) and the T5 it was trained with (t5), "
                              f"got tsc={tsc} and t5={t5}")
-        parts = load_checkpoint(checkpoint, dtype=dtype, device=device, clip_tokenizer=clip_tokenizer)
-        return cls(
-            unet=parts.unet,
-            vae=parts.vae,
-            noise_schedule=parts.noise_schedule,
-            clip=None if clip_tokenizer is None else parts.text_encoder,
-            tsc=None if tsc is None else load_tsc(tsc, dtype=dtype, device=device),
-            t5=None if t5 is None else T5TextEncoder.from_folder(t5, dtype=dtype, device=device),
-            size=image_size(Path(checkpoint)) or 64 * parts.vae.factor,
-            name=Path(checkpoint).stem,
-        )
+        found = find_all(specs)
+        path = found["checkpoint"]
+        assert path is not None
+        waiting = at.rest or at.device
+        with warnings.catch_warnings():
+            if placement.offload:
+                warnings.filterwarnings("ignore", "float16 on a CPU")  # where it only waits
+            parts = load_checkpoint(path, vae=found["vae"], dtype=at.dtype, device=waiting, prediction=prediction,
+                                    vae_dtype=lambda family: placement.of("vae", family).dtype,
+                                    clip_tokenizer=found["clip_tokenizer"])
+            connector = None if found["tsc"] is None else load_tsc(found["tsc"], dtype=at.dtype, device=waiting)
+        if parts.clip_tokenizer is None and parts.text_model is not None:
+            needed = found["tsc"] is None or parts.unet.config.vector_dim is not None
+            words = published_clip_tokenizer(parts.text_model.config.vocab_size, fetch=needed)
+            parts = replace(parts, clip_tokenizer=words)
+        encoder = None
+        if connector is not None and found["t5"] is not None:
+            check_connector(connector, found["tsc"], parts.unet.config.context_dim, found["t5"])
+            encoder = T5TextEncoder.from_folder(found["t5"], dtype=t5_at.dtype, device=t5_at.device)
+        sided = size_of(path, parts.vae.factor) or parts.kind.size * parts.vae.factor // 8
+        system = cls.of(parts, connector, encoder, sided, path.name if path.is_dir() else path.stem)
+        return replace(system, placement=placement)
+
+    @classmethod
+    def of(cls, parts: Checkpoint, tsc: TSC | None = None, t5: T5TextEncoder | None = None, size: int = 512,
+           name: str = "") -> "Pipeline":
+        """The system of what `load_checkpoint` read; CLIP is in it if its tokenizer is known."""
+        clip = None if parts.clip_tokenizer is None or parts.text_model is None else parts.text_encoder
+        return cls(parts.unet, parts.vae, parts.noise_schedule, clip, tsc, t5, size, name)
+
+    @classmethod
+    def from_diffusers(cls, pipe: Any, *, tsc: TSC | None = None, t5: T5TextEncoder | None = None) -> "Pipeline":
+        """A loaded diffusers pipeline's own UNet, autoencoder and text encoders as a Pipeline, on the same tensors.
+
+        Nothing is copied and nothing is changed: what is trained or merged there later is seen here, unless it makes
+        new tensors, as `pipe.to(...)` does. Devices and dtypes are the pipe's. The noise levels and the prediction are
+        its scheduler's. Raises TypeError for an object without unet and vae, ValueError for networks that are no
+        Stable Diffusion, have a LoRA loaded and not fused, or are offloaded.
+        """
+        parts = from_modules(pipe)
+        side = getattr(pipe.unet.config, "sample_size", None)
+        return cls.of(parts, tsc, t5, side * parts.vae.factor if type(side) is int else parts.kind.size,
+                      Path(str(getattr(pipe.config, "_name_or_path", ""))).name or "diffusers")
+
+    def save(self, path: File, *, dtype: str | torch.dtype | None = None) -> None:
+        """Write the UNet, the autoencoder and CLIP: `path.safetensors` in LDM's layout, any other path as a diffusers
+        folder, which appear whole or not at all; dtype None keeps each part's. The connector: `models.save_tsc`.
+
+        Raises TypeError for networks that are not ours, OSError naming the path if it cannot be written.
+        """
+        if not isinstance(self.unet, UNet):
+            raise TypeError(f"a UNet of ours can be saved, got {type(self.unet).__name__}")
+        clip: Any = self.clip
+        texts: list[Any] = [clip.first, clip.second] if isinstance(clip, TwoTextEncoders) else [clip]
+        models: list[Any] = [*(each and each.model for each in texts), None]
+        words: list[Any] = [*(each and each.tokenizer for each in texts), None]
+        parts = Checkpoint(self.unet, self.vae, models[0], self.noise_schedule, words[0], models[1], words[1])
+        save(path, parts, {"modelspec.title": self.name, "modelspec.resolution": f"{self.size}x{self.size}"},
+             dtype=None if dtype is None else check_dtype(dtype, "meta"))
 
     @classmethod
     def miniature(cls, *, device: str | torch.device | None = None,
                   dtype: str | torch.dtype = torch.float32) -> "Pipeline":
         """The small system that comes with the package: coloured shapes in 48 px, every part of the real one."""
         pipeline = cls.load(MINIATURE / "sd.safetensors", tsc=MINIATURE / "tsc.safetensors", t5=MINIATURE / "t5",
-                            clip_tokenizer=MINIATURE / "clip", device=device, dtype=dtype)
+                            clip_tokenizer=MINIATURE / "clip", placement=Placement(device, dtype, keep_t5=True))
         return replace(pipeline, name="miniature")
 
     def fast_on_cpu(self) -> "Pipeline":
@@ -117,25 +193,51 @@ class Pipeline:
             self,
             unet=_moved(self.unet, device, dtype),
             vae=_moved(self.vae, device, dtype),
-            clip=clip and CLIPTextEncoder(_moved(clip.model, device, dtype), clip.tokenizer),
+            clip=clip and clip.moved(lambda model: _moved(model, device, dtype)),
             tsc=self.tsc and _moved(self.tsc, device, dtype),
-            t5=T5TextEncoder(_moved(t5.model, device, dtype), t5.tokenizer) if isinstance(t5, T5TextEncoder) else t5,
+            t5=t5.moved(lambda model: _moved(model, device, dtype)) if isinstance(t5, T5TextEncoder) else t5,
+            placement=self.placement and replace(self.placement, device=device or self.placement.device,
+                                                 dtype=dtype or self.placement.dtype),
         )
+
+    @contextmanager
+    def at_work(self, *parts: Name) -> Iterator[None]:
+        """The parts on the device where they run, for the block, if the placement lets them wait elsewhere.
+
+        `generate`, `draw` and `encode` do it themselves; around a sampler of yours: `with sd.at_work("unet", "tsc")`.
+        """
+        with ExitStack() as stack:
+            for part in parts if self.placement is not None and self.placement.offload else ():
+                module = getattr(self, part)
+                module = getattr(module, "model", module)
+                if isinstance(module, nn.Module):
+                    stack.enter_context(carried(module, self.device))
+            yield
+
+    def rest(self) -> None:
+        """Let T5 go until the next prompt, as the placement says; `generate` does it when a batch is encoded."""
+        release = getattr(self.t5, "release", None)
+        if release is not None and self.placement is not None and not self.placement.keep_t5:
+            release(self.placement.of("t5").rest)
 
     def __repr__(self) -> str:
         modules = {"unet": self.unet, "vae": self.vae, "clip": getattr(self.clip, "model", self.clip), "tsc": self.tsc,
-                   "t5": getattr(self.t5, "model", self.t5)}
+                   "t5": self.t5.model if isinstance(self.t5, T5TextEncoder) and self.t5.loaded else self.t5}
         parts = ", ".join(f"{name} {_count(part)}" for name, part in modules.items() if part is not None)
         dtype = str(self.dtype).removeprefix("torch.")
         return f"<Pipeline {self.name!r}: {parts}; {self.size} px, {dtype} on {self.device}>"
 
     def encode(self, prompts: str | Sequence[str], mode: Mode = "flexible", *, weighted: bool = False,
-               clip_skip: int = 1) -> Conditioning:
+               clip_skip: int = 1, score: float = POSITIVE_SCORE) -> Conditioning:
         """Prompts as a conditioning of one row each; a prompt that comes more than once is encoded once.
 
         mode: "flexible", ELLA on the prompt's own T5 tokens; "fixed", ELLA on 128 of them, padded or cut, as it was
         trained; "clip", CLIP and no ELLA. weighted: read `(phrase:1.3)` and `[phrase]` as weights; in mode "clip" also
-        in prompts of more than 77 tokens. clip_skip: CLIP's layer, 1 the last; mode "clip" only.
+        in prompts of more than 77 tokens. clip_skip: CLIP's layer, 1 the one that the UNet knows; mode "clip" only.
+
+        SDXL sees CLIP's pooled text too, in every mode (the first 75 tokens'), and the picture's size, that of the
+        latents unless `With(cond, sizes=...)` says another. "" is encoded as any text: an empty negative is not zeros.
+        score: the aesthetic score that SDXL's refiner is told, usually 2.5 for negative prompts.
         Raises ValueError if the pipeline lacks the part the mode needs.
         """
         mode = mode_named(mode)
@@ -144,17 +246,34 @@ class Pipeline:
         row = torch.tensor([texts.index(prompt) for prompt in prompts], device=self.device)
         if mode == "clip":
             if self.clip is None:
-                raise ValueError('mode "clip" needs CLIP\'s tokenizer: load the pipeline with clip_tokenizer=<folder>')
-            read = (self.clip.weighted if weighted else self.clip)(texts, clip_skip)
-            return Constant(TextFeatures(read.tokens[row], None if read.mask is None else read.mask[row]))
+                raise ValueError('mode "clip" needs CLIP\'s tokenizer: load the pipeline with clip_tokenizer=<folder>, '
+                                 'or "clip-tokenizer" to fetch it, or install open_clip_torch, which brings it')
+            with self.at_work("clip"):
+                read = (self.clip.weighted if weighted else self.clip)(texts, clip_skip)
+            return self._scored(Constant(read.take(row)), score)
         if self.tsc is None or self.t5 is None:
             raise ValueError(f'mode "{mode}" needs ELLA: load the pipeline with tsc=<file> and t5=<folder>, or use '
                              'mode "clip"')
         length = FIXED_LENGTH if mode == "fixed" else None
-        return ELLA(self.tsc, (self.t5.weighted if weighted else self.t5)(texts, length), row)
+        cond: Conditioning = ELLA(self.tsc, (self.t5.weighted if weighted else self.t5)(texts, length), row)
+        if self.clip is not None and self.clip.vector_dim is not None:
+            with self.at_work("clip"):
+                vector = self.clip.weighted(texts if weighted else [escape(text) for text in texts]).vector
+            assert vector is not None
+            cond = With(cond, vector=vector[row])
+        return self._scored(cond, score)
+
+    def _scored(self, cond: Conditioning, score: float) -> Conditioning:
+        """With the score, if the network is told one: five numbers follow the text's vector."""
+        known, pooled = getattr(self.unet, "vector_dim", None), self.clip and self.clip.vector_dim
+        scored = known is not None and pooled is not None and known - pooled == 5 * WIDTH
+        return With(cond, score=torch.tensor([score], device=self.device)) if scored else cond
 
     @property
     def device(self) -> torch.device:
+        """That of the UNet's weights, at work."""
+        if self.placement is not None and self.placement.offload:
+            return self.placement.of("unet").device
         return next((x.device for x in self.unet.parameters()), torch.device("cpu"))
 
     @property
@@ -184,14 +303,27 @@ def _count(part: object) -> str:
     return f"{sum(x.numel() for x in part.parameters()) / 1e6:.3g} M"
 
 
-def image_size(path: Path) -> int | None:
-    """The side that a file's `modelspec.resolution` names. ValueError for a file that is not whole."""
+def check_connector(tsc: TSC, file: File | None, width: int, t5: File) -> None:
+    """Raises ValueError for a connector that belongs to another UNet or to another T5."""
+    tokens = tsc.connector.latents.shape[1]
+    if tokens != width:
+        raise ValueError(f"the connector {file} makes tokens of width {tokens}, the checkpoint's UNet takes {width}: "
+                         "they belong to different models (ELLA's published one is Stable Diffusion 1.5's)")
+    known = json_in(Path(t5) / "config.json").get("d_model")
+    if type(known) is int and known != tsc.input_dim:
+        raise ValueError(f"the T5 in {t5} has width {known}, the connector {file} was trained on one of "
+                         f"{tsc.input_dim}" + " (flan-t5-xl)" * (tsc.input_dim == 2048))
+
+
+def size_of(path: Path, factor: int = 8) -> int | None:
+    """The side of pictures that a file's `modelspec.resolution` names, or the configuration of a folder's UNet.
+
+    factor: pixels per latent. Raises as `Weights` does.
+    """
+    if path.is_dir():
+        side = json_in(path / "unet" / "config.json").get("sample_size")
+        return factor * side if type(side) is int and side > 0 else None
     if path.suffix != ".safetensors":
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            resolution = (file.metadata() or {}).get("modelspec.resolution", "")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
-    side = resolution.partition("x")[0]
-    return int(side) if side.isdecimal() else None
+    side = Weights(path).metadata.get("modelspec.resolution", "").partition("x")[0]
+    return int(side) if side.isdecimal() and 0 < int(side) < 100_000 else None

@@ -79,7 +79,7 @@ class Request:
     syntax: bool = field(default=False, metadata={
         "help": "Read (phrase:1.3), [phrase], [from:to:0.5], [a|b] and AND, as the AUTOMATIC1111 web UI does."})
     clip_skip: int = field(default=1, metadata={
-        "help": "CLIP's layer, counted from the last.", "metavar": "N", "least": 1})
+        "help": "CLIP's layer: 1 the one that the model was trained with, 2 that before.", "metavar": "N", "least": 1})
     dtype: str = ""
 
     def __post_init__(self) -> None:

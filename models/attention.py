@@ -24,16 +24,17 @@ def log_weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
     return weights.to(torch.promote_types(weights.dtype, torch.float32)).log().to(dtype)
 
 
-def check_mask(mask: Tensor | None, keys: Tensor) -> None:
+def check_mask(mask: Tensor | None, keys: Tensor, read: bool = True) -> None:
     """Raises ValueError unless mask is None or fits keys [B, L, D]: [B, L], bool or floats >= 0 (see `attend`).
 
-    The values of floats are read on a CPU only: elsewhere that would wait for the device.
+    read: whether the values of floats are looked at, which breaks the graph of a compiled network; on a CPU only:
+    elsewhere it would wait for the device.
     """
     if mask is None:
         return
     if mask.shape != keys.shape[:2] or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise ValueError(f"mask must be {list(keys.shape[:2])}, bool (True at keys that are seen) or floats (the "
                          f"weights of the keys), got {mask.dtype} {list(mask.shape)}")
-    if mask.is_floating_point() and mask.device.type == "cpu" and not ((mask >= 0) & (mask < math.inf)).all():
+    if read and mask.is_floating_point() and mask.device.type == "cpu" and not ((mask >= 0) & (mask < math.inf)).all():
         raise ValueError("the weights in a mask must be finite and at least 0 (0 unseen, 1 plain attention), got "
                          f"{mask.min().item():g} to {mask.max().item():g}")

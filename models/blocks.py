@@ -81,17 +81,19 @@ class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text tokens, feed-forward; each on a LayerNorm, each added.
 
     The three methods return what is added, [B, L, channels] as x is: a Patch puts a block together anew from them.
+    cross_only: the first attention looks at the text tokens too, and there is no self-attention (the x4 upscaler).
     """
 
-    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
+    def __init__(self, channels: int, context_dim: int, heads: int, cross_only: bool = False) -> None:
         super().__init__()
-        self.attn1 = Attention(channels, channels, heads)
+        self.cross_only = cross_only
+        self.attn1 = Attention(channels, context_dim if cross_only else channels, heads)
         self.ff = FeedForward(channels)
         self.attn2 = Attention(channels, context_dim, heads)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.self_attention(x)
+        x = x + (self.attn1(self.norm1(x), context, mask) if self.cross_only else self.self_attention(x))
         x = x + self.cross_attention(x, context, mask)
         return x + self.feed_forward(x)
 
@@ -107,35 +109,38 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """One transformer block over the pixels of a feature map [B, C, h, w], which sees the text tokens.
+    """Transformer blocks, one after another, over the pixels of a feature map [B, C, h, w]; they see the text tokens.
 
-    place: the module's name in its UNet, by which patches call it.
+    place: the module's name in its UNet, by which patches call all of its blocks.
     """
 
     place = ""
 
-    def __init__(self, channels: int, context_dim: int, heads: int, linear_proj: bool) -> None:
+    def __init__(self, channels: int, context_dim: int, heads: int, linear_proj: bool, depth: int = 1,
+                 cross_only: bool = False) -> None:
         super().__init__()
-        self.linear_proj = linear_proj
+        self.linear_proj, self.cross_only = linear_proj, cross_only
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)  # not 1e-5, as in ResBlock
         self.proj_in = nn.Linear(channels, channels) if linear_proj else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads, cross_only)
+                                                 for _ in range(depth)])
         self.proj_out = zero_init(nn.Linear(channels, channels) if linear_proj else nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, patches: Patches = ()) -> Tensor:
         h = self.norm(x)
         h = self.proj_in(_tokens(h)) if self.linear_proj else _tokens(self.proj_in(h))
-        if any(patch is not None and self.place in patch.places for _, patch in patches):
-            h = self._patched(h, context, mask, patches, (x.shape[2], x.shape[3]))
-        else:
-            h = self.transformer_blocks[0](h, context, mask)
+        patched = any(patch is not None and self.place in patch.places for _, patch in patches)
+        for block in self.transformer_blocks:
+            if patched:
+                h = self._patched(block, h, context, mask, patches, (x.shape[2], x.shape[3]))
+            else:
+                h = block(h, context, mask)
         h = _image(self.proj_out(h), x) if self.linear_proj else self.proj_out(_image(h, x))
         return x + h
 
-    def _patched(self, x: Tensor, context: Tensor, mask: Tensor | None, patches: Patches,
+    def _patched(self, block: Any, x: Tensor, context: Tensor, mask: Tensor | None, patches: Patches,
                  size: tuple[int, int]) -> Tensor:
-        """The block over x [B, h * w, C], where each row goes through its patch; neighbours that agree go together."""
-        block: Any = self.transformer_blocks[0]
+        """A block over x [B, h * w, C], where each row goes through its patch; neighbours that agree go together."""
         here: list[tuple[Patch | None, int]] = []
         for rows, patch in patches:
             patch = patch if patch is not None and self.place in patch.places else None
@@ -172,7 +177,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))  # the skip's size: an odd one was rounded up
 
 
-class Stage(nn.Sequential):
+class Layers(nn.Sequential):
     """Layers in a row, each given what it takes beside x; size: what an Upsample must reach."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None,  # type: ignore[override]

@@ -13,9 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def per_row(what: str) -> Any:
-    """A field of a Context: a tensor [B, ...] or None. what: its name in messages ("channels beside x")."""
-    return field(default=None, metadata={"what": what})
+def the_only(what: str, found: list[Tensor]) -> Tensor:
+    """The one input that parts of a conditioning have. Raises ValueError if there are several."""
+    if len(found) > 1:
+        raise ValueError(f"two parts of one conditioning have {what}: give them to the combination as a whole")
+    return found[0]
+
+
+def the_first(what: str, found: list[Tensor]) -> Tensor:
+    """The input of the first part of a conditioning that has one."""
+    return found[0]
+
+
+def per_row(what: str, beside: Callable[[str, list[Tensor]], Tensor] = the_only, exact: bool = False) -> Any:
+    """A field of a Context: a tensor [B, ...] or None. what: its name in messages ("channels beside x").
+
+    beside: which one holds where several parts of one conditioning have it. exact: its dtype is kept.
+    """
+    return field(default=None, metadata={"what": what, "beside": beside, "exact": exact})
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,13 +38,22 @@ class Context:
     """What the network takes beside x and t, a row per sample.
 
     tokens [B, L, D]. mask [B, L]: bool, True at real tokens, or the factors >= 0 by which the tokens' attention is
-    multiplied; None: all are plainly seen. channels [B, C, h, w], concatenated to x (InstructPix2Pix, inpainting), or
-    None.
+    multiplied; None: all are plainly seen. channels [B, C, h, w], concatenated to x (InstructPix2Pix, inpainting).
+
+    vector [B, D], added to what is told of t (SDXL: the pooled text). sizes [B, 6], told after it: original height and
+    width, crop top and left, target height and width in pixels; None: the size of x, not cropped. score [B]: SDXL's
+    refiner's aesthetic score; None: 6. label [B] int64: a class (the x4 upscaler: how noisy its picture is). guidance
+    [B]: the guidance scale, of networks that are told it (LCM). Of several parts of one conditioning the first's hold.
     """
 
     tokens: Tensor
     mask: Tensor | None = None
     channels: Tensor | None = per_row("channels beside x")  # noqa: RUF009
+    vector: Tensor | None = per_row("an added vector", the_first)  # noqa: RUF009
+    sizes: Tensor | None = per_row("sizes", the_first, exact=True)  # noqa: RUF009
+    score: Tensor | None = per_row("a score", the_first, exact=True)  # noqa: RUF009
+    label: Tensor | None = per_row("a label", the_first, exact=True)  # noqa: RUF009
+    guidance: Tensor | None = per_row("a guidance scale", the_first, exact=True)  # noqa: RUF009
 
     @classmethod
     def of(cls, seen: "Context | Tensor") -> "Context":
@@ -41,9 +65,10 @@ class Context:
         return self._with(lambda x: x[rows])
 
     def to(self, dtype: torch.dtype) -> Self:
-        """Everything that is a float in this dtype, but for the mask."""
+        """Everything that is a float in this dtype, but for the mask and numbers like sizes: 1027 is none in bf16."""
+        exact = {own.name: getattr(self, own.name) for own in fields(self)[2:] if own.metadata["exact"]}
         cast = self._with(lambda x: x.to(dtype) if x.is_floating_point() else x)
-        return replace(cast, mask=self.mask)
+        return replace(cast, mask=self.mask, **exact)
 
     def _with(self, f: Callable[[Tensor], Tensor]) -> Self:
         return replace(self, **{name: f(x) for name, x in vars(self).items() if x is not None})
@@ -63,15 +88,15 @@ class Context:
 
         def whole(what: str, found: list[Tensor]) -> Tensor:
             if len(found) < len(contexts):
-                raise ValueError(f"one UNet call has {what} for all of its conditionings or for none: give them to "
-                                 "each (zeros where there is no image)")
+                raise ValueError(f"one UNet call has {what} for all of its conditionings or for none: give it to each "
+                                 "(for channels zeros where there is no image)")
             return torch.cat(found)
 
-        return _joined(contexts, *pile(contexts), whole)
+        return _joined(contexts, *pile(contexts), lambda own: whole)
 
     @staticmethod
     def beside(contexts: "Sequence[Context]") -> "Context":
-        """One context of the same rows: the tokens in a row, masks kept; of other inputs each at most once.
+        """One context of the same rows: the tokens in a row, masks kept; of channels at most one, of vectors the first.
 
         Raises ValueError for tokens of several widths, and for an input that two have.
         """
@@ -80,18 +105,12 @@ class Context:
             raise ValueError("conditionings of one UNet need tokens of one width, got "
                              f"{[context.tokens.shape[2] for context in shown]}")
         seen = None if all(c.mask is None for c in shown) else torch.cat([mask_of(c) for c in shown], 1)
-        return _joined(contexts, torch.cat([context.tokens for context in shown], 1), seen, the_only)
+        return _joined(contexts, torch.cat([context.tokens for context in shown], 1), seen,
+                       lambda own: own.metadata["beside"])
 
 
-def the_only(what: str, found: list[Tensor]) -> Tensor:
-    """The one input that parts of a conditioning have. Raises ValueError if there are several."""
-    if len(found) > 1:
-        raise ValueError(f"two parts of one conditioning have {what}: give them to the combination as a whole")
-    return found[0]
-
-
-def _joined(contexts: Sequence[Context], tokens: Tensor, mask: Tensor | None, join: Any) -> Context:
-    """A context of these tokens, every other input joined from those that have it."""
+def _joined(contexts: Sequence[Context], tokens: Tensor, mask: Tensor | None, how: Any) -> Context:
+    """A context of these tokens, every other input joined from those that have it; how: of a field, its way to join."""
     kind = max((type(context) for context in contexts), key=lambda kind: len(fields(kind)))
     for other in {type(context) for context in contexts}:
         if not issubclass(kind, other):
@@ -101,7 +120,7 @@ def _joined(contexts: Sequence[Context], tokens: Tensor, mask: Tensor | None, jo
     for own in fields(kind)[2:]:
         found = [x for context in contexts if (x := getattr(context, own.name, None)) is not None]
         if found:
-            inputs[own.name] = join(own.metadata["what"], found)
+            inputs[own.name] = how(own)(own.metadata["what"], found)
     return kind(tokens, mask, **inputs)
 
 

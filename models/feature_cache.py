@@ -11,7 +11,8 @@ import torch
 from ella_kd.models.context import pile
 from ella_kd.models.devices import check_device
 from ella_kd.models.features import FeatureMode, load_features, save_features
-from ella_kd.models.text import T5TextEncoder, TextFeatures
+from ella_kd.models.t5 import T5TextEncoder
+from ella_kd.models.text import TextFeatures
 
 
 class FeatureCache:
@@ -40,6 +41,11 @@ class FeatureCache:
         with self._loading:
             self._t5 = self._t5 or self._load()
             return self._t5
+
+    def release(self, rest: torch.device | None = None) -> None:
+        """Let the encoder go until the next prompt that the folder lacks: `T5TextEncoder.release`."""
+        if self._t5 is not None:
+            self._t5.release(rest)
 
     def __repr__(self) -> str:
         return f"FeatureCache({str(self.folder)!r}, {self.encoder!r})"

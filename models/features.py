@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ella_kd.models.devices import check_device
-from ella_kd.models.tensors import read_tensors, write_tensors
+from ella_kd.models.files.weights import read_tensors, write_tensors
 from ella_kd.models.text import TextFeatures, check_features
 
 FeatureMode = Literal["flexible", "fixed", "clip"]
@@ -104,6 +104,8 @@ def _check(features: TextFeatures, prompts: Sequence[str], encoder: str, mode: s
     if not isinstance(encoder, str) or not encoder.strip():
         raise ValueError(f'name the encoder, such as encoder="flan-t5-xl", got {encoder!r}')
     check_features(TextFeatures(tokens, None if mask is None else mask.cpu()))
+    if features.vector is not None:
+        raise ValueError("features with a vector (SDXL's) are not saved: the file would lose it")
     if len(prompts) != len(tokens) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"features of {len(tokens)} rows need as many prompts, all of them text, got {len(prompts)}: "
                          f"{list(prompts)!r:.100}")

@@ -1,6 +1,7 @@
 """What a network is to everything else: `network(x, t, context, patches=()) -> out`."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
@@ -75,6 +76,7 @@ class OfTokens:
 
     def __call__(self, x: Tensor, t: Tensor, context: Context, patches: Patches = ()) -> Tensor:
         refuse_patches(patches, self.unet)
+        refuse_inputs(context, ("channels",), self.unet)
         args = (context.tokens,) if context.mask is None else (context.tokens, context.mask)
         out = self.unet(context.beside_x(x), t, *args)
         if not isinstance(out, Tensor):
@@ -91,6 +93,14 @@ def as_network(unet: Any) -> Any:
     """A Network as it is, anything else that can be called as one of tokens. Raises TypeError if it cannot be called.
     """
     return unet if hasattr(unet, "at") and hasattr(unet, "places") else OfTokens(unet)
+
+
+def refuse_inputs(context: Context, known: Sequence[str], network: object) -> None:
+    """Raises ValueError if the context has an input beside tokens that the network would not see."""
+    for own in fields(context)[2:]:
+        if own.name not in known and getattr(context, own.name) is not None:
+            raise ValueError(f"{type(network).__name__} does not see {own.metadata['what']} ({own.name}): leave it "
+                             "out, or use a network that does")
 
 
 def refuse_patches(patches: Patches, network: object) -> None:

@@ -1,7 +1,7 @@
 """The noise levels a diffusion model was trained on: the map between timestep t and sigma."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -15,12 +15,14 @@ class NoiseSchedule:
     """The table of a variance-preserving model, seen as sigmas: `sigma = sqrt((1 - alphas_cumprod) / alphas_cumprod)`.
 
     alphas_cumprod [N], strictly decreasing inside (0, 1), kept in float64 on the CPU. prediction says what the network
-    returns: "eps" or "v". Between the table's entries log sigma is linear in t, as in k-diffusion's `DiscreteSchedule`.
+    returns: "eps" or "v". consistency: what it means is x at t = 0, by LCM's boundary condition. Between the table's
+    entries log sigma is linear in t, as in k-diffusion's `DiscreteSchedule`.
     Raises ValueError for a table that is not such a sequence (a zero-terminal-SNR table ends in sigma = infinity).
     """
 
     alphas_cumprod: Tensor
     prediction: PredictionType = "eps"
+    consistency: bool = False
     _log_sigmas_on: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
     sigma_data: ClassVar[float] = 1.0  # the spread of the data that the scalings assume
 
@@ -78,7 +80,7 @@ class NoiseSchedule:
         if not 0 < last < float(table[-2]):
             raise ValueError(f"last must lie between 0 and the second smallest, {float(table[-2]):g}, got {last}")
         table[-1] = last
-        return NoiseSchedule(table, self.prediction)
+        return replace(self, alphas_cumprod=table)
 
     @property
     def sigmas(self) -> Tensor:
@@ -131,9 +133,12 @@ class NoiseSchedule:
         eps: x0 = x - sigma * eps. v (Salimans and Ho 2022, arXiv 2202.00512): v = c_in * (noise - sigma * x0).
         """
         c_in = (sigma**2 + 1) ** -0.5
-        if self.prediction == "v":
-            return c_in**2, -sigma * c_in, c_in
-        return torch.ones_like(sigma), -sigma, c_in
+        c_skip, c_out = (c_in**2, -sigma * c_in) if self.prediction == "v" else (torch.ones_like(sigma), -sigma)
+        if self.consistency:  # Luo et al. 2023, arXiv 2310.04378, eq. 9, with s = 10 t and sigma_data .5
+            s = 10 * self.sigma_to_t(sigma).to(sigma.dtype)
+            whole = s**2 + 0.25
+            c_skip, c_out = c_skip * s * whole**-0.5 + c_in * 0.25 / whole, c_out * s * whole**-0.5
+        return c_skip, c_out, c_in
 
     def target(self, x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """What the network should answer at clean latents x plus sigma * noise: eps or v. All broadcast to x."""
@@ -153,6 +158,7 @@ class EDMSchedule:
 
     Karras et al. (2022, 2206.00364, table 1, c_noise); the defaults, sigma_data too, are Playground v2.5's.
     It has a NoiseSchedule's attributes; `sigmas` are n levels even in log sigma, for schedules that walk a table.
+    prediction: "edm", the F of that table, or "v", its negative (CosXL, with sigma_data 1).
     Raises ValueError unless 0 < sigma_min < sigma_max, sigma_data > 0 and n >= 2.
     """
 
@@ -160,6 +166,7 @@ class EDMSchedule:
     sigma_max: float = 80.0
     sigma_data: float = 0.5
     n: int = 1000
+    prediction: Literal["edm", "v"] = "edm"
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
@@ -195,7 +202,8 @@ class EDMSchedule:
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """c_skip, c_out, c_in as of a NoiseSchedule, EDM's (table 1): each shaped as sigma."""
         total = sigma**2 + self.sigma_data**2
-        return self.sigma_data**2 / total, sigma * self.sigma_data * total**-0.5, total**-0.5
+        sign = -1 if self.prediction == "v" else 1
+        return self.sigma_data**2 / total, sign * sigma * self.sigma_data * total**-0.5, total**-0.5
 
     def target(self, x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """What the network should answer at clean latents x plus sigma * noise: EDM's F. All broadcast to x."""

@@ -28,7 +28,10 @@ from ella_kd.models.blocks import Attention, TransformerBlock
 
 
 class Patch(ABC):
-    """What rows do in place of the transformer blocks they name; a value: frozen, hashable, equal if its fields are."""
+    """What rows do in place of the transformer blocks they name; a value: frozen, hashable, equal if its fields are.
+
+    A place is a transformer of the UNet: where it is several blocks deep (SDXL), each of them is replaced.
+    """
 
     places: tuple[str, ...]
 
@@ -111,14 +114,15 @@ class SkipBlock(Patch):
 
 @dataclass(frozen=True, eq=False)
 class Recorder(SelfAttentionPatch):
-    """Keeps the self-attention map of one block and changes nothing; made for one call, and no value: two differ.
+    """Keeps the self-attention map of one block, the first of its place where there are several (SDXL), and changes
+    nothing; made for one call, and no value: two differ.
 
     After the call `map` is [b, heads, h * w, h * w] fp32 or fp64, of each head and query the weights of the keys, which
     sum to 1. Raises ValueError if it is read before.
     """
 
     place: str
-    _maps: list[Tensor] = field(default_factory=list, init=False, repr=False)
+    _maps: list[tuple[Attention, Tensor]] = field(default_factory=list, init=False, repr=False)
 
     @property
     def places(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -128,12 +132,13 @@ class Recorder(SelfAttentionPatch):
     def map(self) -> Tensor:
         if len(self._maps) != 1:
             raise ValueError(f"a recorder holds the map of one call of the UNet, this one saw {len(self._maps)}")
-        return self._maps[0]
+        return self._maps[0][1]
 
     def attention(self, attn: Attention, x: Tensor, size: tuple[int, int]) -> Tensor:
-        q, k = (rearrange(y, "b l (h d) -> b h l d", h=attn.heads) for y in (attn.to_q(x), attn.to_k(x)))
-        precise = torch.promote_types(x.dtype, torch.float32)
-        self._maps.append((q.to(precise) @ k.to(precise).mT / math.sqrt(q.shape[-1])).softmax(-1))
+        if all(attn is first for first, _ in self._maps):
+            q, k = (rearrange(y, "b l (h d) -> b h l d", h=attn.heads) for y in (attn.to_q(x), attn.to_k(x)))
+            precise = torch.promote_types(x.dtype, torch.float32)
+            self._maps.append((attn, (q.to(precise) @ k.to(precise).mT / math.sqrt(q.shape[-1])).softmax(-1)))
         return attn(x, x)
 
 

@@ -1,8 +1,9 @@
 """An architecture read off the shapes of a file's tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-Shapes = Mapping[str, Sequence[int]]  # tensor name -> shape
+Shape = Sequence[int]
+Shapes = Mapping[str, Shape]  # tensor name -> shape
 
 
 def shape_of(shapes: Shapes, name: str, ndim: int) -> Sequence[int]:
@@ -14,9 +15,11 @@ def shape_of(shapes: Shapes, name: str, ndim: int) -> Sequence[int]:
     return shapes[name]
 
 
-def count_of(shapes: Shapes, prefix: str) -> int:
-    """How many of `prefix.0.*`, `prefix.1.*`, ... there are, without a gap."""
+def count_of(names: Iterable[str], prefix: str) -> int:
+    """How many of `prefix.0.*`, `prefix.1.*`, ... there are, without a gap; a hundred (a bad file) are enough."""
+    start = len(prefix) + 1
+    found = {name[start:].partition(".")[0] for name in names if name.startswith(f"{prefix}.")}
     n = 0
-    while any(name.startswith(f"{prefix}.{n}.") for name in shapes):
+    while n < 100 and str(n) in found:
         n += 1
     return n

@@ -16,3 +16,15 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def guidance_embedding(scale: Tensor, channels: int) -> Tensor:
+    """The sinusoid of a guidance scale, as networks distilled with it are told: 1000 (scale - 1), `[sin | cos]`.
+
+    scale [B] -> [B, channels] fp32 (LCM, Luo et al. 2023, arXiv 2310.04378; the last frequency is 1 / 10,000).
+    """
+    half = channels // 2
+    step = -math.log(10000) / (half - 1)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=scale.device) * step)
+    angles = ((scale.float() - 1) * 1000)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)

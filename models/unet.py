@@ -1,25 +1,37 @@
-"""The latent-diffusion UNet of Stable Diffusion 1.x and 2.x, with the tensor names of its LDM checkpoints."""
+"""The latent-diffusion UNet of Stable Diffusion 1.x, 2.x, XL and their relatives, with LDM's tensor names."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ella_kd.models.blocks import Downsample, ResBlock, SpatialTransformer, Stage, Upsample
+from ella_kd.models.added import NEEDED, added_vector, refuse
+from ella_kd.models.attention import check_mask
+from ella_kd.models.blocks import Downsample, Layers, ResBlock, SpatialTransformer, Upsample
 from ella_kd.models.context import Context
 from ella_kd.models.network import Levels, Patches
 from ella_kd.models.parameters import zero_init
 from ella_kd.models.shapes import Shapes, count_of, shape_of
-from ella_kd.models.timestep import timestep_embedding
+from ella_kd.models.timestep import guidance_embedding, timestep_embedding
+
+Depths = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class UNetConfig:
     """What a UNet is made of; the defaults are Stable Diffusion 1.5.
 
-    channel_mult and attention have one entry per level, the finest first. Give `num_heads` (SD1.x: 8 heads at every
-    level) or `head_dim` (SD2.x: heads of 64 channels), the other is None. linear_proj: the transformer's proj_in and
-    proj_out are linear layers (SD2.x) instead of 1x1 convolutions. Raises ValueError for a contradiction.
+    Levels stand the finest first. depth: per level, how many transformer blocks follow each res block, a number or a
+    tuple of one per res block; out_depth: the same on the way up, where a level has one res block more (None: as on
+    the way down); middle_depth: in the middle, where 0 leaves a single res block (SSD-1B, Vega).
+    Give `num_heads` (SD1.x: 8 heads at every level) or `head_dim` (SD2.x: heads of 64 channels), the other is None.
+    linear_proj: the transformers' proj_in and proj_out are linear layers (SD2.x, SDXL) instead of 1x1 convolutions.
+    cross_only: the levels without self-attention, where the first attention looks at the text too (the x4 upscaler).
+    What is seen beside tokens, None for nothing: vector_dim, the width of SDXL's added vector, sizes included; classes,
+    how many labels there are (x4: levels of noise); guidance_dim, the width in which a guidance scale is told (LCM).
+    Raises ValueError for a contradiction.
     """
 
     in_channels: int = 4
@@ -27,16 +39,33 @@ class UNetConfig:
     model_channels: int = 320
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
-    attention: tuple[bool, ...] = (True, True, True, False)
+    depth: tuple[int | tuple[int, ...], ...] = (1, 1, 1, 0)
     context_dim: int = 768
     num_heads: int | None = 8
     head_dim: int | None = None
     linear_proj: bool = False
+    middle_depth: int = 1
+    out_depth: tuple[int | tuple[int, ...], ...] | None = None
+    cross_only: tuple[bool, ...] = ()
+    vector_dim: int | None = None
+    classes: int | None = None
+    guidance_dim: int | None = None
 
     def __post_init__(self) -> None:
-        if len(self.attention) != len(self.channel_mult):
-            raise ValueError(f"attention needs one entry per level: channel_mult has {len(self.channel_mult)}, "
-                             f"attention has {len(self.attention)}")
+        levels = len(self.channel_mult)
+        down, up = self.depths
+        object.__setattr__(self, "depth", down)
+        object.__setattr__(self, "out_depth", None if up == _mirrored(down) else up)  # one way to say it
+        object.__setattr__(self, "cross_only", tuple(self.cross_only) or (False,) * levels)
+        for level in range(levels):
+            if len({depth > 0 for depth in down[level] + up[level]}) > 1:
+                raise ValueError("a level has transformers after each of its res blocks or after none: level "
+                                 f"{level} has {list(down[level])} on the way down, {list(up[level])} up")
+        if len(self.cross_only) != levels:
+            raise ValueError(f"cross_only needs one entry per level: channel_mult has {levels}, cross_only has "
+                             f"{len(self.cross_only)}")
+        if self.vector_dim is not None and self.classes is not None:
+            raise ValueError(f"a UNet sees vectors or labels, not both: got {self.vector_dim} and {self.classes}")
         if (self.num_heads is None) == (self.head_dim is None):
             raise ValueError(f"give num_heads or head_dim, not both: got {self.num_heads} and {self.head_dim}")
         heads = self.num_heads if self.head_dim is None else self.head_dim
@@ -48,6 +77,16 @@ class UNetConfig:
                 raise ValueError(f"{channels} channels must be a multiple of 32 (GroupNorm) and of the heads "
                                  f"(num_heads={self.num_heads}, head_dim={self.head_dim})")
 
+    @property
+    def depths(self) -> tuple[Depths, Depths]:
+        """Of the way down and the way up: per level, the transformer blocks after each res block."""
+        down = _per_block("depth", self.depth, self.channel_mult, self.num_res_blocks)
+        if self.out_depth is not None:
+            return down, _per_block("out_depth", self.out_depth, self.channel_mult, self.num_res_blocks + 1)
+        if any(len(set(each)) > 1 for each in down):
+            raise ValueError(f"depth differs from res block to res block, {self.depth}: give out_depth too")
+        return down, _mirrored(down)
+
     def heads(self, channels: int) -> int:
         return self.num_heads or channels // (self.head_dim or channels)
 
@@ -55,27 +94,73 @@ class UNetConfig:
     def from_shapes(cls, shapes: Shapes, num_heads: int | None = None, head_dim: int | None = None) -> "UNetConfig":
         """The configuration read off a checkpoint's shapes, names without `model.diffusion_model.`.
 
-        The heads are not in the shapes: without an argument, 8 heads if proj_in is a convolution (SD1.x), heads of 64
-        channels if it is linear (SD2.x). Raises ValueError naming the tensor that is missing to tell.
+        The heads are not in the shapes: without an argument, 8 heads if proj_in is a convolution (SD1.x) or labels are
+        seen (the x4 upscaler), else heads of 64 channels. A level is `cross_only` if its first attention takes another
+        width than its own. Raises ValueError naming the tensor that is missing to tell.
         """
+        def transformers(block: str) -> int:
+            return count_of(shapes, f"{block}.1.transformer_blocks")
+
+        def width_of(name: str, side: int) -> int | None:
+            return shape_of(shapes, name, 2)[side] if name in shapes else None
+
         model_channels, in_channels = shape_of(shapes, "input_blocks.0.0.weight", 4)[:2]
-        levels: list[list[tuple[int, bool]]] = [[]]  # per level, per res block: channels, followed by attention?
+        if not model_channels:
+            raise ValueError("tensor input_blocks.0.0.weight is empty")
+        levels: list[list[str]] = [[]]  # per level the names of its blocks
         for n in range(1, count_of(shapes, "input_blocks")):
             if f"input_blocks.{n}.0.op.weight" in shapes or f"input_blocks.{n}.0.op.bias" in shapes:
                 levels.append([])
             else:
-                channels = shape_of(shapes, f"input_blocks.{n}.0.out_layers.3.weight", 4)[0]
-                levels[-1].append((channels, any(name.startswith(f"input_blocks.{n}.1.") for name in shapes)))
+                levels[-1].append(f"input_blocks.{n}")
         if not all(levels):
             raise ValueError("a level of input_blocks has no res block")
-        linear_proj = len(shapes.get("middle_block.1.proj_in.weight", ())) == 2
+        widths = [shape_of(shapes, f"{level[0]}.0.out_layers.3.weight", 4)[0] for level in levels]
+        whole = len(levels[0]) + 1
+        up = [tuple(transformers(f"output_blocks.{whole * i + j}") for j in range(whole)) for i in range(len(levels))]
+        deep = next((level[0] for level in levels if transformers(level[0])), "middle_block")
+        linear_proj = len(shapes.get(f"{deep}.1.proj_in.weight", ())) == 2
         if num_heads is None and head_dim is None:
-            num_heads, head_dim = (None, 64) if linear_proj else (8, None)
-        return cls(in_channels, shape_of(shapes, "out.2.weight", 4)[0], model_channels,
-                   tuple(blocks[0][0] // model_channels for blocks in levels), len(levels[0]),
-                   tuple(blocks[0][1] for blocks in levels),
-                   shape_of(shapes, "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2)[1],
-                   num_heads, head_dim, linear_proj)
+            num_heads, head_dim = (None, 64) if linear_proj and "label_emb.weight" not in shapes else (8, None)
+        first = [width_of(f"{level[0]}.1.transformer_blocks.0.attn1.to_k.weight", 1) for level in levels]
+        return cls(
+            in_channels, shape_of(shapes, "out.2.weight", 4)[0], model_channels,
+            tuple(width // model_channels for width in widths), len(levels[0]),
+            tuple(tuple(map(transformers, level)) for level in levels),
+            shape_of(shapes, f"{deep}.1.transformer_blocks.0.attn2.to_k.weight", 2)[1],
+            num_heads, head_dim, linear_proj, transformers("middle_block"), tuple(reversed(up)),
+            tuple(seen not in (None, width) for seen, width in zip(first, widths)),
+            width_of("label_emb.0.0.weight", 1), width_of("label_emb.weight", 0),
+            width_of("time_embed.cond_proj.weight", 1))
+
+
+def _mirrored(down: Depths) -> Depths:
+    return tuple(each[:1] + each for each in down)
+
+
+def _per_block(name: str, depth: Sequence[int | Sequence[int]], levels: Sequence[int], blocks: int) -> Depths:
+    """One number per level and res block. Raises ValueError for another count, and for what is below 0."""
+    if len(depth) != len(levels):
+        raise ValueError(f"{name} needs one entry per level: channel_mult has {len(levels)}, {name} has {len(depth)}")
+    each = tuple((int(d),) * blocks if isinstance(d, int) else tuple(map(int, d)) for d in depth)
+    if any(len(of_level) != blocks or min(of_level) < 0 for of_level in each):
+        raise ValueError(f"{name} is a number of at least 0 per level, or one for each of its {blocks} res blocks, got "
+                         f"{depth}")
+    return each
+
+
+class TimeEmbed(nn.Sequential):
+    """The sinusoid of t through two layers; what the guidance scale is told by is added to it first."""
+
+    def __init__(self, channels: int, emb: int, guidance_dim: int | None) -> None:
+        super().__init__(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        if guidance_dim is not None:
+            self.cond_proj = nn.Linear(guidance_dim, channels, bias=False)
+
+    def forward(self, sinusoid: Tensor, guidance: Tensor | None = None) -> Tensor:
+        if guidance is not None:
+            sinusoid = sinusoid + self.cond_proj(guidance)
+        return self[2](F.silu(self[0](sinusoid)))
 
 
 class UNet(nn.Module):
@@ -83,11 +168,13 @@ class UNet(nn.Module):
 
     `unet(x, t, context, patches=())`, a `models.network.Network`: x [B, in_channels, h, w], less the channels that the
     context has, any h and w; t [B], the timestep, fractional welcome; context, a Context of tokens [B, L, context_dim]
-    and perhaps a mask, or bare tokens -> [B, out_channels, h, w]. x and context have the network's dtype, t stays fp32.
+    and what else the configuration says is seen, or bare tokens -> [B, out_channels, h, w]. x and context have the
+    network's dtype, t stays fp32.
 
     patches: what rows of the batch do differently in this one call, `(rows, Patch or None)` in the order of the batch,
-    `models.patches`; a patch names its transformer blocks, those in `places`. Nothing of it stays behind.
-    Raises ValueError for a wrong shape, a place that does not exist, and rows that are not the batch.
+    `models.patches`; a patch names its transformers, those in `places`. Nothing of it stays behind.
+    Raises ValueError for a wrong shape, a place that does not exist, rows that are not the batch, an input that is
+    needed and missing, or that this network does not know.
     """
 
     def __init__(self, config: UNetConfig = UNetConfig()) -> None:
@@ -95,39 +182,43 @@ class UNet(nn.Module):
         self.config = config
         channels = config.model_channels
         emb = channels * 4
+        down, up = config.depths
 
-        def transformer(ch: int) -> SpatialTransformer:
-            return SpatialTransformer(ch, config.context_dim, config.heads(ch), config.linear_proj)
+        def transformer(ch: int, depth: int, cross_only: bool = False) -> list[SpatialTransformer]:
+            return [SpatialTransformer(ch, config.context_dim, config.heads(ch), config.linear_proj, depth,
+                                       cross_only)] if depth else []
 
-        self.time_embed = nn.Sequential(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.time_embed = TimeEmbed(channels, emb, config.guidance_dim)
+        if config.vector_dim is not None:
+            self.label_emb: nn.Module = nn.Sequential(nn.Sequential(
+                nn.Linear(config.vector_dim, emb), nn.SiLU(), nn.Linear(emb, emb)))
+        elif config.classes is not None:
+            self.label_emb = nn.Embedding(config.classes, emb)
 
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, channels, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Layers(nn.Conv2d(config.in_channels, channels, 3, padding=1))])
         skips = [channels]
         ch = channels
         for level, mult in enumerate(config.channel_mult):
             if level:
-                self.input_blocks.append(Stage(Downsample(ch)))
+                self.input_blocks.append(Layers(Downsample(ch)))
                 skips.append(ch)
-            for _ in range(config.num_res_blocks):
-                layers: list[nn.Module] = [ResBlock(ch, mult * channels, emb)]
+            for depth in down[level]:
+                block = ResBlock(ch, mult * channels, emb)
                 ch = mult * channels
-                if config.attention[level]:
-                    layers.append(transformer(ch))
-                self.input_blocks.append(Stage(*layers))
+                self.input_blocks.append(Layers(block, *transformer(ch, depth, config.cross_only[level])))
                 skips.append(ch)
 
-        self.middle_block = Stage(ResBlock(ch, ch, emb), transformer(ch), ResBlock(ch, ch, emb))
+        middle = transformer(ch, config.middle_depth)
+        self.middle_block = Layers(ResBlock(ch, ch, emb), *middle, *(ResBlock(ch, ch, emb) for _ in middle))
 
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(config.channel_mult))):
-            for i in range(config.num_res_blocks + 1):
-                layers = [ResBlock(ch + skips.pop(), mult * channels, emb)]
+            for i, depth in enumerate(up[level]):
+                block = ResBlock(ch + skips.pop(), mult * channels, emb)
                 ch = mult * channels
-                if config.attention[level]:
-                    layers.append(transformer(ch))
-                if level and i == config.num_res_blocks:
-                    layers.append(Upsample(ch))
-                self.output_blocks.append(Stage(*layers))
+                last = level and i == config.num_res_blocks
+                self.output_blocks.append(Layers(block, *transformer(ch, depth, config.cross_only[level]),
+                                                *([Upsample(ch)] if last else [])))
 
         self.out = nn.Sequential(nn.GroupNorm(32, ch), nn.SiLU(),
                                  zero_init(nn.Conv2d(ch, config.out_channels, 3, padding=1)))
@@ -137,8 +228,12 @@ class UNet(nn.Module):
 
     @property
     def places(self) -> tuple[str, ...]:
-        """The names of the transformer blocks that a patch can replace, from input to output: "middle_block.1", ..."""
-        return tuple(module.place for module in self.modules() if isinstance(module, SpatialTransformer))
+        """The names of the transformers that a patch can replace, from input to output: "middle_block.1", ...
+
+        Those without self-attention (`cross_only`) are none.
+        """
+        return tuple(module.place for module in self.modules()
+                     if isinstance(module, SpatialTransformer) and not module.cross_only)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -152,6 +247,14 @@ class UNet(nn.Module):
     def out_channels(self) -> int:
         return self.config.out_channels
 
+    @property
+    def vector_dim(self) -> int | None:
+        return self.config.vector_dim
+
+    @property
+    def guidance_dim(self) -> int | None:
+        return self.config.guidance_dim
+
     def at(self, levels: Levels) -> "UNet":
         """Itself: it is the same at every noise level."""
         return self
@@ -162,7 +265,7 @@ class UNet(nn.Module):
         self._check(x, t, tokens, mask)
         if patches:
             self._check_patches(patches, len(x))
-        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(self.dtype))
+        emb = self._embedding(x, t, seen)
         skips = []
         for stage in self.input_blocks:
             x = stage(x, emb, tokens, mask, patches)
@@ -173,6 +276,27 @@ class UNet(nn.Module):
             x = stage(x, emb, tokens, mask, patches, skips[-1].shape[2:] if skips else None)
         return self.out(x)
 
+    def _embedding(self, x: Tensor, t: Tensor, seen: Context) -> Tensor:
+        """[B, 4 * model_channels], what each res block adds: t, the guidance scale, the added vector or the label."""
+        config = self.config
+        known = {"vector": config.vector_dim, "label": config.classes, "guidance": config.guidance_dim}
+        for name, size in known.items():
+            given = getattr(seen, name)
+            if size is None:
+                refuse("this UNet does not know", {name: given})
+            elif given is None:
+                raise ValueError(f"this UNet needs {NEEDED[name]}: give it beside the tokens, With(cond, {name}=...)")
+            elif name != "vector" and given.shape != t.shape:
+                raise ValueError(f"{name} must be [{len(t)}], one per sample, got {list(given.shape)}")
+        guidance = seen.guidance
+        if guidance is not None:
+            guidance = guidance_embedding(guidance, config.guidance_dim or 0).to(self.dtype)
+        emb = self.time_embed(timestep_embedding(t, config.model_channels).to(self.dtype), guidance)
+        if config.vector_dim is not None:
+            return emb + self.label_emb(added_vector(seen, x, config.vector_dim).to(self.dtype))
+        refuse("this UNet does not know", {"sizes": seen.sizes, "score": seen.score})
+        return emb if seen.label is None else emb + self.label_emb(seen.label)
+
     def _check(self, x: Tensor, t: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
         config = self.config
         if x.ndim != 4 or x.shape[1] != config.in_channels:
@@ -182,10 +306,7 @@ class UNet(nn.Module):
         if tokens.ndim != 3 or tokens.shape[0] != x.shape[0] or tokens.shape[2] != config.context_dim:
             raise ValueError(f"the UNet takes context [{x.shape[0]}, L, {config.context_dim}], "
                              f"got {list(tokens.shape)}")
-        if mask is not None and (mask.shape != tokens.shape[:2]
-                                 or not (mask.dtype == torch.bool or mask.is_floating_point())):
-            raise ValueError(f"mask must be bool or float {list(tokens.shape[:2])}, got {mask.dtype} "
-                             f"{list(mask.shape)}")
+        check_mask(mask, tokens, read=False)
 
     def _check_patches(self, patches: Patches, batch: int) -> None:
         rows = [n for n, _ in patches]

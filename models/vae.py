@@ -1,24 +1,29 @@
 """The autoencoder of latent diffusion, with the tensor names of its LDM checkpoints."""
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ella_kd.models.attention import attend
 from ella_kd.models.devices import place_of
 from ella_kd.models.pictures import Images, to_pixels
 from ella_kd.models.shapes import Shapes, count_of, shape_of
 
+AT_ONCE = 512 * 512
+
 
 @dataclass(frozen=True)
 class VAEConfig:
     """What an autoencoder is made of; the defaults are Stable Diffusion 1.5.
 
-    channel_mult has one entry per level, the finest first; each level but the last halves the size. scale multiplies
-    the latents that leave `encode`, so that the UNet sees values of about unit variance.
+    channel_mult has one entry per level, the finest first; each level but the last halves the size. Latents leave
+    `encode` as (z - mean) * scale / std, so that the UNet sees values of about unit variance: mean and std have one
+    number per channel (Playground v2.5; a shift is the same mean in all), None for 0 and 1.
     """
 
     in_channels: int = 3
@@ -27,11 +32,18 @@ class VAEConfig:
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     scale: float = 0.18215
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if any(mult * self.channels % 32 for mult in self.channel_mult):
             raise ValueError(f"channels must be multiples of 32 (GroupNorm) at every level, got {self.channels} times "
                              f"{self.channel_mult}")
+        for name in ("mean", "std"):
+            numbers = getattr(self, name)
+            if numbers is not None and len(numbers) != self.latent_channels:
+                raise ValueError(f"{name} needs one number per channel of the latents, {self.latent_channels}, got "
+                                 f"{len(numbers)}")
 
     @classmethod
     def from_shapes(cls, shapes: Shapes, scale: float = 0.18215) -> "VAEConfig":
@@ -46,7 +58,7 @@ class VAEConfig:
                    count_of(shapes, "encoder.down.0.block"), scale)
 
 
-class ResBlock(nn.Module):
+class VAEResBlock(nn.Module):
     """Two normalised 3x3 convolutions and a skip connection."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -82,15 +94,15 @@ class AttnBlock(nn.Module):
 class Mid(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.block_1 = ResBlock(channels, channels)
+        self.block_1 = VAEResBlock(channels, channels)
         self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResBlock(channels, channels)
+        self.block_2 = VAEResBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
-class Downsample(nn.Module):
+class VAEDownsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -99,7 +111,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded on the right and bottom only
 
 
-class Upsample(nn.Module):
+class VAEUpsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -113,12 +125,12 @@ class Level(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, down: bool = False, up: bool = False) -> None:
         super().__init__()
-        self.block = nn.ModuleList([ResBlock(in_channels if i == 0 else out_channels, out_channels)
+        self.block = nn.ModuleList([VAEResBlock(in_channels if i == 0 else out_channels, out_channels)
                                     for i in range(blocks)])
         if down:
-            self.downsample = Downsample(out_channels)
+            self.downsample = VAEDownsample(out_channels)
         if up:
-            self.upsample = Upsample(out_channels)
+            self.upsample = VAEUpsample(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
@@ -178,6 +190,7 @@ class AutoencoderKL(nn.Module):
     def __init__(self, config: VAEConfig = VAEConfig()) -> None:
         super().__init__()
         self.config = config
+        self._told = False  # that float16 overflows
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(config.latent_channels * 2, config.latent_channels * 2, 1)
@@ -206,7 +219,7 @@ class AutoencoderKL(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % f or x.shape[3] % f:
             raise ValueError(f"the autoencoder takes images [B, {self.config.in_channels}, H, W] with H and W "
                              f"multiples of {f}, got {list(x.shape)}")
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        mean, logvar = self._exactly(x, self.encoder, self.quant_conv).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, images: Images, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
@@ -220,14 +233,49 @@ class AutoencoderKL(nn.Module):
             noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype,
                                 device=generator.device if generator is not None else mean.device)
             mean = mean + (logvar / 2).exp() * noise.to(mean.device)
-        return mean * self.config.scale
+        shift, scale = self._scaling(mean)
+        return (mean - shift) * scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents -> images, about [-1, 1], not clamped. Raises ValueError for a wrong shape."""
         if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(f"the autoencoder decodes latents [B, {self.config.latent_channels}, h, w], "
                              f"got {list(latents.shape)}")
-        return self.decoder(self.post_quant_conv(latents / self.config.scale))
+        shift, scale = self._scaling(latents)
+        return self._exactly(latents / scale + shift, self.post_quant_conv, self.decoder)
+
+    def _scaling(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Shift and scale of `(z - shift) * scale`: numbers, or [C, 1, 1]."""
+        config = self.config
+        shift, std = (default if numbers is None else torch.tensor(numbers, dtype=torch.float64).to(like)[:, None, None]
+                      for numbers, default in ((config.mean, 0.0), (config.std, 1.0)))
+        return shift, config.scale / std
+
+    def _exactly(self, x: Tensor, *layers: nn.Module) -> Tensor:
+        """The layers' answer, computed for as many pictures at once as make `AT_ONCE` pixels: a batch takes no more
+        memory than one large picture."""
+        side = 1 if layers[0] is self.encoder else self.factor
+        n = max(AT_ONCE // max(x.shape[2] * x.shape[3] * side * side, 1), 1)
+        if len(x) <= n:
+            return self._some(x, *layers)
+        return torch.cat([self._some(part, *layers) for part in x.split(n)])
+
+    def _some(self, x: Tensor, *layers: nn.Module) -> Tensor:
+        """The layers' answer; pictures that overflow in float16 are computed again in float32, which is told once."""
+        network = nn.Sequential(*layers)
+        y = network(x)
+        if y.dtype != torch.float16:
+            return y
+        lost = ~y.isfinite().flatten(1).all(1)
+        if not bool(lost.any()):
+            return y
+        if not self._told:
+            self._told = True
+            warnings.warn("the autoencoder overflows in float16, as SDXL's does: such pictures are computed again in "
+                          "float32; sdxl-vae-fp16-fix is the same one made for float16", stacklevel=3)
+        wide = {name: w.float() for name, w in network.state_dict().items()}
+        y[lost] = functional_call(network, wide, x[lost].float()).to(y.dtype)
+        return y
 
 
 def _norm(channels: int) -> nn.GroupNorm:

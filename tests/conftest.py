@@ -1,20 +1,26 @@
 """One thread, one hypothesis profile, float64 on request; and a whole text-to-image system with random weights, in the
 files of the real one."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from ella_kd import Pipeline
 from ella_kd.models import TSC, AutoencoderKL, UNet, UNetConfig, VAEConfig, save_checkpoint, save_tsc
+from filing import Edit, Networks, editor, small_networks
 from mixtures import Guided, Mixture
 from tiny import randomised
 
 torch.set_num_threads(1)
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub, nor does a process that it starts
+constants.HF_HUB_OFFLINE = True
 settings.register_profile(
     "ella_kd", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -73,3 +79,21 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def networks() -> Networks:
+    return small_networks()
+
+
+@pytest.fixture(scope="session")
+def saved(networks: Networks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint, as `save_checkpoint` writes it."""
+    path = tmp_path_factory.mktemp("saved") / "sd.safetensors"
+    save_checkpoint(path, *networks, {"title": "small"})
+    return path
+
+
+@pytest.fixture
+def edited(saved: Path, tmp_path: Path) -> Edit:
+    return editor(saved, tmp_path / "edited.safetensors")

@@ -15,6 +15,7 @@ from PIL import Image
 from ella_kd import CFG, Interval, Pipeline, cli, draw, generate, generation
 from ella_kd.cli import last_number
 from ella_kd.guidance.text import known
+from ella_kd.pipeline import MINIATURE
 from ella_kd.samplers import SAMPLERS, SCHEDULES
 
 Run = Callable[..., Result]
@@ -197,6 +198,9 @@ def test_help_explains_with_an_example(run: Run, command: list[str]) -> None:
     assert "ella-kd" in done.output.split("Options:")[0] or command == ["samplers"]
 
 
+TSC = str(MINIATURE / "tsc.safetensors")
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["generate"], "no prompt: give one in quotes, or a file of prompts with --prompts"),
     (["generate", "--prompts", "missing.txt"], "no file of prompts at missing.txt"),
@@ -213,6 +217,10 @@ def test_help_explains_with_an_example(run: Run, command: list[str]) -> None:
     (["generate", "a", "--t5", "nowhere"], "--t5 takes a folder that holds config.json, and nowhere does not"),
     (["generate", "a", "--clip-tokenizer", "nowhere"], "--clip-tokenizer takes a folder that holds a tokenizer, and"),
     (["generate", "a", "--checkpoint", "bad.safetensors"], "bad.safetensors is not a whole safetensors file"),
+    (["generate", "a", "--checkpoint", TSC], "--checkpoint takes a Stable Diffusion checkpoint, and"),
+    (["generate", "a", "--vae", TSC], "looks like ELLA's connector (TSC): its place is tsc, --tsc for the command"),
+    (["generate", "a", "--vae", "nowhere"], "no autoencoder at nowhere: --vae takes a file or a folder"),
+    (["generate", "a", "--prediction", "x0"], "'x0' is not one of 'eps', 'v'."),
     (["generate", "a", "--device", "abacus"], "has no device 'abacus'"),
     (["generate", "a", "--device", "cuda:99"], "has no device 'cuda:99'"),
     (["generate", "a", "--device", "meta"], "device 'meta' holds no numbers"),
@@ -251,7 +259,7 @@ def test_mistakes_are_one_line_and_exit_code_2_before_any_work(run: Run, tiny_fi
 @pytest.mark.parametrize(("words", "parts", "message"), [
     (["generate", "a"], [], "--mode flexible needs ELLA: name its files with --tsc and --t5, or draw without"),
     (["generate", "a"], ["tsc"], "ELLA takes both --tsc, the connector, and --t5"),
-    (["generate", "a", "--mode", "plain"], [], "--mode clip needs CLIP's tokenizer, which no checkpoint holds: name"),
+    (["generate", "a", "--mode", "plain"], [], "--mode clip needs CLIP's tokenizer, which no checkpoint holds: no"),
     (["generate", "a", "--tags", "red"], ["tsc", "t5"], "--tags needs CLIP's tokenizer"),
     (["generate", "a", "--mode", "clip", "--negative-mode", "fixed"], ["clip_tokenizer"], "--negative-mode fixed"),
     (["compare", "good.txt"], ["clip_tokenizer"], "the column ELLA fixed needs ELLA"),

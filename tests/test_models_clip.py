@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ella_kd.models import CLIPTextEncoder
@@ -23,6 +23,12 @@ def clip() -> CLIPTextEncoder:
     model = CLIPTextModel(config).eval()
     torch.nn.init.normal_(getattr(model, "text_model", model).final_layer_norm.bias, 0.1)  # real ones have a mean
     return CLIPTextEncoder(model, word_tokenizer(["<pad>", "<end>", "<start>", "<unk>"], "<start> $A <end>"))
+
+
+def final_norm(clip: CLIPTextEncoder) -> nn.LayerNorm:
+    found = getattr(clip.model, "text_model", clip.model).final_layer_norm
+    assert isinstance(found, nn.LayerNorm)
+    return found
 
 
 def hidden(clip: CLIPTextEncoder, *ids: int) -> Tensor:
@@ -69,7 +75,7 @@ def test_clip_pads_to_its_positions_and_sees_them_all(clip: CLIPTextEncoder) -> 
     with torch.no_grad():
         want = clip.model(ids).last_hidden_state  # no attention mask, after the final layer norm
     assert torch.equal(features.tokens, want)
-    norm = getattr(clip.model, "text_model", clip.model).final_layer_norm
+    norm = final_norm(clip)
     assert torch.allclose((features.tokens - norm.bias).var(-1, correction=0), torch.ones(2, 6), atol=1e-3)
 
 
@@ -86,21 +92,21 @@ def test_clip_skip_counts_from_the_last_layer(clip: CLIPTextEncoder) -> None:
     ids = torch.tensor([[2, A, CIRCLE, 1, 0, 0]])
     with torch.no_grad():
         states = clip.model(ids, output_hidden_states=True).hidden_states
-        norm = getattr(clip.model, "text_model", clip.model).final_layer_norm
+        norm = final_norm(clip)
         for skip in (1, 2):
             want = norm(states[-skip])  # diffusers: hidden_states[-(clip_skip + 1)], so its clip_skip is one less
             assert error(clip("a circle", clip_skip=skip).tokens, want) < 1e-6
             assert error(clip.weighted("a circle", clip_skip=skip).tokens, want) < 1e-6
     assert error(clip("a circle", clip_skip=2).tokens, clip("a circle").tokens) > 1e-2
     for skip in (0, 3, -1):
-        with pytest.raises(ValueError, match=r"clip_skip must be from 1 \(the last layer\) to 2"):
+        with pytest.raises(ValueError, match=r"clip_skip must be from 1 \(the layer that the UNet knows\) to 2"):
             clip("a", clip_skip=skip)
 
 
 def test_clip_features_without_a_mean_are_scaled_only(clip: CLIPTextEncoder) -> None:
     """0 / 0 otherwise: a LayerNorm without affine, as in a fresh CLIP, has the mean 0."""
     flat = CLIPTextEncoder(deepcopy(clip.model), clip.tokenizer)
-    torch.nn.init.zeros_(getattr(flat.model, "text_model", flat.model).final_layer_norm.bias)
+    torch.nn.init.zeros_(final_norm(flat).bias)
     want = flat("a red circle").tokens * torch.tensor([1, 1, 1.5, 1, 1, 1])[:, None]
     assert error(flat.weighted("a (red:1.5) circle").tokens, want) < 1e-6
 

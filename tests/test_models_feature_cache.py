@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ PROMPTS = ["a red circle", "blue square on the left", ""]
 
 
 @pytest.fixture
-def t5(tiny_files: dict[str, str]) -> T5TextEncoder:
+def t5(tiny_files: dict[str, Any]) -> T5TextEncoder:
     encoder = Pipeline.load(**tiny_files).t5
     assert encoder is not None
     return encoder

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -301,6 +302,43 @@ def test_a_blur_needs_a_sigma(sigma: float) -> None:
         BlurredQueries(MIDDLE, sigma)
     with pytest.raises(ValueError, match="sigma >= 0"):
         gaussian_blur(torch.zeros(1, 1, 2, 2), sigma)
+
+
+def deep_unet() -> UNet:
+    """Two blocks deep in the middle and at the coarse level, as SDXL's are deeper still."""
+    config = UNetConfig(4, 4, 32, (1, 2), 1, (1, 2), WIDTH, 2, middle_depth=2)
+    return randomised(UNet(config), 0, 0.1).double()
+
+
+@pytest.mark.parametrize("name", ["identity", "skip attention", "mean query"])
+def test_a_place_is_all_of_its_blocks(name: str) -> None:
+    make, change = PATCHES[name]
+    unet = deep_unet()
+    x, t, context, mask = inputs(2)
+    changed = deepcopy(unet)
+    for place in SEVERAL[:2]:
+        blocks: Any = changed.get_submodule(place).transformer_blocks
+        assert len(blocks) == 2
+        for i in range(2):
+            blocks[i] = change(blocks[i])
+    got = unet(x, t, Context(context, mask), [(1, None), (1, make(SEVERAL[:2]))])
+    assert relative(got[1:], changed(x, t, Context(context, mask))[1:]) < 1e-12
+    assert relative(got[:1], unet(x, t, Context(context, mask))[:1]) < 1e-12
+    assert relative(got[1:], unet(x, t, Context(context, mask))[1:]) > 1e-5
+
+
+def test_the_map_of_a_deep_place_is_its_first_blocks() -> None:
+    unet, recorder, first = deep_unet(), Recorder("middle_block.1"), Recorder("middle_block.1")
+    x, t, context, mask = inputs(1)
+    unet(x, t, Context(context, mask), [(1, recorder)])
+    shallow = deepcopy(unet)
+    blocks: Any = shallow.get_submodule("middle_block.1").transformer_blocks
+    del blocks[1]
+    shallow(x, t, Context(context, mask), [(1, first)])
+    assert torch.equal(recorder.map, first.map)
+    unet(x, t, Context(context, mask), [(1, recorder)])
+    with pytest.raises(ValueError, match="this one saw 2"):
+        _ = recorder.map
 
 
 def test_the_patch_in_the_docstring_works() -> None:

@@ -26,7 +26,7 @@ from transformers import T5ForConditionalGeneration as T5
 
 from ella_kd.models import T5TextEncoder
 from ella_kd.models.emphasis import escape
-from ella_kd.models.text import _token_weight
+from ella_kd.models.t5 import _token_weight
 from ella_kd.models.tokenizers import load_tokenizer, token_ids
 
 WORDS = ["a", "red", "blue", "square", "circle", "left", "of", "the", ",", "("]

@@ -1,6 +1,9 @@
 """The autoencoder against diffusers' AutoencoderKL with the same random weights, and against the real names."""
 
 import json
+import warnings
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,10 @@ DATA = Path(__file__).parent / "data"
 PREFIX = "first_stage_model."
 SD15 = VAEConfig(channels=32)
 MINIATURE = VAEConfig(channels=32, channel_mult=(1, 2, 3), num_res_blocks=1)
-CONFIGS = {"sd15": SD15, "miniature": MINIATURE}
+X4 = VAEConfig(channels=32, channel_mult=(1, 2, 4), scale=0.08333)
+PLAYGROUND = VAEConfig(channels=32, scale=0.5, mean=(-1.6574, 1.886, -1.383, 2.5155),
+                       std=(8.4927, 5.9022, 6.5498, 5.2299))
+CONFIGS = {"sd15": SD15, "miniature": MINIATURE, "x4": X4, "playground": PLAYGROUND}
 
 
 def random_vae(config: VAEConfig) -> AutoencoderKL:
@@ -54,7 +60,7 @@ def test_equals_diffusers(name: str, dtype: torch.dtype, tolerance: float) -> No
     vae = random_vae(CONFIGS[name]).to(dtype)
     twin: Any = diffusers_twin(vae)
     f = vae.factor
-    assert f == {"sd15": 8, "miniature": 4}[name]
+    assert f == (4 if name in ("miniature", "x4") else 8)
     images = torch.randn(2, 3, 4 * f, 2 * f, generator=torch.Generator().manual_seed(1), dtype=dtype)
     posterior = twin.encode(images).latent_dist
     mean, logvar = vae.moments(images)
@@ -63,7 +69,10 @@ def test_equals_diffusers(name: str, dtype: torch.dtype, tolerance: float) -> No
     assert error(mean, posterior.mean) < tolerance
     assert error(logvar, posterior.logvar) < tolerance
     latents = vae.encode(images)
-    assert error(latents, posterior.mean * 0.18215) < tolerance
+    config = vae.config
+    mean, std = (torch.tensor(x or [default] * 4, dtype=dtype)[:, None, None]
+                 for x, default in ((config.mean, 0.0), (config.std, 1.0)))
+    assert error(latents, (posterior.mean - mean) * config.scale / std) < tolerance
     assert error(vae.decode(latents), twin.decode(posterior.mean).sample) < tolerance
 
 
@@ -88,7 +97,8 @@ def test_a_draw_is_mean_plus_deviation_times_noise() -> None:
 def test_the_architecture_is_read_off_the_shapes(name: str) -> None:
     with torch.device("meta"):
         shapes = {key: x.shape for key, x in AutoencoderKL(CONFIGS[name]).state_dict().items()}
-    assert VAEConfig.from_shapes(shapes) == CONFIGS[name]
+    config = CONFIGS[name]  # scale, mean and std are not in the shapes
+    assert VAEConfig.from_shapes(shapes) == replace(config, scale=0.18215, mean=None, std=None)
 
 
 def test_has_the_names_and_shapes_of_sd15() -> None:
@@ -144,6 +154,52 @@ def test_wrong_images_are_refused(shape: tuple[int, ...]) -> None:
 def test_wrong_latents_are_refused() -> None:
     with pytest.raises(ValueError, match=r"latents \[B, 4, h, w\], got \[1, 3, 2, 2\]"):
         AutoencoderKL(MINIATURE).decode(torch.zeros(1, 3, 2, 2))
+
+
+def test_the_published_x4_upscalers() -> None:
+    with torch.device("meta"):
+        weights = AutoencoderKL(VAEConfig(channel_mult=(1, 2, 4))).state_dict()
+    assert (len(weights), sum(x.numel() for x in weights.values())) == (204, 55_325_927)
+
+
+def overflowing() -> AutoencoderKL:
+    """As SDXL's: activations beyond float16's 65504, and a picture of about 1 after the last norm."""
+    vae = random_vae(MINIATURE)
+    for layer in (vae.decoder.conv_in, vae.encoder.conv_in):
+        layer.weight *= 3e4
+    for layer in (vae.decoder.conv_in, vae.post_quant_conv):
+        assert layer.bias is not None
+        torch.nn.init.zeros_(layer.bias)
+    return vae.half()
+
+
+def test_pictures_that_overflow_are_decoded_in_float32() -> None:
+    """The others stay as they are, so that a picture does not depend on those beside it; it is told once."""
+    vae = overflowing()
+    wide = deepcopy(vae).float()
+    latents = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0)).half()
+    latents[1] *= 1e-3
+    with torch.no_grad(), pytest.warns(UserWarning, match="overflows in float16, as SDXL's does"):
+        images = vae.decode(latents)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alone = [vae.decode(latents[i:i + 1]) for i in range(3)]
+    assert images.dtype == torch.float16 and images.isfinite().all()
+    assert all(error(images[i:i + 1], alone[i]) < 2e-3 for i in range(3))
+    for i in (0, 2):
+        assert error(images[i], wide.decode(latents[i:i + 1].float())[0]) < 1e-3
+    assert error(images[1], wide.decode(latents[1:2].float())[0]) < 2e-2
+    layers = torch.nn.Sequential(vae.post_quant_conv, vae.decoder)
+    plain = layers(latents / vae.config.scale)
+    assert plain[1].isfinite().all() and not plain[0].isfinite().all()
+    assert all(x.dtype == torch.float16 for x in vae.state_dict().values()), "nothing is changed in place"
+    moments = vae.moments(torch.ones(1, 3, 16, 16).half())
+    assert all(x.isfinite().all() for x in moments)
+
+
+def test_mean_and_std_are_one_number_per_channel() -> None:
+    with pytest.raises(ValueError, match="mean needs one number per channel of the latents, 4, got 3"):
+        VAEConfig(mean=(0.0, 0.0, 0.0))
 
 
 def test_channels_must_suit_the_group_norm() -> None:

@@ -30,7 +30,7 @@ Writer = Callable[[Scene, random.Random], list[Word]]
 
 #: Attention at 3x3 latents, one for each place, and in the middle.
 UNET = UNetConfig(
-    model_channels=64, channel_mult=(1, 3), num_res_blocks=1, attention=(False, True), context_dim=WIDTH
+    model_channels=64, channel_mult=(1, 3), num_res_blocks=1, depth=(0, 1), context_dim=WIDTH
 )
 #: Six latents for up to four things of five facts each: what they say at a timestep has to be chosen.
 CONNECTOR = {

@@ -83,17 +83,30 @@ def as_diffusers(unet: UNet) -> Any:
     """diffusers' network on the same tensors; its own converter does the renaming, and the load is strict."""
     config = unet.config
     channels = [mult * config.model_channels for mult in config.channel_mult]
+    down, up = config.depths
+    assert not any(down[-1]) or config.middle_depth in (0, down[-1][0]), "diffusers has one number for both"
+    added = {} if config.vector_dim is None else {
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": config.vector_dim}
     with torch.device("meta"):
         twin: Any = UNet2DConditionModel(
             in_channels=config.in_channels, out_channels=config.out_channels, block_out_channels=channels,
             layers_per_block=config.num_res_blocks, cross_attention_dim=config.context_dim,
             attention_head_dim=[config.heads(ch) for ch in channels],  # diffusers means the number of heads
-            use_linear_projection=config.linear_proj,
-            down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention],
-            up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)],
+            use_linear_projection=config.linear_proj, only_cross_attention=list(config.cross_only),
+            num_class_embeds=config.classes, time_cond_proj_dim=config.guidance_dim,
+            mid_block_type="UNetMidBlock2DCrossAttn" if config.middle_depth else "UNetMidBlock2D",
+            down_block_types=["CrossAttnDownBlock2D" if any(depths) else "DownBlock2D" for depths in down],
+            up_block_types=["CrossAttnUpBlock2D" if any(depths) else "UpBlock2D" for depths in reversed(up)],
+            transformer_layers_per_block=[*down[:-1], down[-1] if any(down[-1]) else config.middle_depth],
+            reverse_transformer_layers_per_block=list(reversed(up)),
+            **added,
         )
     weights = {f"model.diffusion_model.{name}": x for name, x in unet.state_dict().items()}
-    twin.load_state_dict(convert_ldm_unet_checkpoint(weights, twin.config), assign=True)
+    renamed = convert_ldm_unet_checkpoint(weights, twin.config)
+    if config.guidance_dim is not None:  # which that converter does not know
+        renamed["time_embedding.cond_proj.weight"] = weights["model.diffusion_model.time_embed.cond_proj.weight"]
+    twin.load_state_dict(renamed, assign=True)
     return twin.eval().requires_grad_(False)
 
 

@@ -15,7 +15,10 @@ from ella_kd.models.text import TextFeatures
 
 
 class Concat(Combination):
-    """The tokens of several conditionings in a row, masks kept: `Concat(ELLA(...), Constant(...))`, ELLA first."""
+    """The tokens of several conditionings in a row, masks kept: `Concat(ELLA(...), Constant(...))`, ELLA first.
+
+    Of what SDXL sees beside tokens (vector, sizes, ...) the first part's holds that has one.
+    """
 
     def of(self, parts: tuple[Conditioning, ...]) -> Self:
         return type(self)(*parts)
@@ -65,7 +68,7 @@ class Stack(Combination):
 
 
 class Lerp(Combination):
-    """Tokens between two prompts, at every timestep: `(1 - weight) * a(t) + weight * b(t)`.
+    """Tokens between two prompts, and their vectors, at every timestep: `(1 - weight) * a(t) + weight * b(t)`.
 
     weight outside [0, 1] extrapolates. The tokens must have one shape and no mask, as ELLA's and CLIP's have.
     `lerp_features` is the other meaning: the connector reads a mixture, instead of reading each prompt.
@@ -89,7 +92,8 @@ class Lerp(Combination):
             raise ValueError(f"Lerp needs tokens of one shape without a mask, got {list(a.tokens.shape)} and "
                              f"{list(b.tokens.shape)}, masks: {a.mask is not None} and {b.mask is not None}")
         both = Context.beside([a, b])
-        return replace(both, tokens=torch.lerp(a.tokens, b.tokens, self.weight))
+        vector = both.vector if a.vector is None or b.vector is None else torch.lerp(a.vector, b.vector, self.weight)
+        return replace(both, tokens=torch.lerp(a.tokens, b.tokens, self.weight), vector=vector)
 
 
 def lerp_features(a: TextFeatures, b: TextFeatures, weight: float) -> TextFeatures:
@@ -108,8 +112,9 @@ def lerp_features(a: TextFeatures, b: TextFeatures, weight: float) -> TextFeatur
 class With(Combination):
     """A conditioning with more for the network to see than tokens: `With(cond, channels=image)`.
 
-    inputs: fields of `Context`, or of the subclass that a subclass of this names as `context`, tensors [B, ...] of one
-    row or of one per sample. Raises ValueError for rows that do not fit, TypeError for an input that no field holds.
+    A vector, sizes, a score, a label or a guidance scale takes the place of the conditioning's own. inputs: fields of
+    `Context`, or of the subclass that a subclass of this names as `context`, tensors [B, ...] of one row or of one per
+    sample. Raises ValueError for rows that do not fit, TypeError for an input that no field holds.
     """
 
     context: ClassVar[type[Context]] = Context
@@ -136,7 +141,7 @@ class With(Combination):
     def __call__(self, t: Tensor) -> Context:
         seen = self.parts[0](t)
         own = self.context(seen.tokens[:, :0], **{name: to_batch(x, len(t)) for name, x in self.inputs.items()})
-        return Context.beside([seen, own])
+        return Context.beside([own, seen])  # of vectors the first holds
 
     def repeat(self, n: int) -> Self:
         part: Any = self.parts[0]

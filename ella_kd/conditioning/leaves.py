@@ -30,15 +30,19 @@ class _OfFeatures(Conditioning):
         return len(self.features.tokens)
 
     def repeat(self, n: int) -> Self:
-        return type(self)(_take(self.features, _all_rows(self.features).repeat_interleave(n)))
+        return type(self)(self.features.take(_all_rows(self.features).repeat_interleave(n)))
 
 
 class Constant(_OfFeatures):
-    """The same tokens at every timestep: a CLIP prompt. features: tokens [B, L, D], mask [B, L] or None."""
+    """The same tokens at every timestep: a CLIP prompt. features: tokens [B, L, D], mask [B, L] or None, and perhaps
+    the prompt's vector [B, P], which SDXL sees too."""
 
     def __call__(self, t: Tensor) -> Context:
-        tokens, mask = self.features.tokens, self.features.mask
-        return Context(to_batch(tokens, len(t)), None if mask is None else to_batch(mask, len(t)))
+        seen = self.features
+        tokens, mask, vector = (None if x is None else to_batch(x, len(t))
+                                for x in (seen.tokens, seen.mask, seen.vector))
+        assert tokens is not None
+        return Context(tokens, mask, vector=vector)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +79,7 @@ class ELLA(Conditioning):
         return _all_rows(self.features) if self.prompt is None else self.prompt
 
     def __call__(self, t: Tensor) -> Context:
-        shown = _take(self.features, to_batch(self.prompts, len(t)))
+        shown = self.features.take(to_batch(self.prompts, len(t)))
         return Context(self.tsc(shown.tokens, t, shown.mask))
 
     def repeat(self, n: int) -> "ELLA":
@@ -160,7 +164,3 @@ def as_conditioning(cond: object) -> Conditioning:
 
 def _all_rows(features: TextFeatures) -> Tensor:
     return torch.arange(len(features.tokens), device=features.tokens.device)
-
-
-def _take(features: TextFeatures, rows: Tensor) -> TextFeatures:
-    return TextFeatures(features.tokens[rows], None if features.mask is None else features.mask[rows])

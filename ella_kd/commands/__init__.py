@@ -1,0 +1,1 @@
+"""Commands of `ella-kd` that have a file of their own."""

@@ -1,0 +1,1 @@
+"""Files of weights: what they are, their spellings, loading and saving; by name from the hub."""

@@ -1,0 +1,107 @@
+"""`ella-kd inspect` and `ella-kd convert`."""
+
+import json
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ella_kd import Pipeline
+from ella_kd.cli import main
+from ella_kd.models import load_checkpoint
+from ella_kd.models.files import presets
+from ella_kd.models.files.hashes import sha256
+from ella_kd.models.files.presets import HubFile, Preset
+from ella_kd.pipeline import MINIATURE
+from filing import UNET, Edit, same
+from systems import clip_tokenizer, system
+
+
+def run(*args: object) -> tuple[str, int]:
+    done = CliRunner().invoke(main, [str(arg) for arg in args])
+    return done.output, done.exit_code
+
+
+def test_inspect_says_what_files_are(tmp_path: Path, edited: Edit, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(2, 3)}, tmp_path / "lora.safetensors",
+              {"ss_tag_frequency": json.dumps({"1_a": {"cat": 3, "dog": 9}, "2_b": {"cat": 8}})})
+    broken = edited(lambda t: {**{name: x for name, x in t.items() if name != UNET + "out.2.bias"},
+                               UNET + "odd": torch.zeros(2)}, **{"modelspec.prediction_type": "",
+                                                                 "modelspec.predict_key": ""})
+    known = HubFile("org/repo", "lora.safetensors", bytes=(tmp_path / "lora.safetensors").stat().st_size,
+                    sha256=sha256(tmp_path / "lora.safetensors"))
+    monkeypatch.setattr(presets, "PRESETS", {"cats": Preset("cats", {"checkpoint": known})})
+    monkeypatch.setattr("ella_kd.models.files.report.PRESETS", presets.PRESETS)
+    said, code = run("inspect", *(MINIATURE / f"{name}.safetensors" for name in ("sd", "tsc")),
+                     tmp_path / "lora.safetensors", broken, tmp_path / "gone", "--json")
+    found = {Path(each["path"]).name: each for each in json.loads(said)}
+    assert code == 2 and found["gone"]["error"].startswith("no checkpoint at ")
+    sd = found["sd.safetensors"]
+    assert sd["kind"] == "a Stable Diffusion 1.x checkpoint" and sd["networks"]["UNet"]["tensors"] == 246
+    assert sd["networks"]["UNet"]["dtypes"] == {"float16": sd["networks"]["UNet"]["parameters"]}
+    assert (sd["prediction"], sd["guess"], sd["resolution"]) == ("eps", False, "32x32")
+    assert not sd["missing"] and not sd["extra"]
+    assert found["lora.safetensors"]["trigger_words"] == ["cat", "dog"]
+    assert found["lora.safetensors"]["known"] == "cats (org/repo:lora.safetensors)"
+    assert found["tsc.safetensors"]["place"] == "tsc, --tsc for the command"
+    assert found["edited.safetensors"]["missing"] == [f"missing: {UNET}out.2.bias [4]"]
+    assert found["edited.safetensors"]["extra"] == [f"{UNET}odd [2]"]
+    assert found["edited.safetensors"]["guess"] and "a guess" in found["edited.safetensors"]["prediction_known_by"]
+    said, code = run("inspect", MINIATURE / "sd.safetensors", broken)
+    assert code == 0 and "UNet: 5.6 M parameters in 246 tensors, float16" in said
+    assert f"missing: {UNET}out.2.bias [4]" in said and f"extra: {UNET}odd [2]" in said
+
+
+def test_convert_goes_there_and_back(tmp_path: Path) -> None:
+    made = system("sdxl")
+    source = made.save_file(tmp_path / "in.safetensors", {"modelspec.title": "a title", "modelspec.predict_key": "v"})
+    clip_tokenizer().save_pretrained(tmp_path / "clip")
+    said, code = run("convert", source, tmp_path / "folder", "--clip-tokenizer", tmp_path / "clip")
+    assert code == 0 and said.strip().endswith("folder"), said
+    said, code = run("convert", tmp_path / "folder", tmp_path / "back.safetensors", "--dtype", "fp16")
+    assert code == 0, said
+    before, after = load_file(source), load_file(tmp_path / "back.safetensors")
+    assert {name for name in after if name not in before} == {"alphas_cumprod", "v_pred"}
+    assert all(torch.equal(after[name], before[name].half()) for name in before)
+    with safe_open(tmp_path / "back.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.predict_key"] == metadata["modelspec.prediction_type"] == "v"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
+    said, code = run("convert", source, tmp_path / "titled.safetensors")
+    with safe_open(tmp_path / "titled.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.title"] == "a title"
+    assert same(load_checkpoint(tmp_path / "titled.safetensors").unet, load_checkpoint(source).unet)
+
+
+def test_a_folder_with_another_autoencoder_draws_as_told(tmp_path: Path, tiny_files: dict[str, str],
+                                                         pipeline: Pipeline) -> None:
+    pipeline.save(tmp_path / "folder")
+    pipeline.save(tmp_path / "sd.safetensors")
+    args = ["generate", "a red circle", "--mode", "clip", "--negative-mode", "clip", "--steps", "2", "--seed", "1",
+            "--device", "cpu", "--vae", tmp_path / "folder" / "vae"]
+    for name, more in (("folder", []), ("sd.safetensors", ["--clip-tokenizer", tiny_files["clip_tokenizer"]]),
+                       ("folder", ["--prediction", "v"])):
+        said, code = run(*args, "--checkpoint", tmp_path / name, "--out", tmp_path / "out", *more)
+        assert code == 0, said
+    folder, file, v = (path.read_bytes() for path in sorted((tmp_path / "out").glob("*.png")))
+    assert pixels(folder) == pixels(file) != pixels(v)
+
+
+def pixels(png: bytes) -> bytes:
+    with Image.open(BytesIO(png)) as image:
+        return image.tobytes()
+
+
+def test_convert_writes_nothing_over_what_is_there(tmp_path: Path, saved: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").write_text("kept")
+    said, code = run("convert", saved, tmp_path / "folder")
+    assert code == 2 and "something is there; choose another name" in said
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "mine"]
+    said, code = run("convert", tmp_path / "gone.safetensors", tmp_path / "x")
+    assert code == 2 and "no checkpoint at" in said
