@@ -5,14 +5,8 @@ pictures leave the true ones. This model is sure of what it draws, so it takes s
 in 12 steps of a multistep method the steps cannot follow either, and objects are lost.
 """
 
-import copy
-from functools import cache
-
 import pytest
-import torch
 
-from ella_kd import ELLADenoiser
-from ella_kd.denoiser import LDMDenoiser
 from ella_kd.guidance import (
     APG,
     CFG,
@@ -25,7 +19,7 @@ from ella_kd.guidance import (
     MimicScale,
     Rescale,
 )
-from studio import Look, denoiser, look, miniature
+from studio import Look, look, weakened
 
 
 def smooth(rule: Guidance) -> Look:
@@ -100,12 +94,3 @@ def test_autoguidance_repairs_what_the_weak_model_does_worse() -> None:
     assert plain.score < 94 and guided.score > plain.score + 4
     assert guided.error < 0.8 * plain.error
     assert other.error > guided.error + 1
-
-
-@cache
-def weakened(shrunk: float, noise: float = 0.0) -> LDMDenoiser:
-    unet, generator = copy.deepcopy(miniature().unet), torch.Generator().manual_seed(0)
-    for parameter in unet.parameters():
-        random = torch.randn(parameter.shape, generator=generator) * (parameter.std() if parameter.numel() > 1 else 0)
-        parameter.data = parameter.data * shrunk + noise * random
-    return ELLADenoiser(unet, denoiser().tsc, miniature().noise_schedule)
