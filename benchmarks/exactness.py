@@ -103,6 +103,7 @@ def draw(pipeline: Pipeline, wanted: Sequence[Scene], run: Run, change: str, mod
     """What is read from one picture per scene, seeds 0, 1, 2, ..."""
     assert pipeline.t5 is not None and pipeline.tsc is not None
     exact = ELLADenoiser(pipeline.unet, pipeline.tsc, pipeline.noise_schedule)
+    assert isinstance(pipeline.noise_schedule, NoiseSchedule)
     sigmas = run.sigmas(pipeline.noise_schedule)
     told = changes(exact.sigma_to_t(sigmas[:-1]).tolist())[change]
     connector = AskedAt(pipeline.tsc, told)

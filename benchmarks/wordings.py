@@ -9,6 +9,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import click
 
@@ -94,8 +95,7 @@ def table(result: dict[str, dict[str, dict[str, float]]]) -> str:
 @writes("wordings")
 def main(count: int, results: Results) -> None:
     pipeline = Pipeline.miniature()
-    result = {mode: measure(lambda texts, mode=mode: draw(pipeline, texts, mode=mode, steps=STEPS, scale=SCALE), count)
-              for mode in MODES}  # fmt: skip
+    result = {mode: measure(partial(draw, pipeline, mode=mode, steps=STEPS, scale=SCALE), count) for mode in MODES}
     command = f"python -m benchmarks.wordings --count {count}"
     found = {"command": command, "machine": machine(), "rows": result}
     (results.folder / "wordings.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -40,8 +40,9 @@ Latents = Callable[[list[Scene]], Tensor]  # scenes -> [n, d], in the units of s
 
 def every_scene() -> list[Scene]:
     """Every scene of one thing, and the four empty ones."""
-    things = itertools.product(BACKGROUND_NAMES, range(9), SHAPES, COLOUR_NAMES, FILLS, RIMS)
-    return [Scene(b, ()) for b in BACKGROUND_NAMES] + [Scene(b, (Thing(*thing),)) for b, *thing in things]
+    things = itertools.starmap(Thing, itertools.product(range(9), SHAPES, COLOUR_NAMES, FILLS, RIMS))
+    alone = itertools.product(BACKGROUND_NAMES, things)
+    return [Scene(b, ()) for b in BACKGROUND_NAMES] + [Scene(b, (thing,)) for b, thing in alone]
 
 
 def facts(scenes: list[Scene]) -> dict[str, np.ndarray]:

@@ -76,7 +76,7 @@ def codes(scenes: list[Scene]) -> Tensor:
 def _readings() -> tuple[list[tuple[str, ...]], np.ndarray]:
     """What four latents can mean, (background,) or a thing's facts, and their codes: float32 [n, 16]."""
     things = itertools.product(SHAPES, COLOUR_NAMES, FILLS, RIMS)
-    meanings = [(name,) for name in BACKGROUND_NAMES] + list(things)
+    meanings: list[tuple[str, ...]] = [*((name,) for name in BACKGROUND_NAMES), *things]
     rows = [_ground(m[0]) if len(m) == 1 else _thing(Thing(0, *m)) for m in meanings]
     return meanings, np.stack(rows).reshape(len(rows), -1).astype(np.float32)
 

@@ -110,8 +110,8 @@ def random_scene(rng: random.Random, count: int, unseen: bool = False) -> Scene:
 
 
 @cache
-def _grid() -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of a cell in px, counted from its middle."""
+def _grid() -> np.ndarray:
+    """Rows and columns of a cell in px, counted from its middle: [2, 16, 16]."""
     return np.mgrid[:CELL, :CELL] - (CELL - 1) / 2
 
 

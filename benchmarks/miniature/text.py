@@ -74,7 +74,7 @@ def t5_model() -> T5EncoderModel:
         feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=0, eos_token_id=1, is_encoder_decoder=False,
         use_cache=False,
     )  # fmt: skip
-    model = T5EncoderModel(config)
+    model: Any = T5EncoderModel(config)
     bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     distance = torch.arange(config.relative_attention_num_buckets) % (config.relative_attention_num_buckets // 2)
     with torch.no_grad():
