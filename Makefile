@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := PASSIVE
 bench bench-speed: export MALLOC_MMAP_MAX_ := 0
 bench bench-speed: export MALLOC_TRIM_THRESHOLD_ := 34359738368
 
-.PHONY: demo test test-slow mutants check bench bench-score bench-samplers bench-speed install clean
+.PHONY: demo test test-slow mutants check bench bench-score bench-wordings bench-exactness bench-samplers bench-speed install clean
 
 demo: $(STAMP)          ## draw eight dense prompts with the miniature
 	$(PY) -m benchmarks.demo
@@ -33,15 +33,23 @@ check: $(STAMP)         ## lint and types
 bench-score: $(STAMP)   ## the semantic score; ARGS=--publish replaces the tables on file, --help tells the rest
 	$(PY) -m benchmarks.score $(ARGS)
 
+bench-wordings: $(STAMP)  ## the score when the same scenes are said otherwise
+	$(PY) -m benchmarks.wordings $(ARGS)
+
+bench-exactness: $(STAMP) ## what it is worth that connector and UNet see one timestep
+	$(PY) -m benchmarks.exactness $(ARGS)
+
 bench-samplers: $(STAMP)  ## the samplers' orders and the driver's own time
 	$(PY) -m benchmarks.samplers $(ARGS)
 
 bench-speed: $(STAMP)   ## steps per second
 	$(PY) -m benchmarks.steps_per_second $(ARGS)
 
-bench: $(STAMP)         ## all three; ARGS that all three understand
-	$(if $(filter-out --publish --out=%,$(ARGS)),$(error make bench takes ARGS=--publish or ARGS=--out=DIR; for other options name one: make bench-score, bench-samplers, bench-speed))
+bench: $(STAMP)         ## all five; ARGS that all of them understand
+	$(if $(filter-out --publish --out=%,$(ARGS)),$(error make bench takes ARGS=--publish or ARGS=--out=DIR; for other options name one: make bench-score, bench-wordings, bench-exactness, bench-samplers, bench-speed))
 	$(PY) -m benchmarks.score $(ARGS)
+	$(PY) -m benchmarks.wordings $(ARGS)
+	$(PY) -m benchmarks.exactness $(ARGS)
 	$(PY) -m benchmarks.samplers $(ARGS)
 	$(PY) -m benchmarks.steps_per_second $(ARGS)
 

@@ -41,8 +41,8 @@ def paper(sampler: Sampler) -> str:
 
 
 def measured_table(systems: dict[str, Any]) -> str:
-    """What each system draws of two and of three things, from `systems` in score.json."""
-    counts = [things for things in ("two", "three") if things in systems]
+    """What each system draws of two, three and four things, from `systems` in score.json."""
+    counts = [things for things in ("two", "three", "four") if things in systems]
     lines = ["| | " + " | ".join(f"{things} things: score | all right" for things in counts) + " |"]
     lines.append("|---" * (1 + 2 * len(counts)) + "|")
     rows = {name: [systems[things][name]["right"] for things in counts] for name in systems["one"]}
@@ -53,16 +53,29 @@ def measured_table(systems: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def forms_table(forms: dict[str, Any]) -> str:
-    lines = ["| ELLA flexible, how the text is written | all right |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | {row['all_right']:.0f} % |" for name, row in forms.items())])
+def wordings_table(modes: dict[str, Any]) -> str:
+    """A row per wording that stands out, from `rows` in wordings.json: the worst of the single forms and the rest."""
+    lines = ["| three things, said | " + " | ".join(f"ELLA {mode}" for mode in modes) + " |"]
+    lines.append("|---" * (1 + len(modes)) + "|")
+
+    def worst(rows: dict[str, Any], start: str) -> float:
+        return min(row["all_right"] for name, row in rows.items() if name.startswith(start))
+
+    shown = {"in one trained form throughout, the worst of ten": 'only "',
+             "in a form that no training had, the worse of two": 'held-out form "'}
+    names = ["as in training", *shown, "held-out orders of attributes", "six orders", "everything said twice",
+             "no marks", "upper case", "places by relation where possible"]
+    for name in names:
+        cells = [worst(rows, shown[name]) if name in shown else rows[name]["all_right"] for rows in modes.values()]
+        lines.append(f"| {name} | " + " | ".join(f"{cell:.0f} %" for cell in cells) + " |")
+    return "\n".join(lines)
 
 
 def tables() -> dict[str, str]:
     """The README's tables by the names of their marks."""
     score = json.loads((HERE / "score.json").read_text())
     return {"samplers": samplers_table(), "measured": measured_table(score["systems"]),
-            "forms": forms_table(score["forms"])}
+            "wordings": wordings_table(json.loads((HERE / "wordings.json").read_text())["rows"])}
 
 
 def publish() -> None:

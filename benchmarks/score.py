@@ -1,8 +1,8 @@
 """The semantic score: how much of a dense prompt is in the picture, read from the pixels of the miniature's pictures.
 
-In three parts: plain Stable Diffusion, ELLA fixed and ELLA flexible on held-out prompts at equal seeds; ten samplers at
-5, 10 and 20 steps; ELLA flexible on other forms of text than it was trained on. Writes `score.json`, where a part that
-is not measured stays as it is, the tables, and the samplers' plot.
+In two parts: plain Stable Diffusion, ELLA fixed and ELLA flexible on held-out prompts at equal seeds; ten samplers at
+5, 10 and 20 steps. Writes `score.json`, where a part that is not measured stays as it is, the tables, and the samplers'
+plot. What other wordings of a prompt do is `benchmarks.wordings`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks import forms, plots, readme
+from benchmarks import plots, readme
 from benchmarks.machine import machine
 from benchmarks.miniature import captions
 from benchmarks.miniature.questions import CATEGORIES, ask, summary
@@ -32,8 +32,8 @@ SYSTEMS = {
     "ELLA fixed, dense prompt": ("fixed", "dense"),
     "ELLA flexible, dense prompt": ("flexible", "dense"),
 }
-NUMBERS = ("one", "two", "three")
-PARTS = ("systems", "samplers", "forms")
+NUMBERS = ("one", "two", "three", "four")
+PARTS = ("systems", "samplers")
 #: The samplers that are scored: what most scripts use, with and without CFG++.
 SCORED = (
     "euler", "euler_ancestral", "heun", "dpm_2", "dpmpp_2s_ancestral", "dpmpp_2m", "dpmpp_2m_sde",
@@ -102,7 +102,7 @@ def measure_samplers(pipeline: Pipeline, count: int) -> dict[str, Any]:
 
 def systems_table(result: dict[str, Any]) -> str:
     lines = ["| things | system | score | all right | " + " | ".join(CATEGORIES) + " | shuffled: score | all right |"]
-    lines.append("|---" * 10 + "|")
+    lines.append("|---" * (6 + len(CATEGORIES)) + "|")
     for things, systems in result.items():
         for name, row in systems.items():
             right, chance = row["right"], row["shuffled"]
@@ -120,30 +120,13 @@ def samplers_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def forms_table(result: dict[str, Any]) -> str:
-    lines = ["| ELLA flexible | pictures | score | all right |", "|---|---|---|---|"]
-    lines += [f"| {name} | {row['pictures']} | {row['score']:.1f} | {row['all_right']:.1f} |"
-              for name, row in result.items()]
-    return "\n".join(lines)
-
-
-def measure_forms(pipeline: Pipeline, count: int) -> dict[str, Any]:
-    def found(texts: Sequence[str]) -> list[Scene]:
-        return draw(pipeline, texts, mode="flexible", steps=STEPS, scale=SCALE)
-
-    result = forms.measure(found, held_out(count, 3), held_out(count, 4))
-    click.echo(forms_table(result))
-    return result
-
-
 @click.command(help=__doc__)
 @click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, help="Only this; again for more.  [all]")
 @click.option("--count", default=200, show_default=True, help="systems: held-out prompts per row.")
-@click.option("--most", default=3, show_default=True, help="systems: scenes of one up to this many things.")
+@click.option("--most", default=4, show_default=True, help="systems: scenes of one up to this many things.")
 @click.option("--sampler-count", default=100, show_default=True, help="samplers: prompts per sampler and step count.")
-@click.option("--form-count", default=64, show_default=True, help="forms: held-out prompts per row.")
 @writes("score")
-def main(parts: tuple[str, ...], count: int, most: int, sampler_count: int, form_count: int, results: Results) -> None:
+def main(parts: tuple[str, ...], count: int, most: int, sampler_count: int, results: Results) -> None:
     path = results.folder / "score.json"
     found = json.loads(path.read_text()) if path.exists() else {"settings": {}, "measured": {}}
     pipeline = Pipeline.miniature()
@@ -151,7 +134,6 @@ def main(parts: tuple[str, ...], count: int, most: int, sampler_count: int, form
     for part, measure, options in (
         ("systems", lambda: measure_systems(pipeline, count, most), f"--count {count} --most {most}"),
         ("samplers", lambda: measure_samplers(pipeline, sampler_count), f"--sampler-count {sampler_count}"),
-        ("forms", lambda: measure_forms(pipeline, form_count), f"--form-count {form_count}"),
     ):
         if part in (parts or PARTS):
             found[part] = measure()
@@ -174,7 +156,7 @@ def write(found: dict[str, Any], results: Results) -> None:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "systems": systems_table, "samplers": samplers_table, "forms": forms_table}
+    "systems": systems_table, "samplers": samplers_table}
 
 
 if __name__ == "__main__":

@@ -81,11 +81,12 @@ def main(ctx: click.Context) -> None:
     """Draw pictures that follow long, dense prompts: Stable Diffusion with ELLA.
 
     Without further files it draws with the miniature, a tiny model that comes with the package: squares, rings,
-    triangles, crosses and hearts in six colours and nine places, by night, in snow, forest or desert.
+    triangles, crosses and hearts in six colours, striped, barred or checked, with dark or light rims, at nine places,
+    by night, in snow, forest or desert.
 
     \b
     Try it:
-      ella-kd generate "The scene is set in a deep forest. A red heart sits in the top left corner." --enlarge 8
+      ella-kd generate "The scene is set in a deep forest. A striped red heart sits in the top left corner." --enlarge 6
       ella-kd compare prompts.txt
       ella-kd samplers
 
@@ -120,7 +121,7 @@ main.add_command(invert)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out"), show_default=True, metavar="DIR",
               help="Where the pictures go; made if need be, nothing in it is overwritten.")
 @click.option("--enlarge", type=click.IntRange(1, 64), default=1, show_default=True, metavar="N",
-              help="Save every pixel as N x N equal ones; the miniature's pictures are 32 px: try 8.")
+              help="Save every pixel as N x N equal ones; the miniature's pictures are 48 px: try 6.")
 @request_options()
 @model_options
 def generate(prompts: tuple[str, ...], file: str | None, count: int, out: Path, enlarge: int, batch: int,

@@ -159,7 +159,7 @@ class Pipeline:
     @classmethod
     def miniature(cls, *, device: str | torch.device | None = None,
                   dtype: str | torch.dtype = torch.float32) -> "Pipeline":
-        """The small system that comes with the package: coloured shapes in 32 px, every part of the real one."""
+        """The small system that comes with the package: coloured shapes in 48 px, every part of the real one."""
         pipeline = cls.load(MINIATURE / "sd.safetensors", tsc=MINIATURE / "tsc.safetensors", t5=MINIATURE / "t5",
                             clip_tokenizer=MINIATURE / "clip", placement=Placement(device, dtype, keep_t5=True))
         return replace(pipeline, name="miniature")

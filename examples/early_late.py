@@ -7,7 +7,7 @@ sd = Pipeline.miniature()
 early = "The scene is set in a dark night. A blue ring sits in the top left corner."
 late = "The scene is set in a snowy field. A red heart sits in the bottom right corner."
 conds = {"late prompt alone": sd.encode(late)}
-for sigma in (2.0, 0.8, 0.3):  # unguided, this world settles its background near sigma 1.5, its things below
+for sigma in (2.0, 1.5, 0.8):  # unguided, this model settles background and things between these
     conds[f"switch at sigma {sigma:g}"] = Switch(sd.encode(early), sd.encode(late), at=sigma)
 conds["early prompt alone"] = sd.encode(early)
 images = [draw(sd, cond, guidance=1.0, seeds=2)[0] for cond in conds.values()]

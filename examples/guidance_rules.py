@@ -1,6 +1,6 @@
 """Guidance rules are values that nest: what a high scale burns at few steps, and what keeps it from burning."""
 
-from ella_kd import CFG, PAG, TCFG, DynamicThreshold, MimicScale, Pipeline, Rescale, draw
+from ella_kd import CFG, TCFG, DynamicThreshold, Pipeline, Rescale, draw
 from ella_kd.images import contact_sheet, save_image
 
 sd = Pipeline.miniature()
@@ -10,13 +10,11 @@ prompts = [
 ]
 rules = {
     "CFG 3": CFG(3),
-    "CFG 14": CFG(14),
-    "rescaled": Rescale(CFG(14), 0.7),
-    "thresholded": DynamicThreshold(CFG(14)),
-    "mimic scale 3": MimicScale(CFG(14), 3),
-    "TCFG 14": TCFG(14),
-    "falling with sigma": CFG(lambda sigma: 1 + 13 * min(sigma, 5) / 5),
-    "CFG 3 and PAG": PAG(CFG(3), 0.5, "output_blocks.3.1"),
+    "CFG 22": CFG(22),
+    "rescaled": Rescale(CFG(22), 0.7),
+    "thresholded": DynamicThreshold(CFG(22)),
+    "TCFG 22": TCFG(22),
+    "22 below sigma 1 only": CFG(lambda sigma: 22 if sigma < 1 else 3),
 }
 args = {"uncond": sd.encode(""), "steps": 10, "seeds": [1, 2]}
 drawn = [draw(sd, sd.encode(prompts), guidance=rule, **args) for rule in rules.values()]

@@ -1,5 +1,6 @@
 """The miniature for tests: loaded once, held-out scenes with their prompts, and how pictures of them come out."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -50,7 +51,7 @@ def latents(cond: Any, uncond: Any, count: int, rule: Guidance | None = None, sa
     """Drawn from seeds 0, 1, 2, ..., with CFG at scale 3 unless another rule is given."""
     model = GuidedDenoiser(inner or denoiser(), rule or CFG(3.0))
     sigmas = get_sigmas_karras(steps, model.sigma_min, model.sigma_max)
-    x = randn((count, 4, 8, 8), list(range(count))) * sigmas[0]
+    x = randn((count, 4, 6, 6), list(range(count))) * sigmas[0]
     return get_sampler(sampler).function(model, x, sigmas, extra_args={"cond": cond, "uncond": uncond}, disable=True)
 
 
@@ -95,3 +96,13 @@ def look(rule: Guidance, sampler: str, steps: int, count: int, things: int = 2,
     answers = [ask(scene, parse(a)) for a, scene in zip(drawn, wanted, strict=True)]
     return Look(summary(answers)["score"], np.array(errors), float(z.std((1, 2, 3)).mean()),
                 float((images.abs() - 1).clamp(min=0).mean()) * 127.5)
+
+
+@cache
+def weakened(shrunk: float, noise: float = 0.0) -> LDMDenoiser:
+    """The miniature with every weight so many times its own, and noise added to it in units of its spread."""
+    unet, generator = copy.deepcopy(miniature().unet), torch.Generator().manual_seed(0)
+    for parameter in unet.parameters():
+        random = torch.randn(parameter.shape, generator=generator) * (parameter.std() if parameter.numel() > 1 else 0)
+        parameter.data = parameter.data * shrunk + noise * random
+    return ELLADenoiser(unet, denoiser().tsc, miniature().noise_schedule)

@@ -2,17 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner
 
 import studio
-from benchmarks import forms, plots, readme, results, samplers, score
-from benchmarks.miniature.scenes import Scene, Thing
+from benchmarks import plots, readme, results, samplers, score
 
-FEW = ["--count", "2", "--sampler-count", "2", "--form-count", "2", "--most", "2"]
+FEW = ["--count", "2", "--sampler-count", "2", "--most", "2"]
 
 
 @pytest.fixture
@@ -24,7 +22,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(score.Pipeline, "miniature", lambda: miniature)
     here = tmp_path / "clone" / "benchmarks"
     here.mkdir(parents=True)
-    for name in ("README.md", "samplers.json"):
+    for name in ("README.md", "samplers.json", "wordings.json"):
         (here / name).write_bytes((results.HERE / name).read_bytes())
     (here.parent / "README.md").write_bytes(readme.README.read_bytes())
     for module in (results, readme):
@@ -47,7 +45,7 @@ def run(*options: str) -> str:
 def test_results_go_to_a_folder_and_are_published_on_request_only(quick: Path, tmp_path: Path) -> None:
     before = texts(quick.parent)
     run("--out", "new/folder")
-    run("--part", "forms")  # by default in out/score
+    run("--part", "systems")  # by default in out/score
     assert texts(quick.parent) == before
     assert {path.name for path in (tmp_path / "new/folder").iterdir()} == {"score.json", "score.md", "samplers.png"}
     assert {path.name for path in (tmp_path / "out/score").iterdir()} == {"score.json", "score.md"}
@@ -58,14 +56,13 @@ def test_results_go_to_a_folder_and_are_published_on_request_only(quick: Path, t
     for name in score.PARTS:
         assert score.TABLES[name](found[name]) in page
         assert found["measured"][name]["command"] in page
-    assert readme.forms_table(found["forms"]) in front and readme.measured_table(found["systems"]) in front
+    assert readme.measured_table(found["systems"]) in front
     assert found["settings"]["steps"] == 1
 
     systems = found["systems"]
-    run("--publish", "--part", "forms", "--form-count", "1")  # what is not measured stays
+    run("--publish", "--part", "samplers")  # what is not measured stays
     found = json.loads((quick / "score.json").read_text())
     assert found["systems"] == systems
-    assert {row["pictures"] for row in found["forms"].values()} == {1, 6}
 
 
 def test_what_is_on_file_is_what_the_pages_and_pictures_show(tmp_path: Path) -> None:
@@ -79,23 +76,6 @@ def test_what_is_on_file_is_what_the_pages_and_pictures_show(tmp_path: Path) -> 
     assert all((results.HERE / f"{name}.png").stat().st_size < 300_000 for name in ("samplers", "demo"))
     plots.scores(found["samplers"], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
-
-
-def test_forms_say_what_their_rows_promise() -> None:
-    scene = Scene("night", (Thing(4, "heart", "red"), Thing(5, "ring", "blue"), Thing(8, "cross", "pink")))
-    said: list[str] = []
-
-    def draw(prompts: Any) -> list[Scene]:
-        said.extend(prompts)
-        return [scene] * len(prompts)
-
-    found = forms.measure(draw, [scene], [scene])
-    assert all(row["all_right"] == 100 for row in found.values())
-    assert "The scene is set in a dark night. A red heart sits in the center. A blue ring sits at the middle right. " \
-           "A pink cross sits in the bottom right corner." in said
-    assert len(set(said)) == len(said) - 3  # one of the six orders; and what is told of four things, three here
-    assert max(text.count("red heart") for text in said) == 3
-    assert found["the same, the sentences in all six orders"]["pictures"] == 6
 
 
 @pytest.mark.parametrize(("main", "options"), [(samplers.main, ["--rounds", "1"]), (readme.main, [])])

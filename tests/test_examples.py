@@ -58,15 +58,15 @@ def test_regions(run: Run) -> None:
 def test_early_late(run: Run) -> None:
     late, still_late, both, _, early = seen(run("early_late")["images"])
     assert late == still_late == "red heart bottom right, snow"
-    assert "red heart bottom right" in both and both.endswith("night")
+    assert "top left" in both and "red" not in both and both.endswith("night")
     assert early == "blue ring top left, night"
 
 
 def test_ella_and_clip(run: Run) -> None:
     sentence, tags, both, above, below = seen(run("ella_and_clip")["images"])
-    assert sentence == above == f"{HEART}, night"
+    assert sentence == below == f"{HEART}, night"
     assert tags.startswith("yellow cross top right, ")
-    assert both == below == f"yellow cross top right, {HEART}, night"
+    assert both == above == f"yellow cross top right, {HEART}, night"
 
 
 def test_weights(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Weights on words change the pictures of the miniature: the more a colour weighs, the more often it is drawn."""
+"""Weights on sentences change the pictures of the miniature: of two that contradict, the heavier one is drawn."""
 
 import pytest
 
@@ -9,10 +9,11 @@ PAIRS = [(a, b) for a in COLOUR_NAMES for b in COLOUR_NAMES if a != b][:20]
 
 
 def drawn(weight: float, max_length: int | None) -> tuple[int, int]:
-    """How many of 20 "red blue" hearts, "red" of this weight, come out in the first colour, and in the second."""
+    """How many of 20 hearts come out in the colour of the sentence with this weight, and in the other's."""
     encoder = miniature().t5
     assert encoder is not None
-    texts = [f"The picture shows snow. A ({a}:{weight}) {b} heart sits in the center." for a, b in PAIRS]
+    texts = [f"The scene is set in a dark night. A {b} heart sits in the center. "
+             f"(A {a} heart sits in the center.:{weight})" for a, b in PAIRS]
     scenes = read(latents(encoder.weighted(texts, max_length), t5(""), len(PAIRS)))
     centers = [next((thing.colour for thing in scene.things if PLACES[thing.place] == "center"), None)
                for scene in scenes]
@@ -20,10 +21,11 @@ def drawn(weight: float, max_length: int | None) -> tuple[int, int]:
     return first, second
 
 
-@pytest.mark.parametrize(("max_length", "weights"), [(None, (0.3, 4, 10)), (128, (0.3, 10))])
-def test_a_colour_is_drawn_more_often_the_more_it_weighs(max_length: int | None, weights: tuple[float, ...]) -> None:
-    """Of 30 pairs the first colour won 7, 9, 16, 23 times at weights 0.3, 1, 4, 10, and the second 17, 10, 8, 5."""
-    first, second = zip(*(drawn(weight, max_length) for weight in weights))
+@pytest.mark.parametrize("max_length", [None, 128])
+def test_a_sentence_is_drawn_more_often_the_more_it_weighs(max_length: int | None) -> None:
+    """At weights 0.3, 1, 3, 10 it won 0, 2, 17, 20 of 20, in fixed mode 0, 3, 11, 18; the other 20, 15, 1, 0, in fixed
+    mode 20, 16, 8, 1."""
+    first, second = zip(*(drawn(weight, max_length) for weight in (0.3, 3, 10)))
     assert list(first) == sorted(set(first)), first
     assert list(second) == sorted(second, reverse=True), second
-    assert first[-1] >= 2 * first[0] and second[0] >= 2 * second[-1]
+    assert first[0] <= 2 and first[-1] >= 15 and second[0] >= 17 and second[-1] <= 4

@@ -47,11 +47,11 @@ def test_the_demo_as_a_user_runs_it(tmp_path: Path) -> None:
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"sheet.png", *(f"{n:02d}.png" for n in range(1, 9))}
     with Image.open(tmp_path / "01.png") as image:
-        assert image.size == (256, 256)
+        assert image.size == (288, 288)
         settings = json.loads(image.text["ella_kd"])  # type: ignore[attr-defined]
     assert settings["prompt"] in done.output
     assert done.output.count("found:") == 8
-    assert int(done.output.split(" of 8 pictures are exactly")[0].split()[-1]) >= 7
+    assert int(done.output.split(" of 8 pictures are exactly")[0].split()[-1]) >= 6
     difference = int(done.output.split("largest difference ")[1].split()[0])
     assert difference <= 2  # k-diffusion's own loop draws the same picture
 
@@ -61,7 +61,7 @@ def test_the_adaptive_and_the_fast_sampler_draw_dense_prompts_too() -> None:
     model = CFGDenoiser(denoiser())
     low, high = model.sigma_min, model.sigma_max
     args = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
-    x = randn((4, 4, 8, 8), [0, 1, 2, 3]) * high
+    x = randn((4, 4, 6, 6), [0, 1, 2, 3]) * high
     adaptive = sample_dpm_adaptive(model, x, low, high, extra_args=args, disable=True)
     fast = sample_dpm_fast(model, x, low, high, 20, extra_args=args, disable=True)
     for latents in (adaptive, fast):

@@ -1,28 +1,28 @@
-"""The trainer: budgets, resuming, local SGD, and all five stages end to end on a budget of seconds."""
+"""The trainer: budgets, exact resuming after a kill, and all five stages end to end on a budget of seconds."""
 
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
-from dataclasses import replace
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.miniature import diffusion, train
-from benchmarks.miniature.autoencoder import Autoencoder, scenes_of
+from benchmarks.miniature import autoencoder, captions, diffusion, text, train
 from benchmarks.miniature.loop import Budget, Stage
 from benchmarks.miniature.loop import train as run_stage
-from benchmarks.miniature.scenes import render, to_tensor
+from benchmarks.miniature.scenes import Scene, Thing, random_scene
 from ella_kd import Pipeline, generate
 from ella_kd.models import NoiseSchedule
 
 
 class Line(Stage):
-    """Fits y = 2 x."""
+    """Fits y = 2 x, from numbers of both generators."""
 
     name = "line"
 
@@ -31,15 +31,16 @@ class Line(Stage):
         torch.manual_seed(0)
         self.layer = nn.Linear(1, 1)
 
-    def forward(self, rng: random.Random, batch: int, progress: float) -> Tensor:
+    def forward(self, rng: random.Random, step: int, batch: int, progress: float) -> Tensor:
         x = torch.tensor([[rng.uniform(-1, 1)] for _ in range(batch)])
-        return (self.layer(x) - 2 * x).square().mean()
+        return (self.layer(x) - 2 * x + 0.01 * torch.randn_like(x)).square().mean()
 
     def evaluate(self) -> dict[str, float]:
+        torch.randn(random.randint(1, 9))  # scoring may use up what it likes
         return {"weight": self.layer.weight.item()}
 
 
-BUDGET = Budget(samples=3200, minutes=60, batch=8, lr=0.05)
+BUDGET = Budget(samples=3200, batch=8, lr=0.05)
 
 
 def test_a_stage_learns_logs_and_is_not_trained_twice(tmp_path: Path) -> None:
@@ -53,29 +54,72 @@ def test_a_stage_learns_logs_and_is_not_trained_twice(tmp_path: Path) -> None:
     run_stage(again, BUDGET, tmp_path, seed=0)
     assert torch.equal(again.layer.weight, line.layer.weight)
     assert len((tmp_path / "line.jsonl").read_text().splitlines()) == len(log)
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*"))
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
-    class Killed(Line):
-        steps = 0
-
-        def forward(self, rng: random.Random, batch: int, progress: float) -> Tensor:
-            self.steps += 1
-            if self.steps == 200:
-                raise KeyboardInterrupt
-            return super().forward(rng, batch, progress)
-
-    with pytest.raises(KeyboardInterrupt):
-        run_stage(Killed(), BUDGET, tmp_path, seed=0, log_every=0.0)
+def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
+    whole = Line()
+    run_stage(whole, BUDGET, tmp_path / "whole", seed=0)
+    script = ("import time\nfrom pathlib import Path\nfrom benchmarks.miniature.loop import train\n"
+              "from test_miniature_training import BUDGET, Line\n"
+              "class Slow(Line):\n"
+              "    def forward(self, *args):\n"
+              "        time.sleep(0.01)\n"
+              "        return super().forward(*args)\n"
+              f"train(Slow(), BUDGET, Path({str(tmp_path)!r}), 0, log_every=0.05, save_every=0.02)\n")  # fmt: skip
+    here = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    reached = [0]
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-c", script], env=env)
+        while reached[-1] < len(reached) * 50:  # until it has gone on by fifty steps
+            assert process.poll() is None
+            time.sleep(0.01)
+            if (tmp_path / "line.pt").exists():
+                reached[-1] = torch.load(tmp_path / "line.pt", weights_only=True)["step"]
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        reached.append(0)
     state = torch.load(tmp_path / "line.pt", weights_only=True)
-    assert (state["samples"], state["done"]) == (199 * 8, False)
+    assert 100 <= state["step"] < 400
     with pytest.raises(ValueError, match="unfinished"):
         train.finished(Line(), tmp_path)
     line = Line()
     run_stage(line, BUDGET, tmp_path, seed=0)
-    assert torch.load(tmp_path / "line.pt", weights_only=True)["samples"] == 3200
-    assert torch.equal(train.finished(Line(), tmp_path).layer.weight, line.layer.weight)
+    assert torch.equal(line.layer.weight, whole.layer.weight)
+    assert torch.equal(train.finished(Line(), tmp_path).layer.weight, whole.layer.weight)
+
+
+def test_a_diffusion_stage_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real thing, without evaluation: captions, noise, curriculum, optimiser and average all go on as they were."""
+
+    def stage() -> diffusion.PlainDiffusion:
+        torch.manual_seed(0)
+        made = diffusion.PlainDiffusion(text.CLIPReader(), diffusion.Curriculum())
+        monkeypatch.setattr(made, "evaluate", dict)
+        return made
+
+    whole = stage()
+    run_stage(whole, Budget(samples=20, batch=4), tmp_path / "whole", seed=3)
+
+    class Stop(Exception):
+        pass
+
+    stopped = stage()
+    forward = stopped.forward
+
+    def until(rng: random.Random, step: int, batch: int, progress: float) -> Tensor:
+        if step == 3:
+            raise Stop
+        return forward(rng, step, batch, progress)
+
+    stopped.forward = until  # type: ignore[method-assign]
+    with pytest.raises(Stop):
+        run_stage(stopped, Budget(samples=20, batch=4), tmp_path, seed=3, save_every=0.0)
+    resumed = stage()
+    run_stage(resumed, Budget(samples=20, batch=4), tmp_path, seed=3)
+    for ours, theirs in zip(resumed.unet.parameters(), whole.unet.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_stage_that_was_not_trained_is_named(tmp_path: Path) -> None:
@@ -83,46 +127,71 @@ def test_a_stage_that_was_not_trained_is_named(tmp_path: Path) -> None:
         train.finished(Line(), tmp_path)
 
 
-def test_whitening_changes_latents_and_no_picture() -> None:
-    torch.manual_seed(0)
-    stage = Autoencoder().eval().requires_grad_(False)
-    images = to_tensor([render(scene) for scene in scenes_of(random.Random(2), 1024)])
-    before = stage.vae.decode(stage.vae.encode(images[:8]))
-    vae = stage.whitened()
-    latents = torch.cat([vae.encode(part) for part in images.split(128)])
-    flat = latents.transpose(0, 1).flatten(1)
-    torch.testing.assert_close(flat.mean(1), torch.zeros(4), atol=1e-3, rtol=0)
-    torch.testing.assert_close(torch.cov(flat), torch.eye(4), atol=1e-2, rtol=0)
-    torch.testing.assert_close(vae.decode(latents[:8]), before, atol=1e-4, rtol=0)
-
-
 def test_the_loss_weight_favours_the_highest_noise() -> None:
     sigma = NoiseSchedule.sd15().t_to_sigma(torch.tensor([0.0, 300.0, 700.0, 999.0]))
-    expected = [5 * sigma[0] ** 2, 1.0, sigma[2], 12.0]  # 5 / SNR below SNR 5; then sigma, at most 12
-    weight = diffusion.loss_weight(sigma)
-    torch.testing.assert_close(weight[[0, 2, 3]], torch.stack([torch.as_tensor(expected[i]) for i in (0, 2, 3)]))
-    assert 0.9 < weight[1] <= 5
+    low, middle, high, highest = diffusion.loss_weight(sigma).tolist()
+    assert low < middle < high < highest == 12
 
 
-def test_five_stages_make_a_system_that_the_loaders_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diffusion, "POOL", 16)
-    monkeypatch.setattr(diffusion.DiffusionStage, "evaluate", lambda self: {})
-    budgets = {name: Budget(samples=16, minutes=1, batch=4) for name in train.STAGES}
-    preset = replace(train.PRESETS["cpu"], budgets=budgets, processes=1)
-    before = {}
+def test_timesteps_cover_the_schedule_and_favour_both_ends() -> None:
+    torch.manual_seed(0)
+    t = diffusion.draw_timesteps(20_000, torch.device("cpu"))
+    assert 0 <= t.min() < 5
+    assert 994 < t.max() <= 999
+    shares = torch.histc(t, bins=3, min=0, max=999) / len(t)
+    assert shares[0] > 0.35
+    assert shares[2] > 0.3
+
+
+def test_training_never_shows_what_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage draws its scenes by `random_scene`, never an unseen one."""
+    asked = []
+
+    def spy(rng: random.Random, count: int, unseen: bool = False) -> Scene:
+        asked.append(unseen)
+        return random_scene(rng, count, unseen)
+
+    for module in (autoencoder, text, diffusion):
+        monkeypatch.setattr(module, "random_scene", spy)
+    clip, t5 = text.CLIPReader(), text.T5Reader()
+    plain = diffusion.PlainDiffusion(clip, diffusion.Curriculum())
+    for stage in (autoencoder.Autoencoder(), clip, t5, plain,
+                  diffusion.ConnectorDiffusion(t5, plain.unet, diffusion.Curriculum())):
+        asked.clear()
+        assert stage(random.Random(0), 0, 2, 0.5).isfinite()
+        assert asked == [False, False]
+
+
+def test_case_and_marks_are_nothing_to_the_tokenizers() -> None:
+    rng = random.Random(0)
+    for reader in (text.t5_tokenizer(), text.clip_tokenizer()):
+        words = captions.dense(Scene("snow", (Thing(0, "ring", "red", "striped", "dark"),)), rng,
+                               captions.Wording(marks="stops"))
+        lower, upper = (reader(captions.text(words, upper)).input_ids for upper in (False, True))
+        assert lower == upper
+        assert reader.unk_token_id not in lower
+    assert len(text.t5_tokenizer()(captions.text(words)).input_ids) == len(words) + 1  # word-level, and the end
+
+
+def test_the_stages_make_files_that_the_library_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets = {name: Budget(samples=4, batch=4) for name in train.STAGES}
+    monkeypatch.setattr(train, "BUDGETS", budgets)
+    for owner in (autoencoder.Autoencoder, text.Reader, diffusion.DiffusionStage):
+        monkeypatch.setattr(owner, "evaluate", lambda self: {})
     for name in train.STAGES:
         torch.manual_seed(0)
-        stage = train.build(name, preset, tmp_path)
+        stage = train.build(name, tmp_path)
         before = {key: value.clone() for key, value in stage.state_dict().items()}
         run_stage(stage, budgets[name], tmp_path, seed=0)
     changed = {key.split(".")[0] for key, value in stage.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {"tsc", "denoiser"}  # the same connector under both names
     assert all(torch.equal(value, before[key]) for key, value in stage.state_dict().items() if "inner_model" in key)
-    train.export(preset, tmp_path, 0, tmp_path / "out")
     out = tmp_path / "out"
+    train.export(tmp_path, 0, out)
+    assert sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) < 25e6
     pipeline = Pipeline.load(out / "sd.safetensors", tsc=out / "tsc.safetensors", t5=out / "t5",
                              clip_tokenizer=out / "clip", device="cpu")
-    assert pipeline.size == 32
+    assert pipeline.size == 48
     for mode in ("plain", "fixed", "flexible"):
         assert generate(pipeline, "A red ring.", mode=mode, steps=2, seeds=0, progress=False)
     assert pipeline.t5 is not None
@@ -130,28 +199,3 @@ def test_five_stages_make_a_system_that_the_loaders_read(tmp_path: Path, monkeyp
     assert isinstance(stage, diffusion.ConnectorDiffusion)
     expected = stage.encode([prompt]).tokens
     torch.testing.assert_close(pipeline.t5(prompt).tokens, expected, atol=1e-2, rtol=1e-2)  # fp16 on disk
-
-
-def test_two_processes_train_one_connector(tmp_path: Path) -> None:
-    """Local SGD over gloo, as the cpu preset runs it: both processes stop together and leave one checkpoint."""
-    script = tmp_path / "two.py"
-    script.write_text(
-        "from dataclasses import replace\n"
-        "import sys, torch.distributed as dist, torch.multiprocessing as mp\n"
-        "from pathlib import Path\n"
-        "from benchmarks.miniature.loop import train\n"
-        "from test_miniature_training import BUDGET, Line\n"
-        "def work(rank, folder):\n"
-        "    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)\n"
-        "    line = Line()\n"
-        "    train(line, replace(BUDGET, samples=6400), Path(folder), seed=0)\n"
-        "    Path(folder, f'weight{rank}').write_text(str(line.layer.weight.item()))\n"
-        "if __name__ == '__main__':\n"
-        "    mp.spawn(work, args=(sys.argv[1],), nprocs=2)\n"
-    )
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parent)])
-    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, env={**os.environ, "PYTHONPATH": paths})
-    weights = [float((tmp_path / f"weight{rank}").read_text()) for rank in (0, 1)]
-    assert weights == pytest.approx([2, 2], abs=0.05)
-    assert torch.load(tmp_path / "line.pt", weights_only=True)["samples"] == 6400

@@ -24,11 +24,11 @@ def test_the_files_are_there_and_small() -> None:
 
 def test_it_draws_at_its_own_size_in_every_mode() -> None:
     pipeline = Pipeline.miniature(device="cpu")
-    assert (pipeline.size, pipeline.name) == (32, "miniature")
-    assert pipeline.vae.factor == 4
+    assert (pipeline.size, pipeline.name) == (48, "miniature")
+    assert pipeline.vae.factor == 8
     drawn = [np.asarray(generate(pipeline, PROMPT, mode=mode, steps=4, seeds=1, progress=False)[0].image)
              for mode in ("clip", "fixed", "flexible")]
-    assert {array.shape for array in drawn} == {(32, 32, 3)}
+    assert {array.shape for array in drawn} == {(48, 48, 3)}
     assert all(array.std() > 5 for array in drawn)
     assert (drawn[0] != drawn[2]).any()
 
@@ -38,5 +38,5 @@ def test_the_command_draws_with_it_by_default(tmp_path: Path, monkeypatch: pytes
     done = CliRunner().invoke(main, ["generate", PROMPT, "--steps", "2", "--seed", "1", "--enlarge", "4"])
     assert done.exit_code == 0, done.output
     with Image.open(next((tmp_path / "out").iterdir())) as image:
-        assert image.size == (128, 128)
+        assert image.size == (192, 192)
         assert "Model: miniature" in image.text["parameters"]  # type: ignore[attr-defined]

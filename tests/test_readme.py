@@ -32,7 +32,7 @@ def run(script: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
 
 def test_the_scripts_run_as_written(tmp_path: Path) -> None:
     names = run(SCRIPT)
-    assert names["images"].shape == (1, 3, 32, 32)
+    assert names["images"].shape == (1, 3, 48, 48)
     assert bool(names["images"].isfinite().all())
     ours = names["latents"]
     theirs = run(SWAP, names)["latents"]  # k-diffusion's own sampler, from the same noise

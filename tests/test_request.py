@@ -47,7 +47,7 @@ def miniature() -> Pipeline:
 @pytest.mark.parametrize("arguments", [
     {},
     {"mode": "clip", "negative": "a blue ring", "sampler": "euler_ancestral", "schedule": "ays", "clip_skip": 2},
-    {"guidance": Interval(PAG(Rescale(CFG(4), 0.7), 0.5, "output_blocks.3.1"), 0.3), "width": 40, "height": 24},
+    {"guidance": Interval(PAG(Rescale(CFG(4), 0.7), 0.5, "output_blocks.1.1"), 0.3), "width": 40, "height": 24},
     {"syntax": True, "prompts": "a (red:1.4) heart AND a ring :-0.3", "tags": "night", "negative_mode": "clip"},
     {"syntax": True, "prompts": "[a red heart:a blue ring:0.5]", "negative": "[night|snow]", "tags": "[red:blue:1]"},
     {"sampler": "dpmpp_2m_cfg_pp", "scale": 0.6, "mode": "fixed"},

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, permutations
 
 from benchmarks.miniature.scenes import Scene, Thing
 
-CATEGORIES = ("entity", "attribute", "relation", "count", "global")
+#: Colour and place are attributes, fill and rim details: decided late.
+CATEGORIES = ("entity", "attribute", "relation", "count", "global", "detail")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Answers:
 
     answers: tuple[tuple[str, bool], ...]
     all_right: bool
+    early_right: bool  # all right but for the details
 
     @property
     def score(self) -> float:
@@ -46,7 +48,8 @@ def _order(a: Thing, b: Thing) -> tuple[int, int]:
 
 
 def ask(wanted: Scene, found: Scene) -> Answers:
-    """Asks a parsed picture about a scene: entity, attribute (colour, place), relation, count, global."""
+    """Asks a parsed picture about a scene: its background and count, and of each thing whether it is there, its colour
+    and place, its fill and rim, and where it stands as seen from the others."""
     matched = _match(wanted.things, found.things)
     answers = [("global", found.background == wanted.background)]
     answers.append(("count", len(found.things) == len(wanted.things) and not found.smudges))
@@ -57,21 +60,31 @@ def ask(wanted: Scene, found: Scene) -> Answers:
         answers.append(("entity", there is not None))
         answers.append(("attribute", there is not None and there.colour == thing.colour))
         answers.append(("attribute", there is not None and there.place == thing.place))
+        answers.append(("detail", there is not None and there.fill == thing.fill))
+        answers.append(("detail", there is not None and there.rim == thing.rim))
     for i, j in combinations(range(len(present)), 2):
         a, b = present[i], present[j]
         right = a is not None and b is not None and _order(a, b) == _order(wanted.things[i], wanted.things[j])
         answers.append(("relation", right))
-    return Answers(tuple(answers), found == wanted)
+    return Answers(tuple(answers), found == wanted, _bare(found) == _bare(wanted))
+
+
+def _bare(scene: Scene) -> Scene:
+    return replace(scene, things=tuple(replace(thing, fill="plain", rim="no") for thing in scene.things))
 
 
 def summary(pictures: list[Answers]) -> dict[str, float]:
-    """Mean DPG-style score, share of pictures all right, share of right answers per category: all in percent."""
+    """Mean DPG-style score, shares of pictures all right, all right but for details, of right answers per category.
+
+    All in percent.
+    """
     by_category: dict[str, list[bool]] = defaultdict(list)
     for picture in pictures:
         for category, right in picture.answers:
             by_category[category].append(right)
     result = {"score": sum(p.score for p in pictures) / len(pictures)}
     result["all_right"] = 100 * sum(p.all_right for p in pictures) / len(pictures)
+    result["early_right"] = 100 * sum(p.early_right for p in pictures) / len(pictures)
     for category in CATEGORIES:
         if by_category[category]:
             result[category] = 100 * sum(by_category[category]) / len(by_category[category])
