@@ -168,7 +168,7 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callabl
         cond = cond_of(_one_if_equal(r.prompt for r in batch))
         uncond = uncond_of(_one_if_equal(r.negative for r in batch))
         pipeline.rest()
-        start = {} if latents is None else {"latents": latents.expand(len(batch), -1, -1, -1)}
+        start: dict[str, Any] = {} if latents is None else {"latents": latents.expand(len(batch), -1, -1, -1)}
         call = partial(draw, pipeline, cond, uncond=uncond, guidance=guidance, sampler=asked.sampler, sigmas=sigmas,
                        seeds=[r.seed for r in batch], **size, **more, **start, **shown)
         return Job([replace(r, width=width, height=height, model=pipeline.name, version=VERSION,

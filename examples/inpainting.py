@@ -14,7 +14,7 @@ edge = round(2 * width / 3 / sd.vae.factor) * sd.vae.factor  # in whole latents
 mask = Image.new("L", image.size)
 mask.paste(255, (edge, 0, width, height))
 text = sd.encode(cross)
-[repainted] = draw(sd, text, uncond=nothing, guidance=3.0, seeds=2, start=image, mask=mask)
+[repainted] = draw(sd, text, uncond=nothing, guidance=3.0, seeds=2, start=image, mask=mask, mask_blur=0)
 part = image.crop((0, 0, edge, height))
 [extended] = draw(sd, text, uncond=nothing, guidance=3.0, seeds=3, start=part, extend=f"right={width - edge}")
 columns = ["before", "mask", "repainted", "a part", "drawn on to the right"]
