@@ -42,9 +42,9 @@ def test_inspect_says_what_files_are(tmp_path: Path, edited: Edit, monkeypatch: 
     found = {Path(each["path"]).name: each for each in json.loads(said)}
     assert code == 2 and found["gone"]["error"].startswith("no checkpoint at ")
     sd = found["sd.safetensors"]
-    assert sd["kind"] == "a Stable Diffusion 1.x checkpoint" and sd["networks"]["UNet"]["tensors"] == 246
+    assert sd["kind"] == "a Stable Diffusion 1.x checkpoint" and sd["networks"]["UNet"]["tensors"] == 208
     assert sd["networks"]["UNet"]["dtypes"] == {"float16": sd["networks"]["UNet"]["parameters"]}
-    assert (sd["prediction"], sd["guess"], sd["resolution"]) == ("eps", False, "32x32")
+    assert (sd["prediction"], sd["guess"], sd["resolution"]) == ("eps", False, "48x48")
     assert not sd["missing"] and not sd["extra"]
     assert found["lora.safetensors"]["trigger_words"] == ["cat", "dog"]
     assert found["lora.safetensors"]["known"] == "cats (org/repo:lora.safetensors)"

@@ -67,7 +67,7 @@ def test_colour_and_mirror_on_the_miniature() -> None:
     plain = pixels(CFG(3), average)
     redder = pixels(Shifted(CFG(3), towards(sd.vae, red=0.3)))
     change = (redder - plain).mean((0, 1, 2))
-    assert change[0] > 1.5 * max(abs(change[1]), abs(change[2]))
+    assert change[0] > 1.2 * max(abs(change[1]), abs(change[2]))
     mirrored = pixels(Mirrored(CFG(3)))
     assert np.abs(mirrored - mirrored[:, :, ::-1]).mean() < 0.5 * np.abs(plain - plain[:, :, ::-1]).mean()
     assert len(average.denoised) == 3 and average.mean.shape == (2, 4, side, side)

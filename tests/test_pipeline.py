@@ -86,7 +86,7 @@ def test_a_drawing_starts_from_seeds_noise_or_latents(pipeline: Pipeline) -> Non
 @pytest.mark.parametrize(("arguments", "error", "message"), [
     ({"seed": 3}, TypeError, "unknown argument seed: did you mean seeds"),
     ({"scale": 3}, TypeError, "unknown argument scale: did you mean guidance"),
-    ({"colour": 3}, TypeError, "unknown argument colour: draw takes pipeline, cond, uncond"),
+    ({"weather": 3}, TypeError, "unknown argument weather: draw takes pipeline, cond, uncond"),
     ({"seeds": []}, ValueError, "seeds is empty"),
     ({"noise": torch.zeros(1, 4, 4, 4), "latents": torch.zeros(1, 4, 4, 4)}, ValueError, "not both"),
     ({"noise": torch.zeros(1, 4, 4, 4).half()}, TypeError, r"noise must be .* float32 .* got torch.float16"),
