@@ -53,7 +53,7 @@ def test_inspect_says_what_files_are(tmp_path: Path, edited: Edit, monkeypatch: 
     assert found["edited.safetensors"]["extra"] == [f"{UNET}odd [2]"]
     assert found["edited.safetensors"]["guess"] and "a guess" in found["edited.safetensors"]["prediction_known_by"]
     said, code = run("inspect", MINIATURE / "sd.safetensors", broken)
-    assert code == 0 and "UNet: 5.6 M parameters in 246 tensors, float16" in said
+    assert code == 0 and "UNet: 8.0 M parameters in 208 tensors, float16" in said
     assert f"missing: {UNET}out.2.bias [4]" in said and f"extra: {UNET}odd [2]" in said
 
 
