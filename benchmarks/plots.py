@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def scores(result: dict[str, Any], path: Path) -> None:
     axes.set(xlim=(0, 104),
              xlabel="semantic score, two things; filled: 5 steps (evaluations in brackets), open: 20 steps")
     axes.tick_params(axis="y", length=0)
-    axes.set_title(f"At 5 steps the samplers differ; at 10 and 20 every one scores {least:.0f} or more", loc="left")
+    reached = "all score 100" if least == 100 else f"all score {math.floor(least)} or more"
+    axes.set_title(f"At 5 steps the samplers differ; at 10 and 20 {reached}", loc="left")
     save(plt, figure, path)
 
 
