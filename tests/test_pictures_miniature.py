@@ -90,14 +90,15 @@ def share_right(wanted: Sequence[Scene], found: Sequence[Image.Image]) -> float:
     return float(np.mean([same(scene, seen(image)) for scene, image in zip(wanted, found, strict=True)]))
 
 
-def test_a_thing_repainted_in_place() -> None:
+@pytest.mark.parametrize(("sampler", "scale"), [("dpmpp_2m", 3.0), ("euler_ancestral_cfg_pp", 0.6)])
+def test_a_thing_repainted_in_place(sampler: str, scale: float) -> None:
     """It is there (in all of 100 scenes), and outside the mask no pixel has changed."""
     rng = random.Random("repaint")
     before = score.held_out(24, 2)
     after = [replace(scene, things=(scene.things[0], changed(scene.things[1], rng))) for scene in before]
     masks = [around(scene.things[1].place) for scene in before]
     asked = [FromPicture(start=picture(scene), mask=mask, mask_blur=0) for scene, mask in zip(before, masks)]
-    found = drawn(asked, after)
+    found = drawn(asked, after, sampler, scale)
     for scene, mask, image in zip(before, masks, found, strict=True):
         kept = np.asarray(mask) == 0
         assert (np.asarray(image)[kept] == render(scene)[kept]).all()
