@@ -1,0 +1,86 @@
+"""Every guidance rule with every kind of mask, on methods drawn from all families: one property."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ella_kd.denoiser import ELLADenoiser
+from ella_kd.guidance import (
+    APG,
+    CFG,
+    PAG,
+    SAG,
+    SEG,
+    SLG,
+    TCFG,
+    CFGZeroStar,
+    DynamicThreshold,
+    Guidance,
+    GuidedDenoiser,
+    Interval,
+    MimicScale,
+    Rescale,
+)
+from ella_kd.pictures.keep import Keep, Repaint, Unlock
+from ella_kd.samplers import SAMPLERS, get_sigmas_karras, randn
+from tiny import features, noise, sharp_unet, tiny_tsc
+
+RULES: list[Guidance] = [
+    CFG(3.0), CFG((3.0, 1.0)), CFG(lambda sigma: 1.0 + sigma / 5), APG(3.0), CFGZeroStar(3.0), TCFG(3.0),
+    Rescale(CFG(3.0), 0.7), DynamicThreshold(CFG(3.0)), MimicScale(CFG(3.0), 2.0), Interval(CFG(3.0), 0.3, 5.0),
+    PAG(CFG(3.0), 0.5), SEG(CFG(3.0), 0.5), SLG(CFG(3.0), 0.3), SAG(CFG(3.0)),
+]
+SEEDS, SHAPE = [7, 8], (2, 4, 6, 8)
+SIGMAS = get_sigmas_karras(4, 0.05, 10.0)
+PICTURE = noise(*SHAPE, seed=3)
+NOISE = randn(SHAPE, SEEDS)
+HALF = torch.zeros(6, 8)
+HALF[:, 4:] = 1
+OWN = torch.stack([HALF, 1 - HALF])[:, None]  # of each row another half
+MASKS: list[Repaint | Unlock] = [
+    Repaint(HALF), Repaint(OWN), Repaint(0.5 * HALF), Unlock(3 * HALF),
+    Unlock(OWN * torch.tensor([1.0, 8.0]).view(2, 1, 1, 1)),
+]
+CONDITIONS = {"cond": features(2, 5, seed=1), "uncond": features(3, seed=2)}
+INNER = ELLADenoiser(sharp_unet(), tiny_tsc())
+
+
+class Unplanned:
+    """A model whose every call stands alone: nobody tells it the levels of the run."""
+
+    def __init__(self, model: Keep) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor, sigma: Tensor, **args: Any) -> Tensor:
+        return self.model(x, sigma, **args)
+
+    def predict(self, x: Tensor, sigma: Tensor, need_uncond: bool = False, **args: Any) -> Any:
+        return self.model.predict(x, sigma, need_uncond, **args)
+
+
+@settings(max_examples=20)
+@given(st.sampled_from(list(SAMPLERS)), st.sampled_from(RULES), st.sampled_from(MASKS))
+@torch.no_grad()
+def test_every_rule_keeps_what_is_masked(name: str, rule: Guidance, mask: Repaint | Unlock) -> None:
+    """What is kept is the picture, nothing is NaN, the seeds hold, and a plan changes nothing."""
+    def drawn(model: Any, rows: slice = slice(None)) -> Tensor:
+        x = (PICTURE + SIGMAS[0] * NOISE)[rows]
+        return SAMPLERS[name].function(model, x, SIGMAS, extra_args=CONDITIONS, disable=True, seeds=SEEDS[rows])
+
+    model = Keep(GuidedDenoiser(INNER, rule), PICTURE, mask)
+    x = drawn(model)
+    assert bool(x.isfinite().all())
+    kept = (mask.values == 0).expand(SHAPE)
+    assert float((x - PICTURE)[kept].abs().max()) < 1e-5
+    assert torch.equal(drawn(model), x)
+    assert torch.allclose(drawn(Unplanned(model)), x, rtol=1e-4, atol=1e-3 * float(x.abs().max()))
+
+
+def test_the_property_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Repaint, "at", lambda self, level: torch.ones_like(self.values))
+    with pytest.raises(AssertionError):
+        test_every_rule_keeps_what_is_masked.hypothesis.inner_test("euler", CFG(3.0), Repaint(HALF))  # type: ignore[attr-defined]
