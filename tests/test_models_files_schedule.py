@@ -76,6 +76,17 @@ def test_marker_tensors_speak(edited: Edit) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize(("marker", "want"), [("v_pred", "v"), ("ztsnr", "v"), ("edm_mean", "edm")])
+def test_a_marker_holds_against_stale_metadata(edited: Edit, marker: str, want: str) -> None:
+    value = torch.zeros(1, 4, 1, 1) if marker == "edm_mean" else torch.tensor([])
+    path = edited(lambda t: {**t, marker: value}, **{"modelspec.prediction_type": "epsilon"})
+    with pytest.warns(UserWarning, match=rf"says modelspec.prediction_type = 'epsilon', and its tensor {marker} says"):
+        loaded = load_checkpoint(path)
+    assert loaded.known == Known(want, f"the file's tensor {marker}")
+    assert isinstance(loaded.noise_schedule, EDMSchedule if want == "edm" else NoiseSchedule)
+    assert load_checkpoint(path, prediction="eps").noise_schedule.prediction == "eps"
+
+
 @pytest.mark.parametrize(("name", "text", "want"), [
     ("edited.yaml", "model:\n  params:\n    parameterization: \"v\"\n", "v"),
     ("edited.yaml", "model:\n  params:\n", "eps"),

@@ -1,6 +1,6 @@
 """What a model predicts and the noise levels it was trained on, and how that is known.
 
-No shape tells. In this order: an argument; the file's metadata; marker tensors; a configuration beside the file; a rule
+No shape tells. In this order: an argument; marker tensors; the file's metadata; a configuration beside the file; a rule
 about one tensor; a guess, which is told as one.
 """
 
@@ -22,6 +22,8 @@ from ella_kd.models.noise_schedule import EDMSchedule, NoiseSchedule, Prediction
 
 PREDICTION, PREDICT_KEY = "modelspec.prediction_type", "modelspec.predict_key"  # ModelSpec's name, ComfyUI's
 SAID: dict[str, PredictionType] = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v", "v-prediction": "v"}
+# What the presence of a tensor says, the first that is there (layout.MARKERS).
+PREDICTS = {"edm_mean": "edm", "edm_vpred.sigma_max": "v", "v_pred": "v", "ztsnr": "v"}
 BASE_2_STEPS = 875000  # of training, after which Stable Diffusion 2's 512 px model was published (diffusers' rule)
 V_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"  # spread above .09: a 2.x of 768 px (ComfyUI's rule)
 
@@ -48,18 +50,20 @@ def known_prediction(path: Path, weights: Weights, unet: Part, family: str, purp
 
 def _told(path: Path, weights: Weights, unet: Part, family: str, purpose: str,
           scheduler: Mapping[str, Any]) -> Iterator[Known]:
+    marker = next((name for name in PREDICTS if name in weights), None)
     for key in (PREDICTION, PREDICT_KEY):
         if said := weights.metadata.get(key):
             if said not in SAID:
                 raise ValueError(f'{path} says {key} = {said!r}, known are "epsilon" and "v": pass prediction="eps" or '
                                  '"v"')
-            yield Known(SAID[said], f"the file's metadata {key}")
-    if "edm_mean" in weights or "edm_vpred.sigma_max" in weights:
-        marker = "edm_mean" if "edm_mean" in weights else "edm_vpred.sigma_max"
-        yield Known("edm" if marker == "edm_mean" else "v", f"the file's tensor {marker}")
-    for marker in ("v_pred", "ztsnr"):
-        if marker in weights:
-            yield Known("v", f"the file's tensor {marker}")
+            if marker is None or SAID[said] == PREDICTS[marker]:
+                yield Known(SAID[said], f"the file's metadata {key}")
+            else:  # metadata outlives a merge or a training, a marker is put there on purpose
+                warnings.warn(f"{path.name} says {key} = {said!r}, and its tensor {marker} says {PREDICTS[marker]}, "
+                              "which holds; prediction=... (--prediction) says otherwise", stacklevel=1)
+                yield Known(PREDICTS[marker], f"the file's tensor {marker}")
+    if marker is not None:
+        yield Known(PREDICTS[marker], f"the file's tensor {marker}")
     if said := scheduler.get("prediction_type", "epsilon" if scheduler else None):
         if "EDM" in str(scheduler.get("_class_name")):
             yield Known("edm" if said == "epsilon" else "v", "scheduler_config.json")
