@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ella_kd.models import EDMSchedule, NoiseSchedule, load_checkpoint
+from ella_kd.models.files import presets
+from ella_kd.models.files.hashes import sha256
 from ella_kd.models.files.layout import Part
 from ella_kd.models.files.names import Source
+from ella_kd.models.files.presets import HubFile, Preset
 from ella_kd.models.files.schedule import V_BIAS, Known, known_prediction
 from ella_kd.models.files.weights import Weights
 from filing import Edit, Tensors
@@ -163,6 +166,15 @@ def test_nothing_is_silently_eps(edited: Edit) -> None:
     assert loaded.known and loaded.known.guess and loaded.noise_schedule.prediction == "eps"
     with pytest.raises(ValueError, match='prediction must be "eps" or "v", got \'x\''):
         load_checkpoint(edited(dict, **SAID), prediction="x")  # type: ignore[arg-type]
+
+
+def test_a_published_file_is_known_by_its_hash(edited: Edit, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = edited(dict, **SAID)
+    for digest, want in ((sha256(path), Known("v", "its sha256 is that of org/sd:x.ckpt")), ("0" * 64, None)):
+        file = HubFile("org/sd", "x.ckpt", bytes=path.stat().st_size, sha256=digest, prediction="v")
+        monkeypatch.setattr(presets, "PRESETS", {"sd": Preset("a test", {"checkpoint": file})})
+        known = load_checkpoint(path).known
+        assert known and (known == want or (want is None and known.guess))
 
 
 @pytest.mark.parametrize(("spread", "step", "purpose", "want", "guess"), [

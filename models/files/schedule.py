@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ella_kd.models.files import presets
 from ella_kd.models.files.kinds import FAMILIES, Kind
 from ella_kd.models.files.layout import TABLE, Part, json_in
 from ella_kd.models.files.weights import Weights
@@ -83,6 +84,8 @@ def _told(path: Path, weights: Weights, unet: Part, family: str, purpose: str,
     yaml = path.with_suffix(".yaml")
     if yaml.is_file() and yaml != path and (said := _in_yaml(yaml)):
         yield Known(said, f"{yaml.name} beside it")
+    if (published := presets.file_at(path)) and published.prediction:
+        yield Known(published.prediction, f"its sha256 is that of {published}")
     if family == "sd2":
         yield from _second(weights, unet, purpose)
     if family == "playground":
