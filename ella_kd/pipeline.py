@@ -83,8 +83,8 @@ class Pipeline:
         device None: cuda if there is one, else the CPU; dtype (torch.float16 or "float16") None: fp16 on a GPU, fp32 on
         a CPU. placement, instead of these two: the dtype of each part and where it is when (`Placement`; by default T5
         leaves once `generate` has encoded a batch). The size is the first number of `modelspec.resolution` in the
-        file's metadata, or in the configuration of the folder's UNet, otherwise the family's: 64 latents (512 px) or
-        SDXL's 128 (1024 px).
+        file's metadata, or in the configuration of the folder's UNet, otherwise the family's: 64 latents (512 px), 96
+        of Stable Diffusion 2.x that predicts v, or SDXL's 128 (1024 px).
         Raises FileNotFoundError, or ValueError for files that do not hold what they should.
         """
         if placement is not None and (device, dtype) != (None, None):
@@ -115,7 +115,8 @@ class Pipeline:
         if connector is not None and found["t5"] is not None:
             check_connector(connector, found["tsc"], parts.unet.config.context_dim, found["t5"])
             encoder = T5TextEncoder.from_folder(found["t5"], dtype=t5_at.dtype, device=t5_at.device)
-        sided = size_of(path, parts.vae.factor) or parts.kind.size * parts.vae.factor // 8
+        usual = parts.kind.size(parts.noise_schedule.prediction) * parts.vae.factor // 8
+        sided = size_of(path, parts.vae.factor) or usual
         system = cls.of(parts, connector, encoder, sided, path.name if path.is_dir() else path.stem)
         return replace(system, placement=placement)
 
@@ -137,7 +138,8 @@ class Pipeline:
         """
         parts = from_modules(pipe)
         side = getattr(pipe.unet.config, "sample_size", None)
-        return cls.of(parts, tsc, t5, side * parts.vae.factor if type(side) is int else parts.kind.size,
+        usual = parts.kind.size(parts.noise_schedule.prediction)
+        return cls.of(parts, tsc, t5, side * parts.vae.factor if type(side) is int else usual,
                       Path(str(getattr(pipe.config, "_name_or_path", ""))).name or "diffusers")
 
     def save(self, path: File, *, dtype: str | torch.dtype | None = None) -> None:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -367,3 +368,12 @@ def test_weights_are_floats(saved: Path, tmp_path: Path, dtype: torch.dtype) -> 
 def test_wrong_metadata_is_refused(edited: Edit, metadata: dict[str, str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         load_checkpoint(edited(dict, **metadata))
+
+
+def test_a_compressed_checkpoint_is_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.ckpt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", b"\x80\x02}q\x00." + bytes(2**20))
+        archive.writestr("bomb/version", "3\n")
+    with pytest.raises(ValueError, match=r"bomb.ckpt is not a whole torch file \(it is compressed, so it is no"):
+        load_checkpoint(path)

@@ -68,6 +68,16 @@ def test_what_diffusers_cannot_describe_is_refused(saved: Path, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("target", ["x.safetensors", "folder"])
+@pytest.mark.parametrize(("mean", "std"), [((0.25,) * 4, None), ((0.5, 1, 2, 3), (2.0,) * 4)])
+def test_an_autoencoders_shift_comes_back(saved: Path, tmp_path: Path, target: str, mean: tuple[float, ...],
+                                          std: tuple[float, ...] | None) -> None:
+    checkpoint = load_checkpoint(saved)
+    checkpoint.vae.config = replace(checkpoint.vae.config, mean=mean, std=std)
+    save(tmp_path / target, checkpoint)
+    assert load_checkpoint(tmp_path / target, prediction="eps").vae.config == checkpoint.vae.config
+
+
 @pytest.mark.parametrize(("schedule", "says"), [
     (NoiseSchedule.sd15(), {"beta_schedule": "scaled_linear", "beta_end": 0.012, "rescale_betas_zero_snr": False}),
     (NoiseSchedule.sd2_v().zero_terminal_snr(), {"beta_end": 0.012, "rescale_betas_zero_snr": True}),

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ella_kd.models import EDMSchedule, NoiseSchedule, load_checkpoint
+from ella_kd.models.files import presets
+from ella_kd.models.files.hashes import sha256
 from ella_kd.models.files.layout import Part
 from ella_kd.models.files.names import Source
+from ella_kd.models.files.presets import HubFile, Preset
 from ella_kd.models.files.schedule import V_BIAS, Known, known_prediction
 from ella_kd.models.files.weights import Weights
 from filing import Edit, Tensors
@@ -45,6 +48,25 @@ def test_the_schedule_is_the_exact_one_unless_the_file_has_another(edited: Edit)
         load_checkpoint(edited(lambda t: {**t, "alphas_cumprod": other.alphas_cumprod.bfloat16()}))
 
 
+def test_a_table_of_ones_own_is_kept(edited: Edit) -> None:
+    table = NoiseSchedule.sd15().alphas_cumprod - torch.linspace(0, 1, 1000, dtype=torch.float64) ** 8 * 0.00095
+    for own, ratio in ((table.float(), 1e-6), (table.half(), 1e-3)):
+        schedule = load_checkpoint(edited(lambda t: {**t, "alphas_cumprod": own})).noise_schedule  # noqa: B023
+        assert schedule.sigma_max == pytest.approx(16.39, abs=0.02) and schedule.sigma_max == pytest.approx(
+            float(((1 - table[-1]) / table[-1]).sqrt()), rel=ratio)
+    zero = NoiseSchedule.sd15().zero_terminal_snr().alphas_cumprod
+    for last in (0.0, 4.8973451890853435e-08):  # as files have it
+        own = torch.cat([zero[:-1], torch.tensor([last])]).float()
+        schedule = load_checkpoint(edited(lambda t: {**t, "alphas_cumprod": own})).noise_schedule  # noqa: B023
+        assert isinstance(schedule, NoiseSchedule) and torch.equal(schedule.alphas_cumprod, zero)
+
+
+def test_eps_against_the_noise_levels_of_v_is_refused(edited: Edit) -> None:
+    path = edited(lambda t: {**t, "edm_vpred.sigma_max": torch.tensor(120.0)}, **SAID)
+    with pytest.raises(ValueError, match=r'edm_vpred.sigma_max, .*prediction="eps" cannot be'):
+        load_checkpoint(path, prediction="eps")
+
+
 SAID = {"modelspec.prediction_type": "", "modelspec.predict_key": ""}  # what the small file says, taken away
 
 
@@ -76,9 +98,23 @@ def test_marker_tensors_speak(edited: Edit) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize(("marker", "want"), [("v_pred", "v"), ("ztsnr", "v"), ("edm_mean", "edm")])
+def test_a_marker_holds_against_stale_metadata(edited: Edit, marker: str, want: str) -> None:
+    value = torch.zeros(1, 4, 1, 1) if marker == "edm_mean" else torch.tensor([])
+    path = edited(lambda t: {**t, marker: value}, **{"modelspec.prediction_type": "epsilon"})
+    with pytest.warns(UserWarning, match=rf"says modelspec.prediction_type = 'epsilon', and its tensor {marker} says"):
+        loaded = load_checkpoint(path)
+    assert loaded.known == Known(want, f"the file's tensor {marker}")
+    assert isinstance(loaded.noise_schedule, EDMSchedule if want == "edm" else NoiseSchedule)
+    assert load_checkpoint(path, prediction="eps").noise_schedule.prediction == "eps"
+
+
 @pytest.mark.parametrize(("name", "text", "want"), [
     ("edited.yaml", "model:\n  params:\n    parameterization: \"v\"\n", "v"),
-    ("edited.yaml", "model:\n  params:\n", "eps"),
+    ("edited.yaml", "model:\n  target: ldm.models.diffusion.ddpm.LatentDiffusion\n", "eps"),
+    ("edited.yaml", "          target: sgm.modules.diffusionmodules.denoiser_scaling.VScaling\n", "v"),
+    ("edited.yaml", "          target: sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling\n", "eps"),
+    ("edited.yaml", "          target: sgm.modules.diffusionmodules.denoiser_scaling.EDMScaling\n", "edm"),
     ("scheduler_config.json", '{"prediction_type": "v_prediction"}', "v"),
     ("scheduler_config.json", '{"_class_name": "PNDMScheduler"}', "eps"),
 ])
@@ -88,7 +124,19 @@ def test_a_configuration_beside_the_file_is_read(edited: Edit, tmp_path: Path, n
     assert loaded.noise_schedule.prediction == want and loaded.known and name in loaded.known.how
 
 
+@pytest.mark.parametrize(("name", "text"), [
+    ("edited.yaml", "model:\n  target: sgm.models.diffusion.DiffusionEngine\n  # target: ldm.VScaling\n"),
+    ("scheduler_config.json", '{"_class_name": "CosineDPMSolverMultistepScheduler"}'),
+])
+def test_a_configuration_that_does_not_say_is_no_proof(edited: Edit, tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.warns(UserWarning, match="nothing says whether"):
+        known = load_checkpoint(edited(dict, **SAID)).known
+    assert known and known.guess
+
+
 @pytest.mark.parametrize(("config", "says"), [
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "its scheduler is a FlowMatchEuler.*flow matching is not"),
     ({"prediction_type": "sample"}, "says prediction_type = 'sample', known are epsilon and v_prediction"),
     ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule 'squaredcos_cap_v2' is not known"),
     ({"num_train_timesteps": 10**9}, "num_train_timesteps is 1000000000"), ({"beta_start": "x"}, "could not convert"),
@@ -103,7 +151,8 @@ def test_a_scheduler_that_cannot_be_used(edited: Edit, tmp_path: Path, config: d
 
 def test_betas_of_ones_own(edited: Edit, tmp_path: Path) -> None:
     betas = torch.linspace(0.001, 0.02, 50, dtype=torch.float64)
-    (tmp_path / "scheduler_config.json").write_text(json.dumps({"trained_betas": betas.tolist()}))
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDPMScheduler",
+                                                               "trained_betas": betas.tolist()}))
     path = edited(lambda t: {name: x for name, x in t.items() if name != "alphas_cumprod"}, **SAID)
     table = load_checkpoint(path).noise_schedule
     assert isinstance(table, NoiseSchedule) and torch.equal(table.alphas_cumprod, (1 - betas).cumprod(0))
@@ -117,6 +166,15 @@ def test_nothing_is_silently_eps(edited: Edit) -> None:
     assert loaded.known and loaded.known.guess and loaded.noise_schedule.prediction == "eps"
     with pytest.raises(ValueError, match='prediction must be "eps" or "v", got \'x\''):
         load_checkpoint(edited(dict, **SAID), prediction="x")  # type: ignore[arg-type]
+
+
+def test_a_published_file_is_known_by_its_hash(edited: Edit, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = edited(dict, **SAID)
+    for digest, want in ((sha256(path), Known("v", "its sha256 is that of org/sd:x.ckpt")), ("0" * 64, None)):
+        file = HubFile("org/sd", "x.ckpt", bytes=path.stat().st_size, sha256=digest, prediction="v")
+        monkeypatch.setattr(presets, "PRESETS", {"sd": Preset("a test", {"checkpoint": file})})
+        known = load_checkpoint(path).known
+        assert known and (known == want or (want is None and known.guess))
 
 
 @pytest.mark.parametrize(("spread", "step", "purpose", "want", "guess"), [

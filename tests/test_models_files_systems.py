@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from ella_kd import Pipeline
 from ella_kd.models import Checkpoint, EDMSchedule, NoiseSchedule, load_checkpoint
 from ella_kd.models.context import Context
 from ella_kd.models.files.names import ema_name
+from ella_kd.models.files.report import report
 from ella_kd.models.files.saving import save
 from systems import RECIPES, System, system
 
@@ -223,3 +225,11 @@ def test_moving_averages_are_a_choice(tmp_path: Path) -> None:
            System(made.recipe, averaged.unet, made.vae, made.texts))
     with pytest.raises(ValueError, match=r"holds no moving averages of its weights \(EMA\)"):
         load_checkpoint(made.save_file(tmp_path / "one.safetensors"), ema=True)
+
+
+def test_the_768_px_of_stable_diffusion_2_are_known_everywhere(tmp_path: Path) -> None:
+    path = system("sd2 v").save_file(tmp_path / "x.safetensors", {"modelspec.prediction_type": "v"})
+    assert Pipeline.load(path).size == 768 and report(path).resolution == "usually 768x768"
+    save(tmp_path / "folder", load_checkpoint(path))
+    assert Pipeline.load(tmp_path / "folder").size == 768
+    assert Pipeline.load(path, prediction="eps").size == 512

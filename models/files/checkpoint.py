@@ -140,8 +140,9 @@ def vae_of(part: Part, kind: Kind) -> AutoencoderKL:
     scale = own.get("scale", config.get("scaling_factor", usual))
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
         raise ValueError(f"scaling_factor in config.json must be a number above 0, got {scale!r:.60}")
-    found = replace(VAEConfig.from_shapes(part.shapes, scale), mean=_numbers(part, "edm_mean", "latents_mean"),
-                    std=_numbers(part, "edm_std", "latents_std"))
+    found = replace(VAEConfig.from_shapes(part.shapes, scale),
+                    mean=own.get("mean", _numbers(part, "edm_mean", "latents_mean")),
+                    std=own.get("std", _numbers(part, "edm_std", "latents_std")))
     if found.mean is None and kind.family == "playground":
         found = replace(found, mean=PLAYGROUND_MEAN, std=PLAYGROUND_STD)
     if config.get("shift_factor"):

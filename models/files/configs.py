@@ -73,8 +73,11 @@ def vae_config(config: VAEConfig, kind: Kind, size: int) -> dict[str, Any]:
         "layers_per_block": config.num_res_blocks, "act_fn": "silu", "norm_num_groups": 32,
         "down_block_types": ["DownEncoderBlock2D"] * len(widths), "up_block_types": ["UpDecoderBlock2D"] * len(widths),
         "scaling_factor": config.scale, "sample_size": size, "force_upcast": kind.family in (*XL, "refiner")}
-    if config.mean and config.std:
-        found |= {"latents_mean": list(config.mean), "latents_std": list(config.std)}
+    if config.std is None and len(set(config.mean or ())) == 1:
+        found["shift_factor"] = config.mean[0] if config.mean else 0.0
+    elif config.mean or config.std:
+        n = config.latent_channels
+        found |= {"latents_mean": list(config.mean or [0.0] * n), "latents_std": list(config.std or [1.0] * n)}
     return found
 
 

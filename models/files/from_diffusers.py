@@ -26,7 +26,7 @@ def from_modules(pipe: Any) -> Checkpoint:
     told = f"the {type(pipe).__name__} is not what this takes"
     if not kind.read:
         raise ValueError(f"{told}: {kind.what or 'its UNet is none of Stable Diffusion'}")
-    scheduler = dict(pipe.scheduler.config)
+    scheduler = {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}
     known = known_prediction(Path(), parts["unet"].weights, parts["unet"], kind.family, kind.purpose,
                              scheduler=scheduler)
     schedule = noise_schedule(Path(), parts["unet"].weights, known, kind, scheduler)

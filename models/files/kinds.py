@@ -32,9 +32,10 @@ class Kind:
     parts: tuple[str, ...] = ()
     read: bool = False
 
-    @property
-    def size(self) -> int:
-        """The usual side of the family's pictures, in pixels."""
+    def size(self, prediction: str) -> int:
+        """The usual side of the pictures of a family that predicts eps, v or edm, in pixels."""
+        if (self.family, self.purpose, prediction) == ("sd2", "", "v"):
+            return 768
         return 512 if self.family in ("", "sd1", "sd2") else 1024
 
     def __str__(self) -> str:

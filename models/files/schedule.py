@@ -1,6 +1,6 @@
 """What a model predicts and the noise levels it was trained on, and how that is known.
 
-No shape tells. In this order: an argument; the file's metadata; marker tensors; a configuration beside the file; a rule
+No shape tells. In this order: an argument; marker tensors; the file's metadata; a configuration beside the file; a rule
 about one tensor; a guess, which is told as one.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ella_kd.models.files import presets
 from ella_kd.models.files.kinds import FAMILIES, Kind
 from ella_kd.models.files.layout import TABLE, Part, json_in
 from ella_kd.models.files.weights import Weights
@@ -22,6 +23,10 @@ from ella_kd.models.noise_schedule import EDMSchedule, NoiseSchedule, Prediction
 
 PREDICTION, PREDICT_KEY = "modelspec.prediction_type", "modelspec.predict_key"  # ModelSpec's name, ComfyUI's
 SAID: dict[str, PredictionType] = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v", "v-prediction": "v"}
+# What the presence of a tensor says, the first that is there (layout.MARKERS).
+PREDICTS = {"edm_mean": "edm", "edm_vpred.sigma_max": "v", "v_pred": "v", "ztsnr": "v"}
+# diffusers' schedulers that predict epsilon unless they say another.
+DISCRETE = re.compile("EDM|PNDM|DDIM|DDPM|LMS|Euler|DPM|UniPC|Heun|KDPM2|DEIS|LCM|TCD")
 BASE_2_STEPS = 875000  # of training, after which Stable Diffusion 2's 512 px model was published (diffusers' rule)
 V_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"  # spread above .09: a 2.x of 768 px (ComfyUI's rule)
 
@@ -41,6 +46,9 @@ def known_prediction(path: Path, weights: Weights, unet: Part, family: str, purp
     if argument is not None:
         if argument not in ("eps", "v"):
             raise ValueError(f'prediction must be "eps" or "v", got {argument!r}')
+        if argument == "eps" and "edm_vpred.sigma_max" in weights:
+            raise ValueError(f"{path} has the tensor edm_vpred.sigma_max, noise levels of a model that predicts v: "
+                             'prediction="eps" cannot be')
         return Known(argument, "as asked")
     config = scheduler_config(path) if scheduler is None else scheduler
     return next(_told(path, weights, unet, family, purpose, config))
@@ -48,34 +56,54 @@ def known_prediction(path: Path, weights: Weights, unet: Part, family: str, purp
 
 def _told(path: Path, weights: Weights, unet: Part, family: str, purpose: str,
           scheduler: Mapping[str, Any]) -> Iterator[Known]:
+    marker = next((name for name in PREDICTS if name in weights), None)
     for key in (PREDICTION, PREDICT_KEY):
         if said := weights.metadata.get(key):
             if said not in SAID:
                 raise ValueError(f'{path} says {key} = {said!r}, known are "epsilon" and "v": pass prediction="eps" or '
                                  '"v"')
-            yield Known(SAID[said], f"the file's metadata {key}")
-    if "edm_mean" in weights or "edm_vpred.sigma_max" in weights:
-        marker = "edm_mean" if "edm_mean" in weights else "edm_vpred.sigma_max"
-        yield Known("edm" if marker == "edm_mean" else "v", f"the file's tensor {marker}")
-    for marker in ("v_pred", "ztsnr"):
-        if marker in weights:
-            yield Known("v", f"the file's tensor {marker}")
-    if said := scheduler.get("prediction_type", "epsilon" if scheduler else None):
-        if "EDM" in str(scheduler.get("_class_name")):
+            if marker is None or SAID[said] == PREDICTS[marker]:
+                yield Known(SAID[said], f"the file's metadata {key}")
+            else:  # metadata outlives a merge or a training, a marker is put there on purpose
+                warnings.warn(f"{path.name} says {key} = {said!r}, and its tensor {marker} says {PREDICTS[marker]}, "
+                              "which holds; prediction=... (--prediction) says otherwise", stacklevel=1)
+                yield Known(PREDICTS[marker], f"the file's tensor {marker}")
+    if marker is not None:
+        yield Known(PREDICTS[marker], f"the file's tensor {marker}")
+    name = str(scheduler.get("_class_name"))
+    if "FlowMatch" in name:
+        raise ValueError(f"{path}: its scheduler is a {name}, and flow matching is not read: expected a model that "
+                         "predicts eps or v")
+    if said := scheduler.get("prediction_type", "epsilon" if DISCRETE.match(name) else None):
+        if name.startswith("EDM"):
             yield Known("edm" if said == "epsilon" else "v", "scheduler_config.json")
         if said not in SAID:
             raise ValueError(f"{path}: scheduler_config.json says prediction_type = {said!r}, known are epsilon and "
                              'v_prediction: pass prediction="eps" or "v"')
         yield Known(SAID[said], "scheduler_config.json")
     yaml = path.with_suffix(".yaml")
-    if yaml.is_file() and yaml != path:
-        found = re.search(r"^\s*parameterization:\s*[\"']?(\w+)", yaml.read_text("utf-8", "replace"), re.MULTILINE)
-        yield Known("v" if found and found[1] == "v" else "eps", f"{yaml.name} beside it")
+    if yaml.is_file() and yaml != path and (said := _in_yaml(yaml)):
+        yield Known(said, f"{yaml.name} beside it")
+    if (published := presets.file_at(path)) and published.prediction:
+        yield Known(published.prediction, f"its sha256 is that of {published}")
     if family == "sd2":
         yield from _second(weights, unet, purpose)
     if family == "playground":
         yield Known("edm", "the network's family")
     yield Known("eps", f"a guess: most of {FAMILIES[family]} do", guess=True)
+
+
+def _in_yaml(yaml: Path) -> str | None:
+    """What LDM's or sgm's configuration says; one that names neither a prediction nor LDM's classes says nothing."""
+    text = yaml.read_text("utf-8", "replace")
+    if found := re.search(r"^\s*parameterization:\s*[\"']?(\w+)", text, re.MULTILINE):
+        if found[1] not in SAID:
+            raise ValueError(f"{yaml} says parameterization: {found[1]}, known are eps and v: pass "
+                             'prediction="eps" or "v"')
+        return SAID[found[1]]
+    if found := re.search(r"^\s*target:\s*[\"']?[\w.]*\.(V|Eps|EDM)Scaling\b", text, re.MULTILINE):
+        return found[1].lower()
+    return "eps" if re.search(r"^\s*target:\s*[\"']?ldm\.", text, re.MULTILINE) else None
 
 
 def _second(weights: Weights, unet: Part, purpose: str) -> Iterator[Known]:
@@ -160,10 +188,12 @@ def _table(table: Tensor, prediction: PredictionType) -> NoiseSchedule:
     """
     exact = table.double()
     rounded = [kind for kind in (torch.bfloat16, torch.float16) if torch.equal(exact.to(kind).double(), exact)]
-    tolerance = torch.finfo(rounded[0]).eps if rounded else 0.0
+    rounding = torch.finfo(rounded[0]).eps if rounded else 0.0
     for usual in (NoiseSchedule.sd15(prediction), NoiseSchedule.sd15(prediction).zero_terminal_snr()):
         known = usual.alphas_cumprod
-        if exact.shape == known.shape and torch.allclose(exact, known, tolerance, 1e-3):
+        # log sigma to 1e-3; 6e-8 because a zero terminal SNR's last is 0, or any tiny number
+        near = 2e-3 * known * (1 - known) + rounding * known + 6e-8
+        if exact.shape == known.shape and bool(((exact - known).abs() <= near).all()):
             return usual
     try:
         return NoiseSchedule(exact, prediction)

@@ -172,9 +172,11 @@ def _unpickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with path.open("rb") as file:
             start = file.read(len(_ZIP))
+        zipped = start == _ZIP and zipfile.is_zipfile(path)
+        if zipped:
+            _check_plain(path)
         with _harmless():
-            content = torch.load(path, map_location="cpu", weights_only=True,
-                                 mmap=start == _ZIP and zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except PermissionError:
         raise
     except pickle.UnpicklingError as error:
@@ -192,6 +194,13 @@ def _unpickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if large := next((name for name, x in tensors.items() if x.numel() * x.element_size() > size), None):
         raise ValueError(f"{path} is not a whole torch file (the tensor {large} is larger than it): fetch it again")
     return tensors, {"global_step": str(step)} if type(step) is int else {}
+
+
+def _check_plain(path: Path) -> None:
+    """Raises BadZipFile for a compressed entry, which could be a thousand times the file in memory."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise zipfile.BadZipFile("it is compressed, so it is no checkpoint that torch wrote")
 
 
 def _flat(content: Any, path: Path) -> dict[str, Tensor]:
