@@ -70,9 +70,18 @@ def test_a_path_is_a_path(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "org").mkdir()
     (tmp_path / "org/sd").mkdir()
     (tmp_path / "sd15").touch()
-    for spec in ("org/sd", "sd15", tmp_path / "gone", "gone.safetensors", "a/b.ckpt", "/x/y", "../a/b", "nowhere"):
+    for spec in ("org/sd", "sd15", tmp_path / "gone", "gone.safetensors", "a/b.ckpt", "/x/y", "../a/b", "./x", "../x", "nowhere"):
         assert find(spec) == Path(spec)
     assert with_preset({"checkpoint": "sd15", "tsc": None})["checkpoint"] == "sd15" and not hub.asked
+
+
+def test_a_name_said_as_a_name_is_the_preset(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "sd15").mkdir()
+    for args in (["generate", "--model", "sd15", "--mode", "clip", "cat", "--device", "cpu"], ["download", "sd15"],
+                 ["download", "sd15", "--part", "checkpoint"]):
+        drawn = CliRunner().invoke(main, args)
+        assert drawn.exit_code == 2 and "no repository" in drawn.output, drawn.output
+        assert "/stable-diffusion-v1-5/stable-diffusion-v1-5" in hub.asked[-1]
 
 
 def test_a_folder_is_its_config_its_tokenizer_and_one_set_of_weights(hub: Hub) -> None:
