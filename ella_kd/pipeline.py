@@ -56,6 +56,7 @@ class Pipeline:
     size: int = 512
     name: str = ""
     placement: Placement | None = None
+    text_models: tuple[nn.Module | None, ...] = ()  # text encoders whose tokenizer is not known, for `save`
 
     @classmethod
     def load(
@@ -124,7 +125,8 @@ class Pipeline:
            name: str = "") -> "Pipeline":
         """The system of what `load_checkpoint` read; CLIP is in it if its tokenizer is known."""
         clip = None if parts.clip_tokenizer is None or parts.text_model is None else parts.text_encoder
-        return cls(parts.unet, parts.vae, parts.noise_schedule, clip, tsc, t5, size, name)
+        texts = (parts.text_model, parts.text_model_2) if clip is None else ()
+        return cls(parts.unet, parts.vae, parts.noise_schedule, clip, tsc, t5, size, name, text_models=texts)
 
     @classmethod
     def from_diffusers(cls, pipe: Any, *, tsc: TSC | None = None, t5: T5TextEncoder | None = None) -> "Pipeline":
@@ -150,7 +152,7 @@ class Pipeline:
             raise TypeError(f"a UNet of ours can be saved, got {type(self.unet).__name__}")
         clip: Any = self.clip
         texts: list[Any] = [clip.first, clip.second] if isinstance(clip, TwoTextEncoders) else [clip]
-        models: list[Any] = [*(each and each.model for each in texts), None]
+        models: list[Any] = [*(self.text_models if clip is None else (each.model for each in texts)), None, None]
         words: list[Any] = [*(each and each.tokenizer for each in texts), None]
         parts = Checkpoint(self.unet, self.vae, models[0], self.noise_schedule, words[0], models[1], words[1])
         save(path, parts, {"modelspec.title": self.name, "modelspec.resolution": f"{self.size}x{self.size}"},
@@ -194,6 +196,7 @@ class Pipeline:
             unet=_moved(self.unet, device, dtype),
             vae=_moved(self.vae, device, dtype),
             clip=clip and clip.moved(lambda model: _moved(model, device, dtype)),
+            text_models=tuple(each and _moved(each, device, dtype) for each in self.text_models),
             tsc=self.tsc and _moved(self.tsc, device, dtype),
             t5=t5.moved(lambda model: _moved(model, device, dtype)) if isinstance(t5, T5TextEncoder) else t5,
             placement=self.placement and replace(self.placement, device=device or self.placement.device,

@@ -70,7 +70,8 @@ def test_a_path_is_a_path(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "org").mkdir()
     (tmp_path / "org/sd").mkdir()
     (tmp_path / "sd15").touch()
-    for spec in ("org/sd", "sd15", tmp_path / "gone", "gone.safetensors", "a/b.ckpt", "/x/y", "../a/b", "./x", "../x", "nowhere"):
+    for spec in ("org/sd", "sd15", tmp_path / "gone", "gone.safetensors", "a/b.ckpt", "/x/y", "../a/b", "./x", "../x",
+                 "nowhere"):
         assert find(spec) == Path(spec)
     assert with_preset({"checkpoint": "sd15", "tsc": None})["checkpoint"] == "sd15" and not hub.asked
 
