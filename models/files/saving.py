@@ -1,5 +1,6 @@
 """Writing a system: an LDM single file, or a diffusers folder. What appears is whole, or nothing does."""
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ from ella_kd.models.unet import UNet
 from ella_kd.models.vae import AutoencoderKL
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ella_kd.models.files.checkpoint import TextModel
 
 ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512",  # ModelSpec's words
@@ -92,6 +95,7 @@ def save_folder(path: str | Path, checkpoint: Checkpoint, *, dtype: torch.dtype 
         tokenizers["tokenizer"] = None
     if texts["text_encoder_2"] is None:
         tokenizers["tokenizer_2"] = None
+    length = next((model.config.max_position_embeddings for model in texts.values() if model is not None), 77)
     schedule = scheduler_config(checkpoint.noise_schedule)
     names = unet_to_diffusers(unet.state_dict())
     vae_names = vae_to_diffusers(vae.state_dict())
@@ -110,10 +114,20 @@ def save_folder(path: str | Path, checkpoint: Checkpoint, *, dtype: torch.dtype 
                 write_tensors(folder / name / "model.safetensors", cast(tensors, dtype), {"format": "pt"})
         for name, tokenizer in tokenizers.items():
             if tokenizer is not None:
-                tokenizer.save_pretrained(folder / name)
+                zeros = kind.family in ("sd2", "refiner") or name == "tokenizer_2"
+                published(tokenizer, zeros, length).save_pretrained(folder / name)
         _json(folder / "scheduler", "scheduler_config.json", schedule)
         (folder / "model_index.json").write_text(json.dumps(
             model_index(kind, schedule, texts, tokenizers), indent=2) + "\n", encoding="utf-8")
+
+
+def published(tokenizer: "PreTrainedTokenizerBase", zeros: bool, length: int) -> "PreTrainedTokenizerBase":
+    """A copy that pads as diffusers has to: to the model's length, OpenCLIP's with zeros, which is "!"."""
+    found = copy.deepcopy(tokenizer)
+    found.model_max_length = length
+    if zeros and found.get_vocab().get("!") == 0:
+        found.pad_token = "!"
+    return found
 
 
 def kind_of_networks(unet: UNet, vae: AutoencoderKL) -> Kind:
