@@ -78,6 +78,21 @@ def test_convert_goes_there_and_back(tmp_path: Path) -> None:
     assert same(load_checkpoint(tmp_path / "titled.safetensors").unet, load_checkpoint(source).unet)
 
 
+def test_convert_keeps_the_unets_dtype_and_names_what_has_none(tmp_path: Path) -> None:
+    whole = load_file(system("sd1").save_file(tmp_path / "sd.safetensors"))
+    save_file({name: x.half() if name.startswith("cond_stage_model.") or name == UNET + "out.2.bias" else x
+               for name, x in whole.items()}, tmp_path / "mixed.safetensors")
+    said, code = run("convert", tmp_path / "mixed.safetensors", tmp_path / "out.safetensors")
+    assert code == 0 and load_file(tmp_path / "out.safetensors")[UNET + "out.2.weight"].dtype == torch.float32, said
+    for prefix, kind in (("first_stage_model.", "an autoencoder (VAE) alone"),
+                         ("cond_stage_model.transformer.", "a text encoder alone")):
+        save_file({name.removeprefix(prefix): x for name, x in whole.items() if name.startswith(prefix)},
+                  tmp_path / "part.safetensors")
+        said, code = run("convert", tmp_path / "part.safetensors", tmp_path / "x.safetensors")
+        assert code == 2 and kind in said and "expected a UNet" in said, said
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 def test_a_folder_with_another_autoencoder_draws_as_told(tmp_path: Path, tiny_files: dict[str, str],
                                                          pipeline: Pipeline) -> None:
     pipeline.save(tmp_path / "folder")

@@ -1,6 +1,7 @@
 """`ella-kd convert`."""
 
 import warnings
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,10 @@ def convert(source: str, target: Path, dtype: str | None, vae: str | None, text_
     """
     path = find(source)
     weights = parts_at(path)[0]
-    own = [str(dtype).removeprefix("torch.") for dtype in weights["unet"].weights.dtypes.values()] if weights else []
-    name = SHORT.get(dtype or "", dtype) or next((each for each in own if each in DTYPES), "float32")
+    unet = weights.get("unet")
+    own = Counter(str(unet.weights.dtypes[each.name]).removeprefix("torch.") for each in unet.sources.values()
+                  ) if unet else Counter[str]()
+    name = SHORT.get(dtype or "", dtype) or next((each for each, _ in own.most_common() if each in DTYPES), "float32")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "float16 on a CPU")  # nothing is computed
         found = load_checkpoint(path, dtype=name, device="cpu", vae=vae and find(vae, "vae"),
