@@ -24,7 +24,7 @@ from ella_kd.models.files.from_diffusers import from_modules
 from ella_kd.models.files.hub import find_all, with_preset
 from ella_kd.models.files.layout import json_in
 from ella_kd.models.files.saving import save
-from ella_kd.models.files.weights import Weights
+from ella_kd.models.files.weights import SAFETENSORS, Weights
 from ella_kd.models.noise_schedule import EDMSchedule, PredictionType
 from ella_kd.models.t5 import T5TextEncoder
 from ella_kd.models.tokenizers import published_clip_tokenizer
@@ -326,7 +326,7 @@ def size_of(path: Path, factor: int = 8) -> int | None:
     if path.is_dir():
         side = json_in(path / "unet" / "config.json").get("sample_size")
         return factor * side if type(side) is int and side > 0 else None
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() not in SAFETENSORS:
         return None
     side = Weights(path).metadata.get("modelspec.resolution", "").partition("x")[0]
     return int(side) if side.isdecimal() and 0 < int(side) < 100_000 else None

@@ -118,5 +118,9 @@ def test_convert_writes_nothing_over_what_is_there(tmp_path: Path, saved: Path) 
     said, code = run("convert", saved, tmp_path / "folder")
     assert code == 2 and "something is there; choose another name" in said
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "mine"]
+    for name in ("typo.safetensor", "x.sft", "x.ckpt", "x.SAFETENSORS"):
+        said, code = run("convert", saved, tmp_path / name)
+        assert code == 2 and f"written as .safetensors, got {tmp_path / name}" in said
+    assert len(list(tmp_path.rglob("*"))) == 2
     said, code = run("convert", tmp_path / "gone.safetensors", tmp_path / "x")
     assert code == 2 and "no checkpoint at" in said

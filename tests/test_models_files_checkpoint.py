@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from ella_kd import Pipeline
 from ella_kd.models import NoiseSchedule, UNetConfig, VAEConfig, load_checkpoint, save_checkpoint
 from ella_kd.models.files.checkpoint import text_of
 from ella_kd.models.files.kinds import kind_of
@@ -70,6 +71,14 @@ def test_a_pickle_of_tensors_loads(networks: Networks, saved: Path, tmp_path: Pa
     loaded = load_checkpoint(tmp_path / "sd.ckpt")
     assert same(loaded.unet, networks[0])
     assert (loaded.unet.config.num_heads, loaded.vae.config.scale) == (8, 0.18215)
+
+
+@pytest.mark.parametrize("suffix", ["sft", "SAFETENSORS"])
+def test_safetensors_by_other_suffixes(networks: Networks, saved: Path, tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"sd.{suffix}"
+    file.write_bytes(saved.read_bytes())
+    assert same(load_checkpoint(file).unet, networks[0])
+    assert Pipeline.load(file, device="cpu").size == Pipeline.load(saved, device="cpu").size
 
 
 def test_both_styles_of_clip_names_load(networks: Networks, edited: Edit) -> None:

@@ -18,7 +18,7 @@ from ella_kd.models.files.hashes import sha256
 from ella_kd.models.files.presets import HubFile, Part
 
 _SPEC = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([^:]+))?(?::(.+))?", re.ASCII)
-_FILE = re.compile(r".*\.(safetensors|ckpt|pth?|bin|gguf|json|zip)", re.IGNORECASE)
+_FILE = re.compile(r".*\.(safetensors|sft|ckpt|pth?|bin|gguf|json|zip)", re.IGNORECASE)
 OURS = (FileNotFoundError, ValueError)  # what `choose` says of a repository
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WORDS: dict[Part, str] = {"checkpoint": "checkpoint", "tsc": "connector", "t5": "T5", "vae": "VAE",

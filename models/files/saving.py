@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,12 +69,22 @@ def save_checkpoint(path: str | Path, unet: UNet, vae: AutoencoderKL, text_model
 def save(path: str | Path, checkpoint: Checkpoint, metadata: Mapping[str, str] | None = None, *,
          dtype: torch.dtype | None = None) -> None:
     """`path.safetensors`: a single file in LDM's layout; any other path: a diffusers folder."""
-    if Path(path).suffix in (".safetensors", ".ckpt"):
+    if not is_folder(path):
         save_checkpoint(path, checkpoint.unet, checkpoint.vae, checkpoint.text_model, metadata, dtype=dtype,
                         text_model_2=checkpoint.text_model_2, noise_schedule=checkpoint.noise_schedule)
     else:
         side = (metadata or {}).get("modelspec.resolution", "").partition("x")[0]
         save_folder(path, checkpoint, dtype=dtype, size=int(side) if side.isdecimal() else None)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a system is written there as a folder. Raises ValueError for what looks like a file of another kind."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return False
+    if re.fullmatch(r"\.[A-Za-z]+", path.suffix) and not path.is_dir():
+        raise ValueError(f"a single file is written as .safetensors, got {path}; a folder of that name must be there")
+    return True
 
 
 def save_folder(path: str | Path, checkpoint: Checkpoint, *, dtype: torch.dtype | None = None,
