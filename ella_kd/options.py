@@ -22,7 +22,7 @@ from ella_kd.placement import Placement
 from ella_kd.request import MODES, Mode, Request, mode_named
 
 Command = Callable[..., Any]
-FILES: tuple[Part, ...] = ("checkpoint", "vae", "tsc", "t5", "clip_tokenizer")
+FILES: tuple[Part, ...] = ("checkpoint", "vae", "text_encoder", "tsc", "t5", "clip_tokenizer")
 WHAT = {"checkpoint": "a Stable Diffusion checkpoint", "vae": "an autoencoder", "tsc": "ELLA's connector"}
 
 
@@ -43,9 +43,10 @@ def model_options(command: Command) -> Command:
                      metavar="NAME", help="The files of a model by its name (ella-kd models), fetched if need be; "
                                           "those named below come first."),
         click.option("--checkpoint", metavar="FILE",
-                     help="Stable Diffusion: a single file or a diffusers folder; this and the next four may be "
+                     help="Stable Diffusion: a single file or a diffusers folder; this and the next five may be "
                           "org/repo:file on the Hugging Face hub."),
         click.option("--vae", metavar="FILE", help="An autoencoder instead of the checkpoint's: a file or a folder."),
+        click.option("--text-encoder", metavar="FILE", help="CLIP's text model instead of the checkpoint's."),
         click.option("--tsc", metavar="FILE", help="ELLA's connector: ella-sd1.5-tsc-t5xl.safetensors."),
         click.option("--t5", metavar="DIR", help="The folder of flan-t5-xl: model and tokenizer."),
         click.option("--clip-tokenizer", metavar="DIR",

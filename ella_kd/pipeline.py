@@ -66,6 +66,7 @@ class Pipeline:
         tsc: File | None = None,
         t5: File | None = None,
         vae: File | None = None,
+        text_encoder: File | None = None,
         clip_tokenizer: File | None = None,
         prediction: PredictionType | None = None,
         device: str | torch.device | None = None,
@@ -77,7 +78,7 @@ class Pipeline:
 
         Each is a path, `org/repo:file` or `org/repo` on the Hugging Face hub, or the name of a preset that has it
         (`ella_kd.models.files.hub.find`); for a preset's name as checkpoint, its other parts need not be named:
-        `Pipeline.load("ella-sd15")`. vae: an autoencoder instead of the checkpoint's. clip_tokenizer: CLIP's tokenizer
+        `Pipeline.load("ella-sd15")`. vae, text_encoder: instead of the checkpoint's. clip_tokenizer: CLIP's tokenizer
         folder; None: a diffusers folder's own, that of an installed open_clip or clip package, or of the hub's cache,
         and where nothing is drawn without CLIP it is fetched. prediction: "eps" or "v", where the files do not say
         which (`load_checkpoint`, which takes the networks from any files).
@@ -93,7 +94,7 @@ class Pipeline:
         placement = placement or Placement(device, dtype)
         at, t5_at = placement.of("unet"), placement.of("t5")
         specs = with_preset({"checkpoint": checkpoint, "tsc": tsc, "t5": t5, "vae": vae,
-                             "clip_tokenizer": clip_tokenizer})
+                             "text_encoder": text_encoder, "clip_tokenizer": clip_tokenizer})
         if (specs["tsc"] is None) != (specs["t5"] is None):
             raise ValueError("ELLA takes both the connector (tsc) and the T5 it was trained with (t5), "
                              f"got tsc={tsc} and t5={t5}")
@@ -104,7 +105,8 @@ class Pipeline:
         with warnings.catch_warnings():
             if placement.offload:
                 warnings.filterwarnings("ignore", "float16 on a CPU")  # where it only waits
-            parts = load_checkpoint(path, vae=found["vae"], dtype=at.dtype, device=waiting, prediction=prediction,
+            parts = load_checkpoint(path, vae=found["vae"], text_encoder=found["text_encoder"], dtype=at.dtype,
+                                    device=waiting, prediction=prediction,
                                     vae_dtype=lambda family: placement.of("vae", family).dtype,
                                     clip_tokenizer=found["clip_tokenizer"])
             connector = None if found["tsc"] is None else load_tsc(found["tsc"], dtype=at.dtype, device=waiting)
@@ -248,6 +250,9 @@ class Pipeline:
         texts = list(dict.fromkeys(prompts))
         row = torch.tensor([texts.index(prompt) for prompt in prompts], device=self.device)
         if mode == "clip":
+            if self.clip is None and not any(self.text_models):
+                raise ValueError('mode "clip" needs a text encoder, which the checkpoint lacks: load the pipeline with '
+                                 "text_encoder=<file or folder>, --text-encoder for the command")
             if self.clip is None:
                 raise ValueError('mode "clip" needs CLIP\'s tokenizer: load the pipeline with clip_tokenizer=<folder>, '
                                  'or "clip-tokenizer" to fetch it, or install open_clip_torch, which brings it')

@@ -93,6 +93,14 @@ def test_convert_keeps_the_unets_dtype_and_names_what_has_none(tmp_path: Path) -
     assert not (tmp_path / "x.safetensors").exists()
 
 
+def test_convert_finds_its_parts(tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ella_kd.commands.convert.find", lambda spec, part="checkpoint": saved if part == "checkpoint"
+                        else (_ for _ in ()).throw(FileNotFoundError(f"{part} is {spec}")))
+    for part in ("text_encoder", "clip_tokenizer"):
+        said, code = run("convert", saved, tmp_path / "x", "--" + part.replace("_", "-"), "org/repo")
+        assert code == 2 and f"{part} is org/repo" in said
+
+
 def test_a_folder_with_another_autoencoder_draws_as_told(tmp_path: Path, tiny_files: dict[str, str],
                                                          pipeline: Pipeline) -> None:
     pipeline.save(tmp_path / "folder")

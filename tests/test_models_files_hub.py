@@ -110,6 +110,7 @@ DIFFUSERS = ["model_index.json", *weights("unet", "vae", "text_encoder"), "token
     ([*DIFFUSERS, "unet/model.bin", "unet/model.fp16.safetensors", "big.ckpt", "a.png", *weights("safety_checker")], "",
      "checkpoint", ("", DIFFUSERS)),
     (DIFFUSERS, "", "vae", ("vae", weights("vae"))),
+    (DIFFUSERS, "", "text_encoder", ("text_encoder", weights("text_encoder"))),
     (DIFFUSERS, "", "clip_tokenizer", ("tokenizer", ["tokenizer/vocab.json"])),
     (DIFFUSERS, "vae/", "vae", ("vae", weights("vae"))),
     (["config.json", "vocab.json", "merges.txt", "model.safetensors"], "", "clip_tokenizer",

@@ -48,7 +48,8 @@ def convert(source: str, target: Path, dtype: str | None, vae: str | None, text_
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "float16 on a CPU")  # nothing is computed
         found = load_checkpoint(path, dtype=name, device="cpu", vae=vae and find(vae, "vae"),
-                                text_encoder=text_encoder, clip_tokenizer=clip_tokenizer, **options)
+                                text_encoder=text_encoder and find(text_encoder, "text_encoder"),
+                                clip_tokenizer=clip_tokenizer and find(clip_tokenizer, "clip_tokenizer"), **options)
     if folder and found.text_model is not None and found.clip_tokenizer is None:
         words = published_clip_tokenizer(found.text_model.config.vocab_size, fetch=False)
         found = replace(found, clip_tokenizer=words)

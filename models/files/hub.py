@@ -22,7 +22,7 @@ _FILE = re.compile(r".*\.(safetensors|sft|ckpt|pth?|bin|gguf|json|zip)", re.IGNO
 OURS = (FileNotFoundError, ValueError)  # what `choose` says of a repository
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WORDS: dict[Part, str] = {"checkpoint": "checkpoint", "tsc": "connector", "t5": "T5", "vae": "VAE",
-                           "clip_tokenizer": "CLIP tokenizer"}
+                           "text_encoder": "text encoder", "clip_tokenizer": "CLIP tokenizer"}
 
 
 def find(spec: str | Path, part: Part = "checkpoint") -> Path:

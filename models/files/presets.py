@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Part = Literal["checkpoint", "tsc", "t5", "vae", "clip_tokenizer"]
+Part = Literal["checkpoint", "tsc", "t5", "vae", "text_encoder", "clip_tokenizer"]
 
 RAIL_M, RAIL_PP_M = "CreativeML OpenRAIL-M", "CreativeML OpenRAIL++-M"
 
