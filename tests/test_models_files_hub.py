@@ -291,3 +291,15 @@ def test_as_a_user_runs_it(tmp_path: Path) -> None:
     assert drawn.returncode == 0, drawn.stderr
     [picture] = generate(Pipeline.miniature(), prompt, steps=2, seeds=1, progress=False)
     assert Image.open(tmp_path / drawn.stdout.strip()).tobytes() == picture.image.tobytes()
+
+
+def test_a_folder_keeps_its_own_tokenizer(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.save(tmp_path / "folder")
+    given: list[object] = []
+    monkeypatch.setattr("ella_kd.models.files.hub._fetch", lambda *_: tmp_path / "folder")
+    monkeypatch.setattr("ella_kd.options.find_clip_tokenizer", lambda: tmp_path / "another")
+    monkeypatch.setattr(Pipeline, "load", lambda **files: given.append(files["clip_tokenizer"]))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    CliRunner().invoke(main, ["generate", "a", "--mode", "clip", "--checkpoint", "org/folder", "--device", "cpu",
+                              "--out", str(tmp_path)])
+    assert given == [None]
