@@ -22,7 +22,7 @@ from ella_kd.placement import Placement
 from ella_kd.request import MODES, Mode, Request, mode_named
 
 Command = Callable[..., Any]
-FILES: tuple[Part, ...] = ("checkpoint", "vae", "tsc", "t5", "clip_tokenizer")
+FILES: tuple[Part, ...] = ("checkpoint", "vae", "text_encoder", "tsc", "t5", "clip_tokenizer")
 WHAT = {"checkpoint": "a Stable Diffusion checkpoint", "vae": "an autoencoder", "tsc": "ELLA's connector"}
 
 
@@ -43,9 +43,10 @@ def model_options(command: Command) -> Command:
                      metavar="NAME", help="The files of a model by its name (ella-kd models), fetched if need be; "
                                           "those named below come first."),
         click.option("--checkpoint", metavar="FILE",
-                     help="Stable Diffusion: a single file or a diffusers folder; this and the next four may be "
+                     help="Stable Diffusion: a single file or a diffusers folder; this and the next five may be "
                           "org/repo:file on the Hugging Face hub."),
         click.option("--vae", metavar="FILE", help="An autoencoder instead of the checkpoint's: a file or a folder."),
+        click.option("--text-encoder", metavar="FILE", help="CLIP's text model instead of the checkpoint's."),
         click.option("--tsc", metavar="FILE", help="ELLA's connector: ella-sd1.5-tsc-t5xl.safetensors."),
         click.option("--t5", metavar="DIR", help="The folder of flan-t5-xl: model and tokenizer."),
         click.option("--clip-tokenizer", metavar="DIR",
@@ -141,20 +142,25 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
     specs = with_preset({name: options.pop(name) for name in FILES}, None if model == "miniature" else model)
     files: dict[str, Any] = {"checkpoint": MINIATURE / "sd.safetensors"}
     given = [name for name in FILES if specs[name]]
-    if given and not specs["checkpoint"]:
+    own = model == "miniature" and not given
+    if not own and not specs["checkpoint"]:
         raise ValueError(f"{_flag(given[0])} belongs to a checkpoint: name it with --checkpoint")
-    if given:
-        _check_modes(specs, wanted)
+    if not own:
+        modes = [(said, mode_named(mode)) for said, mode in wanted if mode]
+        if not specs["tsc"] and (said := next((said for said, mode in modes if mode != "clip"), None)):
+            raise ValueError(f"{said} needs ELLA: name its files with --tsc and --t5, or draw without it, --mode clip")
         files = {str(part): path for part, path in find_all(specs).items()}
+        if said := next((said for said, mode in modes if mode == "clip"), None):
+            files["clip_tokenizer"] = files["clip_tokenizer"] or _clip_tokenizer(files["checkpoint"], said)
         _check_files(files)
     checkpoint = Path(files["checkpoint"])
     factor = _factor(Path(files.get("vae") or checkpoint))
-    own = size_of(checkpoint, factor)
-    check_multiples(options.get("width") or own or factor, options.get("height") or own or factor, factor)
+    side = size_of(checkpoint, factor) or factor
+    check_multiples(options.get("width") or side, options.get("height") or side, factor)
     numbers = check_dtype(dtype, device)
     if fast and (device.type != "cpu" or dtype == "float16"):
         raise ValueError(f"--fast is for float32 or bfloat16 on the CPU, got {dtype or numbers} on {device}")
-    if given:
+    if not own:
         pipeline = Pipeline.load(**files, prediction=prediction,
                                  placement=Placement(device, numbers, keep_t5=keep_t5, offload=offload))
     else:
@@ -179,18 +185,14 @@ def _check_files(files: dict[str, Any]) -> None:
             raise FileNotFoundError(f"{_flag(name)} takes a folder that holds {what}, and {folder} does not")
 
 
-def _check_modes(files: dict[Part, str | Path | None], wanted: Iterable[tuple[str, Mode | None]]) -> None:
-    for said, mode in wanted:
-        if not mode:
-            continue
-        if mode_named(mode) == "clip":
-            if not files["clip_tokenizer"] and not Path(str(files["checkpoint"]), "tokenizer").is_dir():
-                try:
-                    files["clip_tokenizer"] = find_clip_tokenizer()
-                except FileNotFoundError as error:
-                    raise ValueError(f"{said} needs {error}") from error
-        elif not files["tsc"]:
-            raise ValueError(f"{said} needs ELLA: name its files with --tsc and --t5, or draw without it, --mode clip")
+def _clip_tokenizer(checkpoint: Path, said: str) -> Path | None:
+    """The published one; None for a diffusers folder, which has its own."""
+    if any((checkpoint / name).is_dir() for name in ("tokenizer", "tokenizer_2")):
+        return None
+    try:
+        return find_clip_tokenizer()
+    except FileNotFoundError as error:
+        raise ValueError(f"{said} needs {error}") from error
 
 
 def _factor(path: Path) -> int:

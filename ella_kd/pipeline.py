@@ -24,7 +24,7 @@ from ella_kd.models.files.from_diffusers import from_modules
 from ella_kd.models.files.hub import find_all, with_preset
 from ella_kd.models.files.layout import json_in
 from ella_kd.models.files.saving import save
-from ella_kd.models.files.weights import Weights
+from ella_kd.models.files.weights import SAFETENSORS, Weights
 from ella_kd.models.noise_schedule import EDMSchedule, PredictionType
 from ella_kd.models.t5 import T5TextEncoder
 from ella_kd.models.tokenizers import published_clip_tokenizer
@@ -56,6 +56,7 @@ class Pipeline:
     size: int = 512
     name: str = ""
     placement: Placement | None = None
+    text_models: tuple[nn.Module | None, ...] = ()  # text encoders whose tokenizer is not known, for `save`
 
     @classmethod
     def load(
@@ -65,6 +66,7 @@ class Pipeline:
         tsc: File | None = None,
         t5: File | None = None,
         vae: File | None = None,
+        text_encoder: File | None = None,
         clip_tokenizer: File | None = None,
         prediction: PredictionType | None = None,
         device: str | torch.device | None = None,
@@ -76,7 +78,7 @@ class Pipeline:
 
         Each is a path, `org/repo:file` or `org/repo` on the Hugging Face hub, or the name of a preset that has it
         (`ella_kd.models.files.hub.find`); for a preset's name as checkpoint, its other parts need not be named:
-        `Pipeline.load("ella-sd15")`. vae: an autoencoder instead of the checkpoint's. clip_tokenizer: CLIP's tokenizer
+        `Pipeline.load("ella-sd15")`. vae, text_encoder: instead of the checkpoint's. clip_tokenizer: CLIP's tokenizer
         folder; None: a diffusers folder's own, that of an installed open_clip or clip package, or of the hub's cache,
         and where nothing is drawn without CLIP it is fetched. prediction: "eps" or "v", where the files do not say
         which (`load_checkpoint`, which takes the networks from any files).
@@ -92,7 +94,7 @@ class Pipeline:
         placement = placement or Placement(device, dtype)
         at, t5_at = placement.of("unet"), placement.of("t5")
         specs = with_preset({"checkpoint": checkpoint, "tsc": tsc, "t5": t5, "vae": vae,
-                             "clip_tokenizer": clip_tokenizer})
+                             "text_encoder": text_encoder, "clip_tokenizer": clip_tokenizer})
         if (specs["tsc"] is None) != (specs["t5"] is None):
             raise ValueError("ELLA takes both the connector (tsc) and the T5 it was trained with (t5), "
                              f"got tsc={tsc} and t5={t5}")
@@ -103,7 +105,8 @@ class Pipeline:
         with warnings.catch_warnings():
             if placement.offload:
                 warnings.filterwarnings("ignore", "float16 on a CPU")  # where it only waits
-            parts = load_checkpoint(path, vae=found["vae"], dtype=at.dtype, device=waiting, prediction=prediction,
+            parts = load_checkpoint(path, vae=found["vae"], text_encoder=found["text_encoder"], dtype=at.dtype,
+                                    device=waiting, prediction=prediction,
                                     vae_dtype=lambda family: placement.of("vae", family).dtype,
                                     clip_tokenizer=found["clip_tokenizer"])
             connector = None if found["tsc"] is None else load_tsc(found["tsc"], dtype=at.dtype, device=waiting)
@@ -125,7 +128,8 @@ class Pipeline:
            name: str = "") -> "Pipeline":
         """The system of what `load_checkpoint` read; CLIP is in it if its tokenizer is known."""
         clip = None if parts.clip_tokenizer is None or parts.text_model is None else parts.text_encoder
-        return cls(parts.unet, parts.vae, parts.noise_schedule, clip, tsc, t5, size, name)
+        texts = (parts.text_model, parts.text_model_2) if clip is None else ()
+        return cls(parts.unet, parts.vae, parts.noise_schedule, clip, tsc, t5, size, name, text_models=texts)
 
     @classmethod
     def from_diffusers(cls, pipe: Any, *, tsc: TSC | None = None, t5: T5TextEncoder | None = None) -> "Pipeline":
@@ -152,7 +156,7 @@ class Pipeline:
             raise TypeError(f"a UNet of ours can be saved, got {type(self.unet).__name__}")
         clip: Any = self.clip
         texts: list[Any] = [clip.first, clip.second] if isinstance(clip, TwoTextEncoders) else [clip]
-        models: list[Any] = [*(each and each.model for each in texts), None]
+        models: list[Any] = [*(self.text_models if clip is None else (each.model for each in texts)), None, None]
         words: list[Any] = [*(each and each.tokenizer for each in texts), None]
         parts = Checkpoint(self.unet, self.vae, models[0], self.noise_schedule, words[0], models[1], words[1])
         save(path, parts, {"modelspec.title": self.name, "modelspec.resolution": f"{self.size}x{self.size}"},
@@ -196,6 +200,7 @@ class Pipeline:
             unet=_moved(self.unet, device, dtype),
             vae=_moved(self.vae, device, dtype),
             clip=clip and clip.moved(lambda model: _moved(model, device, dtype)),
+            text_models=tuple(each and _moved(each, device, dtype) for each in self.text_models),
             tsc=self.tsc and _moved(self.tsc, device, dtype),
             t5=t5.moved(lambda model: _moved(model, device, dtype)) if isinstance(t5, T5TextEncoder) else t5,
             placement=self.placement and replace(self.placement, device=device or self.placement.device,
@@ -247,6 +252,9 @@ class Pipeline:
         texts = list(dict.fromkeys(prompts))
         row = torch.tensor([texts.index(prompt) for prompt in prompts], device=self.device)
         if mode == "clip":
+            if self.clip is None and not any(self.text_models):
+                raise ValueError('mode "clip" needs a text encoder, which the checkpoint lacks: load the pipeline with '
+                                 "text_encoder=<file or folder>, --text-encoder for the command")
             if self.clip is None:
                 raise ValueError('mode "clip" needs CLIP\'s tokenizer: load the pipeline with clip_tokenizer=<folder>, '
                                  'or "clip-tokenizer" to fetch it, or install open_clip_torch, which brings it')
@@ -325,7 +333,7 @@ def size_of(path: Path, factor: int = 8) -> int | None:
     if path.is_dir():
         side = json_in(path / "unet" / "config.json").get("sample_size")
         return factor * side if type(side) is int and side > 0 else None
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() not in SAFETENSORS:
         return None
     side = Weights(path).metadata.get("modelspec.resolution", "").partition("x")[0]
     return int(side) if side.isdecimal() and 0 < int(side) < 100_000 else None

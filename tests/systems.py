@@ -141,8 +141,8 @@ def _text(open_clip: bool, projected: bool) -> nn.Module:
 
 
 def clip_tokenizer(pad: str = "<|endoftext|>") -> Any:
-    """99 tokens, of letters, as CLIP's are numbered: the last two begin and end a text."""
-    letters = [chr(97 + i % 26) + "x" * (i // 26) for i in range(96)]
+    """99 tokens, of letters, as CLIP's are numbered: the first is "!", the last two begin and end a text."""
+    letters = ["!", *(chr(97 + i % 26) + "x" * (i // 26) for i in range(1, 96))]
     vocabulary = {**{letter: i for i, letter in enumerate(letters)}, "a</w>": 96, "<|startoftext|>": 97,
                   "<|endoftext|>": 98}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77, pad_token=pad)

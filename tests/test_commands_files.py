@@ -78,6 +78,29 @@ def test_convert_goes_there_and_back(tmp_path: Path) -> None:
     assert same(load_checkpoint(tmp_path / "titled.safetensors").unet, load_checkpoint(source).unet)
 
 
+def test_convert_keeps_the_unets_dtype_and_names_what_has_none(tmp_path: Path) -> None:
+    whole = load_file(system("sd1").save_file(tmp_path / "sd.safetensors"))
+    save_file({name: x.half() if name.startswith("cond_stage_model.") or name == UNET + "out.2.bias" else x
+               for name, x in whole.items()}, tmp_path / "mixed.safetensors")
+    said, code = run("convert", tmp_path / "mixed.safetensors", tmp_path / "out.safetensors")
+    assert code == 0 and load_file(tmp_path / "out.safetensors")[UNET + "out.2.weight"].dtype == torch.float32, said
+    for prefix, kind in (("first_stage_model.", "an autoencoder (VAE) alone"),
+                         ("cond_stage_model.transformer.", "a text encoder alone")):
+        save_file({name.removeprefix(prefix): x for name, x in whole.items() if name.startswith(prefix)},
+                  tmp_path / "part.safetensors")
+        said, code = run("convert", tmp_path / "part.safetensors", tmp_path / "x.safetensors")
+        assert code == 2 and kind in said and "expected a UNet" in said, said
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_convert_finds_its_parts(tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ella_kd.commands.convert.find", lambda spec, part="checkpoint": saved if part == "checkpoint"
+                        else (_ for _ in ()).throw(FileNotFoundError(f"{part} is {spec}")))
+    for part in ("text_encoder", "clip_tokenizer"):
+        said, code = run("convert", saved, tmp_path / "x", "--" + part.replace("_", "-"), "org/repo")
+        assert code == 2 and f"{part} is org/repo" in said
+
+
 def test_a_folder_with_another_autoencoder_draws_as_told(tmp_path: Path, tiny_files: dict[str, str],
                                                          pipeline: Pipeline) -> None:
     pipeline.save(tmp_path / "folder")
@@ -103,5 +126,9 @@ def test_convert_writes_nothing_over_what_is_there(tmp_path: Path, saved: Path) 
     said, code = run("convert", saved, tmp_path / "folder")
     assert code == 2 and "something is there; choose another name" in said
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "mine"]
+    for name in ("typo.safetensor", "x.sft", "x.ckpt", "x.SAFETENSORS"):
+        said, code = run("convert", saved, tmp_path / name)
+        assert code == 2 and f"written as .safetensors, got {tmp_path / name}" in said
+    assert len(list(tmp_path.rglob("*"))) == 2
     said, code = run("convert", tmp_path / "gone.safetensors", tmp_path / "x")
     assert code == 2 and "no checkpoint at" in said

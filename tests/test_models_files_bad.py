@@ -89,6 +89,8 @@ def test_a_file_that_is_no_checkpoint_is_refused(saved: Path, tmp_path: Path, mo
         ("text.safetensors", b"<html>404 not found</html>" * 9, ValueError, "not a whole safetensors file"),
         ("short.safetensors", whole[:-100], ValueError, "not a whole safetensors file"),
         ("header.safetensors", whole[:100], ValueError, "not a whole safetensors file"),
+        *((f"lfs.{suffix}", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ValueError,
+           "is a pointer of git-lfs") for suffix in ("safetensors", "ckpt")),
         ("empty.ckpt", b"", ValueError, "not a whole torch file"),
         ("text.ckpt", b"<html>404 not found</html>" * 9, ValueError, "or is no checkpoint at all.* it is refused"),
         ("evil.ckpt", {"state_dict": {}, "callbacks": Evil()}, ValueError,

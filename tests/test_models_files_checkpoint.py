@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from ella_kd import Pipeline
 from ella_kd.models import NoiseSchedule, UNetConfig, VAEConfig, load_checkpoint, save_checkpoint
 from ella_kd.models.files.checkpoint import text_of
 from ella_kd.models.files.kinds import kind_of
@@ -72,6 +73,14 @@ def test_a_pickle_of_tensors_loads(networks: Networks, saved: Path, tmp_path: Pa
     assert (loaded.unet.config.num_heads, loaded.vae.config.scale) == (8, 0.18215)
 
 
+@pytest.mark.parametrize("suffix", ["sft", "SAFETENSORS"])
+def test_safetensors_by_other_suffixes(networks: Networks, saved: Path, tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"sd.{suffix}"
+    file.write_bytes(saved.read_bytes())
+    assert same(load_checkpoint(file).unet, networks[0])
+    assert Pipeline.load(file, device="cpu").size == Pipeline.load(saved, device="cpu").size
+
+
 def test_both_styles_of_clip_names_load(networks: Networks, edited: Edit) -> None:
     path = edited(lambda tensors: {name.replace("text_model.", ""): x for name, x in tensors.items()})
     with safe_open(path, "pt") as file:
@@ -83,10 +92,24 @@ def test_both_styles_of_clip_names_load(networks: Networks, edited: Edit) -> Non
     CLIP + "embeddings.position_ids", "cond_stage_model.transformer.embeddings.position_ids", "model_ema.decay",
     "model_ema.diffusion_modelout2weight", "betas", "logvar", "alphas_cumprod_prev", "sqrt_one_minus_alphas_cumprod",
     "posterior_mean_coef1", "lvlb_weights", "scale_factor", VAE + "loss.logvar",
+    "cond_stage_model.logit_scale", "cond_stage_model.text_projection", "conditioner.embedders.0.logit_scale",
+    "conditioner.embedders.0.text_projection.weight",
 ])
 def test_what_training_left_is_ignored_by_name(networks: Networks, edited: Edit, name: str) -> None:
     path = edited(lambda tensors: {**tensors, name: torch.zeros(3, dtype=torch.int64)})
     assert same(load_checkpoint(path).unet, networks[0])
+
+
+def test_a_whole_clip_is_a_text_encoder(networks: Networks, saved: Path, tmp_path: Path) -> None:
+    inside = {name.removeprefix("cond_stage_model.transformer."): x for name, x in load_file(saved).items()
+              if name.startswith("cond_stage_model.")}
+    others = ("logit_scale", "vision_model.embeddings.class_embedding", "vision_model.encoder.layers.0.mlp.fc1.bias",
+              "visual_projection.weight")
+    save_file(inside | {name: torch.zeros(2, 2) for name in others}, tmp_path / "model.safetensors")
+    assert same(load_checkpoint(saved, text_encoder=tmp_path / "model.safetensors").text_model, networks[2])
+    save_file(inside | {"odd": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="unexpected: odd"):
+        load_checkpoint(saved, text_encoder=tmp_path / "model.safetensors")
 
 
 def test_a_text_encoder_needs_a_tokenizer(saved: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
+from transformers import CLIPTokenizer
 
 from ella_kd import Pipeline, generate
 from ella_kd.models import load_checkpoint
@@ -60,6 +61,23 @@ def test_a_saved_system_is_a_pipeline_of_diffusers(kind: str, tmp_path: Path) ->
     assert whole.unet.config.sample_size == 32
     reader = whole.tokenizer_2 if kind == "refiner" else whole.tokenizer
     assert reader("a b").input_ids == tokenizer("a b").input_ids
+    for name in ("tokenizer", "tokenizer_2"):
+        if (reader := getattr(whole, name, None)) is not None:
+            pad = 98 if (kind, name) in (("sd1", "tokenizer"), ("sdxl", "tokenizer")) else 0
+            ids = reader("a b", padding="max_length", truncation=True).input_ids
+            assert ids == tokenizer("a b").input_ids + [pad] * 73, name
+
+
+@pytest.mark.parametrize("kind", ["sd2 v", "sdxl"])
+def test_tokenizers_that_were_read_are_saved_as_they_were(kind: str, tmp_path: Path) -> None:
+    folder, pads = system(kind).save_folder(tmp_path / "x"), ["<|endoftext|>", "!"] if kind == "sdxl" else ["!"]
+    for name, pad in zip(("tokenizer", "tokenizer_2"), pads):
+        clip_tokenizer(pad).save_pretrained(folder / name)
+    Pipeline.load(folder, device="cpu").save(tmp_path / "y")
+    for name in ("tokenizer", "tokenizer_2")[:len(pads)]:
+        readers = [CLIPTokenizer.from_pretrained(each / name) for each in (folder, tmp_path / "y")]
+        before, after = (reader("a b", padding="max_length", truncation=True).input_ids for reader in readers)
+        assert before == after and len(after) == 77
 
 
 @pytest.mark.parametrize("kind", CLASSES)

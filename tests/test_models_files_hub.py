@@ -70,9 +70,19 @@ def test_a_path_is_a_path(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "org").mkdir()
     (tmp_path / "org/sd").mkdir()
     (tmp_path / "sd15").touch()
-    for spec in ("org/sd", "sd15", tmp_path / "gone", "gone.safetensors", "a/b.ckpt", "/x/y", "../a/b", "nowhere"):
+    for spec in ("org/sd", "sd15", tmp_path / "gone", "gone.safetensors", "a/b.ckpt", "/x/y", "../a/b", "./x", "../x",
+                 "nowhere"):
         assert find(spec) == Path(spec)
     assert with_preset({"checkpoint": "sd15", "tsc": None})["checkpoint"] == "sd15" and not hub.asked
+
+
+def test_a_name_said_as_a_name_is_the_preset(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "sd15").mkdir()
+    for args in (["generate", "--model", "sd15", "--mode", "clip", "cat", "--device", "cpu"], ["download", "sd15"],
+                 ["download", "sd15", "--part", "checkpoint"]):
+        drawn = CliRunner().invoke(main, args)
+        assert drawn.exit_code == 2 and "no repository" in drawn.output, drawn.output
+        assert "/stable-diffusion-v1-5/stable-diffusion-v1-5" in hub.asked[-1]
 
 
 def test_a_folder_is_its_config_its_tokenizer_and_one_set_of_weights(hub: Hub) -> None:
@@ -100,6 +110,7 @@ DIFFUSERS = ["model_index.json", *weights("unet", "vae", "text_encoder"), "token
     ([*DIFFUSERS, "unet/model.bin", "unet/model.fp16.safetensors", "big.ckpt", "a.png", *weights("safety_checker")], "",
      "checkpoint", ("", DIFFUSERS)),
     (DIFFUSERS, "", "vae", ("vae", weights("vae"))),
+    (DIFFUSERS, "", "text_encoder", ("text_encoder", weights("text_encoder"))),
     (DIFFUSERS, "", "clip_tokenizer", ("tokenizer", ["tokenizer/vocab.json"])),
     (DIFFUSERS, "vae/", "vae", ("vae", weights("vae"))),
     (["config.json", "vocab.json", "merges.txt", "model.safetensors"], "", "clip_tokenizer",
@@ -280,3 +291,15 @@ def test_as_a_user_runs_it(tmp_path: Path) -> None:
     assert drawn.returncode == 0, drawn.stderr
     [picture] = generate(Pipeline.miniature(), prompt, steps=2, seeds=1, progress=False)
     assert Image.open(tmp_path / drawn.stdout.strip()).tobytes() == picture.image.tobytes()
+
+
+def test_a_folder_keeps_its_own_tokenizer(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.save(tmp_path / "folder")
+    given: list[object] = []
+    monkeypatch.setattr("ella_kd.models.files.hub._fetch", lambda *_: tmp_path / "folder")
+    monkeypatch.setattr("ella_kd.options.find_clip_tokenizer", lambda: tmp_path / "another")
+    monkeypatch.setattr(Pipeline, "load", lambda **files: given.append(files["clip_tokenizer"]))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    CliRunner().invoke(main, ["generate", "a", "--mode", "clip", "--checkpoint", "org/folder", "--device", "cpu",
+                              "--out", str(tmp_path)])
+    assert given == [None]

@@ -1,6 +1,7 @@
 """The pipeline as a value: its denoiser, its place, and what `draw` starts from."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ella_kd import CFG, CFGDenoiser, DiffusersUNet, ELLADenoiser, Pipeline, Rescale, draw, generate
@@ -114,6 +116,32 @@ def test_elsewhere_is_a_copy_that_shares_what_stays(pipeline: Pipeline) -> None:
     assert next(there.unet.parameters()).data_ptr() == next(pipeline.unet.parameters()).data_ptr()
     with pytest.raises(ValueError, match="device 'meta' holds no numbers"):
         there.to("meta")
+
+
+def test_a_text_encoder_without_its_tokenizer_is_saved(tiny_files: dict[str, str], tmp_path: Path) -> None:
+    sd = Pipeline.load(tiny_files["checkpoint"], tsc=tiny_files["tsc"], t5=tiny_files["t5"], device="cpu")
+    assert sd.clip is None
+    sd.to(dtype="bfloat16").save(tmp_path / "x.safetensors")
+    before, after = load_file(tiny_files["checkpoint"]), load_file(tmp_path / "x.safetensors")
+    text = {name: x for name, x in before.items() if name.startswith("cond_stage_model.")}
+    assert text and all(torch.equal(after[name], x.bfloat16()) for name, x in text.items())
+
+
+def test_which_part_of_clip_is_missing_is_said(tiny_files: dict[str, str], tmp_path: Path) -> None:
+    whole, prefix = load_file(tiny_files["checkpoint"]), "cond_stage_model.transformer."
+    save_file({name: x for name, x in whole.items() if not name.startswith(prefix)}, tmp_path / "bare.safetensors")
+    save_file({name.removeprefix(prefix): x for name, x in whole.items() if name.startswith(prefix)},
+              tmp_path / "text.safetensors")
+    words = tiny_files["clip_tokenizer"]
+    with pytest.raises(ValueError, match="needs CLIP's tokenizer"):
+        Pipeline.load(tiny_files["checkpoint"], device="cpu").encode("a", "clip")
+    bare = tmp_path / "bare.safetensors"
+    with pytest.raises(ValueError, match=r"needs a text encoder, which the checkpoint lacks: .* text_encoder=<file"):
+        Pipeline.load(bare, clip_tokenizer=words, device="cpu").encode("a", "clip")
+    sd = Pipeline.load(bare, clip_tokenizer=words, device="cpu", text_encoder=tmp_path / "text.safetensors")
+    usual = Pipeline.load(tiny_files["checkpoint"], clip_tokenizer=words, device="cpu")
+    assert sd.clip is not None and usual.clip is not None
+    assert torch.equal(sd.clip("a red").tokens, usual.clip("a red").tokens)
 
 
 def test_device_and_dtype_are_named_as_text(tiny_files: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """`ella-kd convert`."""
 
 import warnings
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from ella_kd.models.devices import DTYPES
 from ella_kd.models.files.checkpoint import load_checkpoint, parts_at
 from ella_kd.models.files.hub import find
 from ella_kd.models.files.metadata import kept
-from ella_kd.models.files.saving import save
+from ella_kd.models.files.saving import is_folder, save
 from ella_kd.models.tokenizers import published_clip_tokenizer
 
 SHORT = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -38,15 +39,18 @@ def convert(source: str, target: Path, dtype: str | None, vae: str | None, text_
       ella-kd convert v1-5-pruned.ckpt sd15.safetensors --dtype fp16 --ema
       ella-kd convert sd15.safetensors sd15/ --clip-tokenizer clip-vit-large-patch14/
     """
-    path = find(source)
+    folder, path = is_folder(target), find(source)
     weights = parts_at(path)[0]
-    own = [str(dtype).removeprefix("torch.") for dtype in weights["unet"].weights.dtypes.values()] if weights else []
-    name = SHORT.get(dtype or "", dtype) or next((each for each in own if each in DTYPES), "float32")
+    unet = weights.get("unet")
+    own = Counter(str(unet.weights.dtypes[each.name]).removeprefix("torch.") for each in unet.sources.values()
+                  ) if unet else Counter[str]()
+    name = SHORT.get(dtype or "", dtype) or next((each for each, _ in own.most_common() if each in DTYPES), "float32")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "float16 on a CPU")  # nothing is computed
         found = load_checkpoint(path, dtype=name, device="cpu", vae=vae and find(vae, "vae"),
-                                text_encoder=text_encoder, clip_tokenizer=clip_tokenizer, **options)
-    if target.suffix != ".safetensors" and found.text_model is not None and found.clip_tokenizer is None:
+                                text_encoder=text_encoder and find(text_encoder, "text_encoder"),
+                                clip_tokenizer=clip_tokenizer and find(clip_tokenizer, "clip_tokenizer"), **options)
+    if folder and found.text_model is not None and found.clip_tokenizer is None:
         words = published_clip_tokenizer(found.text_model.config.vocab_size, fetch=False)
         found = replace(found, clip_tokenizer=words)
         if words is None:

@@ -4,8 +4,8 @@ from typing import get_args
 
 import click
 
-from ella_kd.models.files.hub import find, find_all, is_preset, with_preset
-from ella_kd.models.files.presets import Part
+from ella_kd.models.files.hub import Name, find, find_all, with_preset
+from ella_kd.models.files.presets import PRESETS, Part
 
 
 @click.command()
@@ -24,10 +24,10 @@ def download(names: tuple[str, ...], part: str | None) -> None:
       ella-kd download google/flan-t5-xl stabilityai/sdxl-vae:sdxl_vae.safetensors
     """
     for name in names:
-        if part is None and is_preset(name):
+        if part is None and name in PRESETS:
             paths = list(find_all(with_preset({}, name)).values())
         else:
-            paths = [find(name, (part or "checkpoint").replace("-", "_"))]  # type: ignore[arg-type]
+            paths = [find(Name(name), (part or "checkpoint").replace("-", "_"))]  # type: ignore[arg-type]
         for path in paths:
             if path is None or not path.exists():
                 raise FileNotFoundError(f"nothing is named {name}: expected one of the names that `ella-kd models` "

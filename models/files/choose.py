@@ -27,8 +27,9 @@ def choose(names: Iterable[str], path: str = "", part: Part = "checkpoint") -> C
     """The file, or the files of the folder, that `path` in a repository with these names means.
 
     Of a folder: config and tokenizer files, and the weights as safetensors rather than .bin, without a variant if
-    there are both. A diffusers folder: those of its networks, tokenizers and scheduler; part "vae": its vae folder. A
-    folder without a config: its one file of weights. part "clip_tokenizer": the tokenizer's files and no weights.
+    there are both. A diffusers folder: those of its networks, tokenizers and scheduler; part "vae" or "text_encoder":
+    its folder of that name. A folder without a config: its one file of weights. part "clip_tokenizer": the tokenizer's
+    files and no weights.
     Raises FileNotFoundError or ValueError, as the rest of a sentence that began with the repository.
     """
     names = sorted(names)
@@ -52,7 +53,8 @@ def _inside(names: Sequence[str], part: Part) -> Chosen:
             return Chosen("", tuple(small))
         return _below("tokenizer", names, part, f"holds no tokenizer: expected {' or '.join(_TOKENIZERS)}")
     if "model_index.json" in top:
-        return _below("vae", names, part, "has no vae folder") if part == "vae" else _diffusers(names)
+        one = part in ("vae", "text_encoder")
+        return _below(part, names, part, f"has no {part} folder") if one else _diffusers(names)
     if "config.json" in top and any(map(_WEIGHTS.fullmatch, top)):
         return Chosen("", (*small, *_weights(top)))
     for suffixes in ((".safetensors",), (".ckpt", ".pt", ".pth", ".bin")):

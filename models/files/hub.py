@@ -17,12 +17,12 @@ from ella_kd.models.files.choose import choose
 from ella_kd.models.files.hashes import sha256
 from ella_kd.models.files.presets import HubFile, Part
 
-_SPEC = re.compile(r"([\w.-]+/[\w.-]+)(?:@([^:]+))?(?::(.+))?", re.ASCII)
-_FILE = re.compile(r".*\.(safetensors|ckpt|pth?|bin|gguf|json|zip)", re.IGNORECASE)
+_SPEC = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([^:]+))?(?::(.+))?", re.ASCII)
+_FILE = re.compile(r".*\.(safetensors|sft|ckpt|pth?|bin|gguf|json|zip)", re.IGNORECASE)
 OURS = (FileNotFoundError, ValueError)  # what `choose` says of a repository
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WORDS: dict[Part, str] = {"checkpoint": "checkpoint", "tsc": "connector", "t5": "T5", "vae": "VAE",
-                           "clip_tokenizer": "CLIP tokenizer"}
+                           "text_encoder": "text encoder", "clip_tokenizer": "CLIP tokenizer"}
 
 
 def find(spec: str | Path, part: Part = "checkpoint") -> Path:
@@ -42,15 +42,19 @@ def find(spec: str | Path, part: Part = "checkpoint") -> Path:
 
 def with_preset(specs: Mapping[Part, str | Path | None], name: str | None = None) -> dict[Part, str | Path | None]:
     """The specs, and for parts that are None those of the preset `name`, or of the one that the checkpoint names."""
-    named = name or specs.get("checkpoint")
+    named = Name(name) if name else specs.get("checkpoint")
     parts = presets.PRESETS[named].parts if is_preset(named) else {}
     return {**dict.fromkeys(parts, named), **{part: named if spec is None and part in parts else spec
                                              for part, spec in specs.items()}}
 
 
+class Name(str):
+    """The name of a preset that was asked for as such, whatever the current folder holds."""
+
+
 def is_preset(spec: object) -> TypeGuard[str]:
-    """Whether this is the name of a preset, and of nothing in the current folder."""
-    return isinstance(spec, str) and spec in presets.PRESETS and not os.path.lexists(spec)
+    """Whether this is the name of a preset, and of nothing in the current folder unless it is a `Name`."""
+    return isinstance(spec, str) and spec in presets.PRESETS and (isinstance(spec, Name) or not os.path.lexists(spec))
 
 
 def find_all(specs: Mapping[Part, str | Path | None]) -> dict[Part, Path | None]:
@@ -68,13 +72,13 @@ def find_all(specs: Mapping[Part, str | Path | None]) -> dict[Part, Path | None]
 def read(spec: str | Path, part: Part = "checkpoint") -> Path | HubFile:
     """What a spec means: a path, or a place on the hub. Nothing is fetched. Raises as `find` for what means nothing."""
     text = str(spec)
-    if isinstance(spec, Path) or os.path.lexists(text):
-        return Path(spec)
     if is_preset(spec):
         parts = presets.PRESETS[text].parts
         if part not in parts:
             raise ValueError(f"the preset {text} has no {_WORDS[part]}, it has {' and '.join(map(_flag, parts))}")
         return parts[part]
+    if isinstance(spec, Path) or os.path.lexists(text):
+        return Path(spec)
     if text.startswith(("https://", "http://")):
         raise ValueError(f"{text} is an address: of a file on the hub give org/repo:file")
     found = _SPEC.fullmatch(text)

@@ -38,6 +38,9 @@ TABLE = "alphas_cumprod"
 # What training left in LDM files beside the networks; of the noise schedule alphas_cumprod tells all.
 IGNORED = {"betas", TABLE, "alphas_cumprod_prev", "log_one_minus_alphas_cumprod", "logvar", "lvlb_weights",
            "scale_factor", "denoiser.sigmas", *MARKERS}
+IGNORED |= {f"{owner}.{name}" for owner in ("cond_stage_model", "conditioner.embedders.0")  # of CLIP as a whole
+            for name in ("logit_scale", "text_projection", "text_projection.weight")}
+WHOLE_CLIP = ("vision_model.", "visual_projection.", "logit_scale")  # beside its text encoder
 IGNORED_PREFIXES = ("model_ema.", VAE + "loss.", VAE + "model_ema.", "loss.", "posterior_", "sqrt_",
                     "low_scale_model.", "depth_model.", "embedding_manager.")
 # A network without a prefix, alone in its file: what one of its names begins with.
@@ -113,7 +116,8 @@ def parts_of(weights: Weights, config: dict[str, Any] | None = None) -> tuple[di
         bare = next((part for pattern, part in BARE for name in others if re.match(pattern, name)), None)
         if bare is None:
             return {}, others
-        inside = {name: weights.shapes[name] for name in others}
+        left = WHOLE_CLIP if bare == "text" else ()
+        inside = {name: weights.shapes[name] for name in others if not name.startswith(left)}
         return {bare: Part(bare, weights, _read(bare, inside, "", weights), "", config or {})}, []
     parts: dict[str, Part] = {}
     for prefix, shapes in groups.items():

@@ -1,6 +1,8 @@
 """Writing a system: an LDM single file, or a diffusers folder. What appears is whole, or nothing does."""
 
+import copy
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,8 @@ from ella_kd.models.unet import UNet
 from ella_kd.models.vae import AutoencoderKL
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ella_kd.models.files.checkpoint import TextModel
 
 ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512",  # ModelSpec's words
@@ -65,12 +69,22 @@ def save_checkpoint(path: str | Path, unet: UNet, vae: AutoencoderKL, text_model
 def save(path: str | Path, checkpoint: Checkpoint, metadata: Mapping[str, str] | None = None, *,
          dtype: torch.dtype | None = None) -> None:
     """`path.safetensors`: a single file in LDM's layout; any other path: a diffusers folder."""
-    if Path(path).suffix in (".safetensors", ".ckpt"):
+    if not is_folder(path):
         save_checkpoint(path, checkpoint.unet, checkpoint.vae, checkpoint.text_model, metadata, dtype=dtype,
                         text_model_2=checkpoint.text_model_2, noise_schedule=checkpoint.noise_schedule)
     else:
         side = (metadata or {}).get("modelspec.resolution", "").partition("x")[0]
         save_folder(path, checkpoint, dtype=dtype, size=int(side) if side.isdecimal() else None)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a system is written there as a folder. Raises ValueError for what looks like a file of another kind."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return False
+    if re.fullmatch(r"\.[A-Za-z]+", path.suffix) and not path.is_dir():
+        raise ValueError(f"a single file is written as .safetensors, got {path}; a folder of that name must be there")
+    return True
 
 
 def save_folder(path: str | Path, checkpoint: Checkpoint, *, dtype: torch.dtype | None = None,
@@ -92,6 +106,7 @@ def save_folder(path: str | Path, checkpoint: Checkpoint, *, dtype: torch.dtype 
         tokenizers["tokenizer"] = None
     if texts["text_encoder_2"] is None:
         tokenizers["tokenizer_2"] = None
+    length = next((model.config.max_position_embeddings for model in texts.values() if model is not None), 77)
     schedule = scheduler_config(checkpoint.noise_schedule)
     size = size or kind.size(checkpoint.noise_schedule.prediction)
     names = unet_to_diffusers(unet.state_dict())
@@ -111,10 +126,20 @@ def save_folder(path: str | Path, checkpoint: Checkpoint, *, dtype: torch.dtype 
                 write_tensors(folder / name / "model.safetensors", cast(tensors, dtype), {"format": "pt"})
         for name, tokenizer in tokenizers.items():
             if tokenizer is not None:
-                tokenizer.save_pretrained(folder / name)
+                zeros = kind.family in ("sd2", "refiner") or name == "tokenizer_2"
+                published(tokenizer, zeros, length).save_pretrained(folder / name)
         _json(folder / "scheduler", "scheduler_config.json", schedule)
         (folder / "model_index.json").write_text(json.dumps(
             model_index(kind, schedule, texts, tokenizers), indent=2) + "\n", encoding="utf-8")
+
+
+def published(tokenizer: "PreTrainedTokenizerBase", zeros: bool, length: int) -> "PreTrainedTokenizerBase":
+    """A copy that pads as diffusers has to: to the model's length, OpenCLIP's with zeros, which is "!"."""
+    found = copy.deepcopy(tokenizer)
+    found.model_max_length = length
+    if zeros and found.get_vocab().get("!") == 0:
+        found.pad_token = "!"
+    return found
 
 
 def kind_of_networks(unet: UNet, vae: AutoencoderKL) -> Kind:

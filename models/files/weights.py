@@ -21,7 +21,9 @@ STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers an
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64}
+SAFETENSORS = {".safetensors", ".sft"}  # in any case
 _ZIP = b"PK\x03\x04"
+_LFS = b"version https://git-lfs"
 
 
 class Weights(Mapping[str, Tensor]):
@@ -74,7 +76,11 @@ class Weights(Mapping[str, Tensor]):
         return f"Weights({str(self.path)!r}, {len(self)} tensors)"
 
     def _open(self, file: Path) -> None:
-        if file.suffix == ".safetensors":
+        with file.open("rb") as start:
+            if start.read(len(_LFS)) == _LFS:
+                raise ValueError(f"{file} is a pointer of git-lfs to a file that was not fetched: run `git lfs pull` "
+                                 "in its repository, or fetch the file itself")
+        if file.suffix.lower() in SAFETENSORS:
             opened = _safetensors(file)
             names, reader = list(opened.keys()), opened.get_tensor
             self.metadata |= opened.metadata() or {}
