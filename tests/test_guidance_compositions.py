@@ -7,43 +7,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from ella_kd import ELLA, And, Box, ELLADenoiser, LDMDenoiser, Regions
+from ella_kd import ELLA, And, Box, LDMDenoiser, Regions
 from ella_kd.guidance import (
-    APG,
     CFG,
     COND,
-    PAG,
     SAG,
-    SEG,
-    SLG,
-    TCFG,
     UNCOND,
     Answers,
-    AutoGuidance,
     Branch,
-    CFGZeroStar,
-    DynamicThreshold,
     Guidance,
     GuidedDenoiser,
-    Interval,
-    MimicScale,
-    Rescale,
 )
 from ella_kd.models.patches import Recorder
-from tiny import answer, features, noise, relative, tiny_tsc, tiny_unet
+from every_rule import INNER, PLACE, RULES
+from tiny import answer, features, noise, relative
 
 X, SIGMA = noise(2, 4, 8, 8) * 5, torch.tensor([5.0, 0.6])
 LEVELS = tuple(SIGMA.tolist())
-INNER = ELLADenoiser(tiny_unet(), tiny_tsc())
-WEAK = ELLADenoiser(tiny_unet(4), tiny_tsc())
-PLACE = tiny_unet().places[0]
-RULES: list[Guidance] = [
-    CFG(3.0), CFG([3.0, 1.0]), CFG(lambda sigma: 1 + sigma), Interval(CFG(3.0), 1.0), Rescale(CFG(3.0), 0.7),
-    DynamicThreshold(CFG(3.0), 0.9), MimicScale(CFG(6.0), 3.0), APG(3.0), CFGZeroStar(3.0), TCFG(3.0),
-    AutoGuidance(CFG(3.0), WEAK, 1.5), PAG(CFG(3.0), 2.0, (PLACE,)), SEG(CFG(3.0), 2.0, places=(PLACE,)),
-    SLG(CFG(3.0), 2.0, (PLACE,)), SAG(CFG(3.0), 0.75, place=PLACE),
-    PAG(Interval(Rescale(CFG(3.0)), 1.0), 2.0, (PLACE,)),
-]
 IDS = [f"{i} {type(rule).__name__}" for i, rule in enumerate(RULES)]
 A, B, EMPTY = (ELLA(INNER.tsc, features(*lengths, seed=seed)) for lengths, seed in (((4,), 5), ((3, 6), 6), ((1,), 9)))
 LEFT = Box(0, 0, 0.5, 1).draw(8, 8, 0.0).to(X.dtype)

@@ -8,32 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ella_kd.denoiser import ELLADenoiser
-from ella_kd.guidance import (
-    APG,
-    CFG,
-    PAG,
-    SAG,
-    SEG,
-    SLG,
-    TCFG,
-    CFGZeroStar,
-    DynamicThreshold,
-    Guidance,
-    GuidedDenoiser,
-    Interval,
-    MimicScale,
-    Rescale,
-)
+from ella_kd.guidance import CFG, Guidance, GuidedDenoiser
 from ella_kd.pictures.keep import Keep, Repaint, Unlock
 from ella_kd.samplers import SAMPLERS, get_sigmas_karras, randn
-from tiny import features, noise, sharp_unet, tiny_tsc
+from every_rule import INNER, RULES
+from tiny import features, noise
 
-RULES: list[Guidance] = [
-    CFG(3.0), CFG((3.0, 1.0)), CFG(lambda sigma: 1.0 + sigma / 5), APG(3.0), CFGZeroStar(3.0), TCFG(3.0),
-    Rescale(CFG(3.0), 0.7), DynamicThreshold(CFG(3.0)), MimicScale(CFG(3.0), 2.0), Interval(CFG(3.0), 0.3, 5.0),
-    PAG(CFG(3.0), 0.5), SEG(CFG(3.0), 0.5), SLG(CFG(3.0), 0.3), SAG(CFG(3.0)),
-]
 SEEDS, SHAPE = [7, 8], (2, 4, 6, 8)
 SIGMAS = get_sigmas_karras(4, 0.05, 10.0)
 PICTURE = noise(*SHAPE, seed=3)
@@ -46,7 +26,6 @@ MASKS: list[Repaint | Unlock] = [
     Unlock(OWN * torch.tensor([1.0, 8.0]).view(2, 1, 1, 1)),
 ]
 CONDITIONS = {"cond": features(2, 5, seed=1), "uncond": features(3, seed=2)}
-INNER = ELLADenoiser(sharp_unet(), tiny_tsc())
 
 
 class Unplanned:
