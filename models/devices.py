@@ -45,9 +45,11 @@ def check_dtype(dtype: str | torch.dtype | None, device: str | torch.device) -> 
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, which nobody waits for: a GPU fetches it from pinned memory by itself, while a
-    copy from any other memory makes the host wait."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """A tensor on a device, which nobody waits for: a GPU fetches it from pinned memory by itself, while a copy from
+    any other memory of the host makes the host wait. One that is no longer on the host cannot be pinned."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def place_of(network: nn.Module) -> str:

@@ -108,9 +108,9 @@ def seen_beside(channels: int, begun: Beginning | None, vae: AutoencoderKL, size
     """The conditions with what a network of so many channels beside x was trained to see there.
 
     Inpainting (1 + C): where to repaint, and the latents of the picture with grey holes. Depth (1): the depth picture,
-    from -1 to 1. An image to edit (C; the
-    network of InstructPix2Pix): the picture's latents, unscaled, for `cond` and `image`, which is the uncond with it,
-    zeros for `uncond`. Raises ValueError for another number, and for an image to edit that is not there.
+    from -1 to 1. An image to edit (C; the network of InstructPix2Pix): the picture's latents, unscaled, for `cond` and
+    `image`, which is the uncond with it, zeros for `uncond`. Raises ValueError for another number, and for an image to
+    edit that is not there.
     """
     own, like = vae.config.latent_channels, vae.quant_conv.weight
     given = {name: lift(condition) for name, condition in conditions.items() if condition is not None}
