@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +10,16 @@ from torch import Tensor, nn
 
 from ella_kd.models.added import NEEDED, added_vector, refuse
 from ella_kd.models.attention import check_mask
-from ella_kd.models.blocks import Downsample, Layers, ResBlock, SpatialTransformer, Upsample
+from ella_kd.models.blocks import Downsample, Layers, ResBlock, SpatialTransformer, Upsample, resized
 from ella_kd.models.context import Context
 from ella_kd.models.network import Levels, Patches
 from ella_kd.models.parameters import zero_init
+from ella_kd.models.patches import for_all
 from ella_kd.models.shapes import Shapes, count_of, shape_of
 from ella_kd.models.timestep import guidance_embedding, timestep_embedding
+
+if TYPE_CHECKING:
+    from ella_kd.models.inside import Change
 
 Depths = tuple[tuple[int, ...], ...]
 
@@ -172,7 +177,9 @@ class UNet(nn.Module):
     network's dtype, t stays fp32.
 
     patches: what rows of the batch do differently in this one call, `(rows, Patch or None)` in the order of the batch,
-    `models.patches`; a patch names its transformers, those in `places`. Nothing of it stays behind.
+    `models.patches`; a patch names its transformers, those in `places`. changes: what all rows do differently,
+    `models.inside`; where a row's patch names a place that a change patches too, the row's holds. Nothing of either
+    stays behind.
     Raises ValueError for a wrong shape, a place that does not exist, rows that are not the batch, an input that is
     needed and missing, or that this network does not know.
     """
@@ -259,21 +266,30 @@ class UNet(nn.Module):
         """Itself: it is the same at every noise level."""
         return self
 
-    def forward(self, x: Tensor, t: Tensor, context: Context | Tensor, patches: Patches = ()) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Context | Tensor, patches: Patches = (),
+                changes: "Sequence[Change]" = ()) -> Tensor:
         seen = Context.of(context)
         x, tokens, mask = seen.beside_x(x), seen.tokens, seen.mask
         self._check(x, t, tokens, mask)
+        patches = for_all(patches, [patch for change in changes for patch in change.patches], len(x))
         if patches:
             self._check_patches(patches, len(x))
         emb = self._embedding(x, t, seen)
         skips = []
-        for stage in self.input_blocks:
+        for n, stage in enumerate(self.input_blocks):
             x = stage(x, emb, tokens, mask, patches)
+            for change in changes:
+                x = change.before_skip(n, x)
             skips.append(x)
+            for change in changes:
+                x = change.after_skip(n, x)
         x = self.middle_block(x, emb, tokens, mask, patches)
-        for stage in self.output_blocks:
-            x = torch.cat([x, skips.pop()], dim=1)
-            x = stage(x, emb, tokens, mask, patches, skips[-1].shape[2:] if skips else None)
+        for n, stage in enumerate(self.output_blocks):
+            skip = skips.pop()
+            x = resized(x, skip)  # where a change made it smaller
+            for change in changes:
+                x, skip = change.joined(n, x, skip)
+            x = stage(torch.cat([x, skip], dim=1), emb, tokens, mask, patches, skips[-1].shape[2:] if skips else None)
         return self.out(x)
 
     def _embedding(self, x: Tensor, t: Tensor, seen: Context) -> Tensor:
