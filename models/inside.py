@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ella_kd.models.context import Context
-from ella_kd.models.devices import upload
 from ella_kd.models.network import Levels, Patches, above
+from ella_kd.models.partial import rows_of
 from ella_kd.models.patches import Patch
 from ella_kd.models.unet import UNet
 
@@ -149,10 +149,10 @@ class Inside(nn.Module):
         groups = [[row for row in range(len(x)) if each[row] == changes] for changes in dict.fromkeys(each)]
         done = []
         for rows in groups:
-            part = upload(torch.tensor(rows), x.device)
-            done.append(self.unet(x[part], t[part], context.take(part), [(1, own[row]) for row in rows], each[rows[0]]))
-        order = torch.tensor([row for rows in groups for row in rows]).argsort()
-        return torch.cat(done)[upload(order, x.device)]
+            part = (rows_of(x, rows), rows_of(t, rows), context.take(rows))
+            done.append(self.unet(*part, [(1, own[row]) for row in rows], each[rows[0]]))
+        order = [row for rows in groups for row in rows]
+        return rows_of(torch.cat(done), sorted(range(len(x)), key=order.__getitem__))
 
 
 def _places(change: Change) -> Sequence[str]:
