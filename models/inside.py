@@ -57,6 +57,10 @@ class Change:
         """What the rows do in place of transformer blocks."""
         return ()
 
+    def wider(self, n: int) -> int:
+        """How many times wider the stride of input_blocks[n] is, which makes features smaller; 1 as it is."""
+        return 1
+
     def before_skip(self, n: int, x: Tensor) -> Tensor:
         """x [B, C, h, w] after input_blocks[n], before it is kept for the way up: it may get another size."""
         return x
@@ -159,6 +163,15 @@ def _places(change: Change) -> Sequence[str]:
     return [place for patch in change.patches for place in patch.places]
 
 
+def places_on(unet: UNet, places: Sequence[str]) -> tuple[str, ...]:
+    """These transformers of a UNet, or without any those of `finest`. ValueError for one that it has not."""
+    unknown = set(places) - set(unet.places)
+    if unknown or not unet.places:
+        raise ValueError(f"this UNet has no transformer {min(unknown, default='with self-attention')}: choose from "
+                         f"{', '.join(unet.places)}")
+    return tuple(places) or finest(unet)
+
+
 def finest(unet: UNet) -> tuple[str, ...]:
     """The transformers that can be patched at the finest level that has some, from input to output."""
     levels, blocks = len(unet.config.channel_mult), unet.config.num_res_blocks + 1
@@ -167,4 +180,5 @@ def finest(unet: UNet) -> tuple[str, ...]:
         part, n = place.split(".")[:2]
         return {"input_blocks": int(n) // blocks, "output_blocks": levels - 1 - int(n) // blocks}.get(part, levels)
 
-    return tuple(place for place in unet.places if level(place) == min(map(level, unet.places)))
+    levels_of = {place: level(place) for place in unet.places}
+    return tuple(place for place, found in levels_of.items() if found == min(levels_of.values()))
