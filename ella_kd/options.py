@@ -14,10 +14,11 @@ from ella_kd.models.files.checkpoint import parts_at
 from ella_kd.models.files.connector import connector_file
 from ella_kd.models.files.hub import find_all, with_preset
 from ella_kd.models.files.kinds import kind_of_path
+from ella_kd.models.files.metadata import size_of
 from ella_kd.models.files.presets import PRESETS, Part
 from ella_kd.models.shapes import count_of
 from ella_kd.models.tokenizers import BPE, find_clip_tokenizer
-from ella_kd.pipeline import MINIATURE, Pipeline, size_of
+from ella_kd.pipeline import MINIATURE, Pipeline
 from ella_kd.placement import Placement
 from ella_kd.request import MODES, Mode, Request, mode_named
 
