@@ -45,6 +45,7 @@ class Unlock:
     """Differential img2img (Levin and Fried 2023, arXiv 2306.00950): each place is repainted from a noise level of its
     own on, as if its own img2img began there.
 
+    diffusers' community pipeline opens a place of change 1 - k at its step ceil(k N) - 1 of N, the last at the latest.
     values [h, w] or [B, 1, h, w]: that sigma; 0 for never, inf for always.
     Raises ValueError for another shape and for numbers below 0.
     """
