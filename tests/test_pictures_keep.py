@@ -1,6 +1,7 @@
 """What is kept stays, exactly, for every method; what is repainted agrees with it as far as it can."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,17 @@ from ella_kd.guidance import CFGDenoiser
 from ella_kd.pictures.inversion import undone
 from ella_kd.pictures.keep import Keep, KeepRun, Repaint, Unlock
 from ella_kd.pictures.segments import hand_over, sample_in_segments
-from ella_kd.samplers import SAMPLERS, Prediction, Run, Sampler, get_sigmas_karras
+from ella_kd.samplers import (
+    SAMPLERS,
+    DPMpp2M,
+    Prediction,
+    Run,
+    Sampler,
+    get_sigmas_karras,
+    load_run,
+    sample,
+    without_history,
+)
 from ella_kd.samplers import randn as seeded
 from ella_kd.samplers.registry import RANGE_SAMPLERS
 from mixtures import COND, Guided, Pointwise, randn
@@ -171,6 +182,30 @@ def test_hand_over() -> None:
     assert [*first.seen, *second.seen] == SIGMAS[:-1].tolist() and len(first.seen) == 2
     with pytest.raises(ValueError, match="leave one of the models none"):
         hand_over("euler", first, second, x, SIGMAS, 99.0, ARGS, ARGS, **args)
+
+
+def test_a_run_is_resumed_with_what_it_was_made_with(tmp_path: Path) -> None:
+    """Bit for bit with the same conditions, picture and mask; others are refused by name, and taken on purpose."""
+    inner = CFGDenoiser(ELLADenoiser(PointwiseUNet(), tiny_tsc()))
+    x, picture = seeded((2, 4, 4, 6), [7, 8]).double() * SIGMAS[0], randn(1, 4, 4, 6, seed=1).double()
+    args = {"cond": features(3), "uncond": features(2, seed=4), "cond_scale": 3.0}
+    kept = Keep(inner, picture, Repaint(HALF))
+    whole, _ = sample(DPMpp2M(), kept, x, SIGMAS, args, disable=True)
+    run = Run(DPMpp2M(), kept, x, SIGMAS, args, stop=2)
+    run.advance(2)
+    run.save(tmp_path / "run.safetensors")
+    half, state = load_run(tmp_path / "run.safetensors")
+    again = Keep(inner, picture.expand(2, -1, -1, -1).clone(), Repaint(HALF.clone()))
+    rest, end = sample(DPMpp2M(), again, half, None, {**args, "cond": features(3)}, disable=True, state=state)
+    assert torch.equal(rest, whole) and torch.equal(end["given"], state["given"])
+    for model, other, what in (
+        (Keep(inner, picture, Repaint(1 - HALF)), args, "mask"), (Keep(inner, picture, Unlock(HALF)), args, "mask"),
+        (Keep(inner, picture + 1e-6, Repaint(HALF)), args, "picture"), (inner, args, "picture and another mask"),
+        (kept, {**args, "cond": features(3, seed=9)}, "cond"), (kept, {**args, "uncond": features(3)}, "uncond"),
+    ):
+        with pytest.raises(ValueError, match=f"another {what}: resume with the same"):
+            sample(DPMpp2M(), model, half, None, other, disable=True, state=state)
+        sample(DPMpp2M(), model, half, None, other, disable=True, state=without_history(state))
 
 
 def test_refusals() -> None:
