@@ -53,6 +53,7 @@ class Request(FromPicture):
     prompt: as it is read, wildcards chosen. scale: of classifier-free guidance; None beside a rule without one number.
     guidance: the rule as text, "" for none. width, height: None for the model's own. model, dtype: the pipeline's name
     and its networks' dtype; version: of ella_kd. Those three are for the record, "" where nobody said.
+    refiner: the file of another system, which takes over at refiner_at (`ella_kd.refining.Refiner`).
     Raises ValueError or TypeError for a value that no picture can have.
     """
 
@@ -84,6 +85,10 @@ class Request(FromPicture):
     clip_skip: int = field(default=1, metadata={
         "help": "CLIP's layer: 1 the one that the model was trained with, 2 that before.", "metavar": "N", "least": 1})
     dtype: str = ""
+    refiner: str | None = field(default=None, kw_only=True, metadata={
+        "help": "Another checkpoint, such as SDXL's refiner, that takes over on the way.", "metavar": "FILE"})
+    refiner_at: float = field(default=0.8, kw_only=True, metadata={
+        "help": "When: the share of the timesteps done, whatever the schedule.", "metavar": "SHARE"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +111,7 @@ class Request(FromPicture):
         check_method_options(sampler, self.of_method)
         if self.scale is not None:
             self._set("scale", _number("scale", self.scale))
-
+        self._set("refiner_at", refiner_share(self.refiner_at))
         if self.syntax:
             for text in (*(text for text, _ in split_and(self.prompt)), self.negative, self.tags or ""):
                 for said in set(edits(text, self.steps)):
@@ -209,6 +214,13 @@ def check_method_options(sampler: str, given: Mapping[str, float]) -> None:
     for name in given:
         if name not in known and not hasattr(get_sampler(sampler).method, name):
             raise ValueError(f"{sampler} has no {name}: leave it out or choose another sampler")
+
+
+def refiner_share(at: object) -> float:
+    """The share of the timesteps before the refiner's. ValueError for one that leaves either model nothing."""
+    if isinstance(at, bool) or not isinstance(at, (int, float)) or not 0 < at < 1:
+        raise ValueError(f"refiner_at is the share of the timesteps before the refiner's, between 0 and 1, got {at!r}")
+    return float(at)
 
 
 def whole(name: str, number: object, least: int = 1) -> int:
