@@ -1,6 +1,6 @@
 """What is asked for: everything a picture depends on is one frozen value.
 
-`generate`, `draw`, the command and the texts in a PNG share it: an option's default, range and help stand here alone.
+`generate`, `draw`, the command and a picture's texts share it: an option's default, range and help stand here alone.
 """
 
 import inspect
@@ -22,6 +22,7 @@ from ella_kd.pictures.options import FromPicture
 from ella_kd.prompt_editing import edits
 from ella_kd.prompts import check_text, split_and
 from ella_kd.samplers.names import get_sampler, sampler_named, schedule_named
+from ella_kd.texts import texts_of
 
 Mode = Literal["flexible", "fixed", "clip", "plain"]
 MODES: tuple[Mode, ...] = ("flexible", "fixed", "clip")  # "plain" is an older word for "clip", taken everywhere
@@ -133,7 +134,7 @@ class Request(FromPicture):
         return infotext.write(asdict(self))
 
     def json(self) -> str:
-        """The request itself, as `from_png` reads it back."""
+        """The request itself, as `from_picture` reads it back."""
         return json.dumps(asdict(self), ensure_ascii=False, default=infotext.said)
 
     @classmethod
@@ -158,8 +159,8 @@ class Request(FromPicture):
         return cls(**values)
 
     @classmethod
-    def from_png(cls, path: str | Path) -> "Request":
-        """How a picture was made, from the text `ella_kd` in its PNG, else from `parameters`.
+    def from_picture(cls, path: str | Path) -> "Request":
+        """How a picture was made, from the text `ella_kd` in its PNG, JPEG or WebP, else from `parameters`.
 
         Warns of what is not understood and of another version of ella_kd, whose pictures may differ.
         Raises FileNotFoundError, or ValueError for a file that is no picture or carries no settings.
@@ -170,7 +171,7 @@ class Request(FromPicture):
         try:
             with Image.open(path) as image:
                 image.load()  # texts may come after the pixels
-                texts: Mapping[str, Any] = getattr(image, "text", image.info)
+                texts = texts_of(image)
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
             raise ValueError(f"{path} is not a whole picture: {error}") from error
         try:
@@ -179,7 +180,7 @@ class Request(FromPicture):
             elif "parameters" in texts:
                 request = cls.from_text(texts["parameters"])
             else:
-                raise ValueError("it carries no settings: expected a PNG with the text `ella_kd` or `parameters`")
+                raise ValueError("it carries no settings: expected a picture with the text `ella_kd` or `parameters`")
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
         if request.version not in ("", VERSION):
@@ -187,13 +188,15 @@ class Request(FromPicture):
                           stacklevel=2)
         return request
 
+    from_png = from_picture  # its older name
+
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The arguments of `generate` that drew a PNG: `generate(pipeline, **read_settings("out/00001-1-a-cat.png"))`.
+    """The arguments of `generate` that drew a picture: `generate(pipeline, **read_settings("out/00001-1-a-cat.png"))`.
 
-    Warns and raises as `Request.from_png` does, whose value also names the model and its dtype.
+    Warns and raises as `Request.from_picture` does, whose value also names the model and its dtype.
     """
-    return Request.from_png(path).arguments()
+    return Request.from_picture(path).arguments()
 
 
 def method_named(sampler: str, schedule: str) -> tuple[str, str]:
