@@ -48,7 +48,7 @@ _NAMES = [(re.compile(pattern), what, place) for pattern, what, place in (
     (r"^lora_controlnet$", "a Control-LoRA, which is a ControlNet on a base model", ""),
     (r"^(image_proj|ip_adapter)(\.|$)", "an IP-Adapter", ""),
     (r"^lora_(unet|te)|[._]lora(_linear_layer)?[._](up|down|A|B)\b|\.(hada_w1_a|lokr_w[12](_a)?|oft_blocks)$|"
-     r"\.lora_(up|down|mid)\.weight$", "a LoRA, which changes a checkpoint and is none itself", ""),
+     r"\.lora_(up|down|mid)\.weight$", "a LoRA, which changes a checkpoint and is none itself", "lora"),
     (r"^(control_model\.)?input_hint_block\.|^controlnet_cond_embedding\.", "a ControlNet", ""),
     (r"motion_modules\.", "a motion module (AnimateDiff)", ""),
     (r"^(adapter\.)?body\.\d+\.", "a T2I-Adapter", ""),
