@@ -1,6 +1,5 @@
 """All the networks of one text-to-image system, loaded together."""
 
-import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from ella_kd.guidance import CFG, CFGDenoiser, Guidance, GuidedDenoiser
 from ella_kd.models import TSC, AutoencoderKL, Checkpoint, NoiseSchedule, UNet, fast_on_cpu, load_checkpoint, load_tsc
 from ella_kd.models.added import POSITIVE_SCORE, WIDTH
 from ella_kd.models.addons.embeddings import Embedding
+from ella_kd.models.addons.lora.merging import Given, as_list, merged
 from ella_kd.models.clip import CLIPTextEncoder, TwoTextEncoders
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.emphasis import escape
@@ -27,6 +27,7 @@ from ella_kd.models.files.hub import find_all, with_preset
 from ella_kd.models.files.metadata import size_of
 from ella_kd.models.files.saving import save
 from ella_kd.models.noise_schedule import EDMSchedule, PredictionType
+from ella_kd.models.parameters import moved
 from ella_kd.models.t5 import T5TextEncoder
 from ella_kd.models.tokenizers import published_clip_tokenizer
 from ella_kd.models.winograd import WinogradConv2d
@@ -187,6 +188,22 @@ class Pipeline:
                              "load it with clip_tokenizer=<folder>")
         return replace(self, clip=self.clip.with_embeddings(words)) if words and self.clip is not None else self
 
+    def with_lora(self, loras: "Given | Sequence[Given]", *, partial: bool = False) -> "Pipeline":
+        """The same system with LoRAs in its UNet and its text encoders: `models.addons.lora.with_lora`.
+
+        A text encoder's part changes what CLIP says, so ELLA alone does not see it: mode "clip", or tags beside ELLA.
+        """
+        pairs = as_list(loras)
+        texts = list(self.text_models) if self.clip is None else _models(self.clip)
+        networks: dict[str, Any] = {"unet": self.unet}
+        for i, model in enumerate(texts):
+            if model is not None:
+                networks["text_2" if i or hasattr(model, "text_projection") else "text"] = model
+        twins = merged(networks, pairs, partial=partial)
+        new = {id(network): twins[part] for part, network in networks.items()}
+        return replace(self, unet=twins["unet"], clip=self.clip and self.clip.moved(lambda model: new[id(model)]),
+                       text_models=tuple(model and new[id(model)] for model in self.text_models))
+
     def denoiser(self, guidance: Guidance | Scale | None = None) -> GuidedDenoiser:
         """The denoiser that belongs to the files, their noise schedule and prediction type (eps or v) included.
 
@@ -305,19 +322,17 @@ class Pipeline:
         return next((x.dtype for x in self.unet.parameters() if x.is_floating_point()), torch.float32)
 
 
+def _models(clip: CLIPTextEncoder | TwoTextEncoders) -> list[nn.Module]:
+    return [clip.first.model, clip.second.model] if isinstance(clip, TwoTextEncoders) else [clip.model]
+
+
 def _moved(module: M, device: str | torch.device | None, dtype: torch.dtype | None) -> M:
     """A copy of the module there; tensors that need no change are shared, which stays below two copies in memory."""
     if dtype is not None and any(isinstance(part, WinogradConv2d) and part.into.dtype != dtype
                                  for part in module.modules()):
         raise ValueError(f"the filters of a network that is fast_on_cpu are rounded once: cast it to {dtype} first, "
                          "sd.to(dtype=...).fast_on_cpu()")
-
-    def there(x: torch.Tensor) -> torch.Tensor:
-        return x.to(device=device, dtype=dtype if x.is_floating_point() else None)
-
-    moved: dict[int, Any] = {id(x): nn.Parameter(there(x.data), x.requires_grad) for x in module.parameters()}
-    moved |= {id(x): there(x) for x in module.buffers()}
-    return copy.deepcopy(module, moved)
+    return moved(module, device, dtype)
 
 
 def _count(part: object) -> str:
