@@ -49,6 +49,12 @@ class AddOn:
     options: tuple[tuple[str, str], ...] = ()
 
     @property
+    def name(self) -> str:
+        """The file's name without folders and ending: the word of an embedding, A1111's name of a LoRA."""
+        last = re.split(r"[\\/:]", self.file.rstrip("\\/"))[-1]
+        return re.sub(r"\.(safetensors|sft|pt|pth|bin|ckpt)$", "", last, flags=re.IGNORECASE)
+
+    @property
     def strength(self) -> Strength:
         """Of a LoRA."""
         said = dict(self.options)
@@ -128,10 +134,30 @@ def in_prompt(prompt: str) -> tuple[str, tuple[AddOn, ...]]:
     return (text.strip(" ") if found else text), tuple(found)
 
 
-def without(text: str) -> tuple[str, list[str]]:
-    """A text without add-ons of any kind, and these as they stand there."""
-    asked = [one[0].strip() for one in _IN_PROMPT.finditer(text) if not one["escaped"]]
-    return _IN_PROMPT.sub(lambda one: one[0] if one["escaped"] else "", text), asked
+def without(text: str, understood: bool = False) -> tuple[str, list[str]]:
+    """A text without add-ons, and these as they stand there; understood: LoRAs that can be read stay."""
+    taken: list[str] = []
+
+    def kept(one: re.Match[str]) -> str:
+        if one["escaped"] or (understood and _is_understood(one)):
+            return one[0]
+        taken.append(one[0].strip())
+        return ""
+
+    return _IN_PROMPT.sub(kept, text), taken
+
+
+def in_text(add_on: AddOn) -> str:
+    """A LoRA as A1111 writes it in a prompt."""
+    blocks = dict(add_on.options).get("blocks")
+    return f"<lora:{add_on.name}:{add_on.strength}{f':lbw={blocks}' if blocks else ''}>"
+
+
+def _is_understood(one: re.Match[str]) -> bool:
+    try:
+        return one["kind"].lower() != "hypernet" and bool(_of_a1111(one["said"], one[0]))
+    except ValueError:
+        return False
 
 
 def _of_a1111(said: str, whole: str) -> AddOn:

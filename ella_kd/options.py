@@ -77,6 +77,8 @@ def request_options(*left_out: str) -> Callable[[Command], Command]:
               if "help" in each.metadata and each.name not in left_out),
             click.option("--wildcards", metavar="DIR",
                          help="A folder of text files: __name__ in a prompt becomes a line of name.txt, by the seed."),
+            click.option("--models-dir", metavar="DIR",
+                         help="A folder where the names of add-ons are looked up: flat, or A1111's or ComfyUI's."),
             click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True,
                          help="Pictures drawn at once; takes memory, and changes a picture by at most one grey level "
                               "of 255 (three in bfloat16)."),
@@ -92,6 +94,8 @@ def _option(each: Field[Any]) -> Callable[[Command], Command]:
     said = each.metadata
     how: dict[str, Any] = {"help": said["help"], "metavar": said.get("metavar"), "default": each.default}
     how["show_default"] = each.default not in (None, "", False)
+    if said.get("multiple"):
+        how |= {"multiple": True, "show_default": False}
     if each.type in (Mode, Mode | None):
         how |= {"type": ModeChoice(), "metavar": None}
     elif each.type is bool:

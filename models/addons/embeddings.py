@@ -54,6 +54,11 @@ class Embedding:
         weights = Weights(path)
         return cls(name or weights.path.stem, _vectors(weights), weights.path, weights.metadata)
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], name: str) -> Self:
+        """What a file of these tensors is: those that lie in a LoRA's file (`LoRA.embeddings`)."""
+        return cls(name, _vectors(Weights.of(tensors, name)))
+
     def __len__(self) -> int:
         """How many tokens the word takes."""
         return len(next(iter(self.vectors.values())))
@@ -71,7 +76,7 @@ class Embedding:
             return f"SDXL's, a pair {' and '.join(map(str, widths))} wide"
         return f"{WIDTHS[widths[0]]}, {widths[0]} wide" if widths[0] in WIDTHS else f"{widths[0]} wide"
 
-    def of(self, width: int, *halves: str) -> Tensor:
+    def fitting(self, width: int, *halves: str) -> Tensor:
         """The vectors [n, D] for a text encoder of this width; halves: the keys that it may have.
 
         Raises ValueError for another model's embedding.
