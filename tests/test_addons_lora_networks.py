@@ -14,6 +14,8 @@ from ella_kd.denoiser import LDMDenoiser
 from ella_kd.guidance import GuidedDenoiser
 from ella_kd.models import fast_on_cpu
 from ella_kd.models.addons.lora import LoRA, Strength, with_lora
+from ella_kd.models.freeu import FreeU
+from ella_kd.models.inside import Inside
 from ella_kd.models.networks import ByRow, BySigma
 from ella_kd.placement import Placement
 from ella_kd.samplers import sample_euler
@@ -205,6 +207,22 @@ def test_what_networks_of_networks_are_like(tmp_path: Path) -> None:
     for at in (1.0, (1.0, 2.0), (2.0,)):
         with pytest.raises(ValueError, match="falling sigmas"):
             BySigma(unet, twin, unet, at=at)
+
+
+def test_a_lora_on_a_network_with_changes_inside() -> None:
+    """Before or after, by row and fast: the changes stay around the LoRA's twin."""
+    unet, change = tiny_unet(), FreeU(1.5, 1.6, 0.9, 0.2, sigma_lo=1.0)
+    lora = style(unet, 1)
+    x, sigma, cond = noise(2, 4, 8, 8), torch.tensor([3.0, 0.5]), conds(2)["cond"]
+    want = LDMDenoiser(Inside(with_lora(unet, lora), change))(x, sigma, cond)
+    plain = LDMDenoiser(with_lora(unet, lora))(x, sigma, cond)
+    assert relative(want[:1], plain[:1]) > 1e-3 and relative(want[1:], plain[1:]) < 1e-5
+    inside = Inside(unet, change)
+    twin = with_lora(inside, lora)
+    for network in (twin, with_lora(ByRow([inside, inside]), lora), BySigma(twin, with_lora(unet, lora), at=0.8),
+                    fast_on_cpu(twin), with_lora(fast_on_cpu(inside), lora)):
+        assert relative(LDMDenoiser(network)(x, sigma, cond), want) < 2e-5
+    assert with_lora(inside, (lora, 0)).unet is unet
 
 
 def test_at_work_a_twin_comes_and_goes_with_what_it_shares() -> None:
