@@ -129,7 +129,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, patches: Patches = ()) -> Tensor:
         h = self.norm(x)
         h = self.proj_in(_tokens(h)) if self.linear_proj else _tokens(self.proj_in(h))
-        patched = any(patch is not None and self.place in patch.places for _, patch in patches)
+        patched = any(patch is not None and patch.of_place(self.place) is not None for _, patch in patches)
         for block in self.transformer_blocks:
             if patched:
                 h = self._patched(block, h, context, mask, patches, (x.shape[2], x.shape[3]))
@@ -143,7 +143,7 @@ class SpatialTransformer(nn.Module):
         """A block over x [B, h * w, C], where each row goes through its patch; neighbours that agree go together."""
         here: list[tuple[Patch | None, int]] = []
         for rows, patch in patches:
-            patch = patch if patch is not None and self.place in patch.places else None
+            patch = patch and patch.of_place(self.place)
             if here and here[-1][0] is patch:
                 rows += here.pop()[1]
             here.append((patch, rows))
@@ -156,7 +156,7 @@ class SpatialTransformer(nn.Module):
             if done[-1].shape != x[part].shape:
                 raise ValueError(f"a patch must return the shape of its x {list(x[part].shape)}: {patch} returned "
                                  f"{list(done[-1].shape)}")
-        return torch.cat(done)
+        return torch.cat(done) if len(done) > 1 else done[0]
 
 
 class Downsample(nn.Module):
@@ -192,6 +192,11 @@ class Layers(nn.Sequential):
             else:
                 x = layer(x)
         return x
+
+
+def resized(x: Tensor, like: Tensor) -> Tensor:
+    """x [B, C, h, w] at the height and width of `like`, bicubic; itself where it has them."""
+    return x if x.shape[2:] == like.shape[2:] else F.interpolate(x, like.shape[2:], mode="bicubic")
 
 
 def _tokens(x: Tensor) -> Tensor:

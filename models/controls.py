@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ella_kd.models.blocks import resized
 from ella_kd.models.context import Context
 from ella_kd.models.devices import upload
 from ella_kd.models.partial import Box, ForRows, add_to_rows, rows_of
@@ -184,7 +185,8 @@ class Added:
     def _add(self, x: Tensor, terms: Sequence[tuple[tuple[int, ...], Tensor | None]]) -> Tensor:
         for rows, term in terms:
             if term is not None:
-                x = add_to_rows(x, rows, term.to(self.dtype))
+                size = x if term.shape[2:] != (1, 1) else term  # a change in the UNet may have made features smaller
+                x = add_to_rows(x, rows, resized(term.to(self.dtype), size))
         return x
 
 

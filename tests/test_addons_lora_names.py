@@ -6,18 +6,23 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ella_kd.models import UNet, UNetConfig
+from ella_kd.models import NoiseSchedule, UNet, UNetConfig
 from ella_kd.models.addons.lora import LoRA, Strength, with_lora
 from ella_kd.models.addons.lora.names import Dictionary, modules_of
 from ella_kd.models.addons.lora.strength import LISTS, place_of
 from ella_kd.models.clip import clip_text_model
+from ella_kd.models.files.hub import read
 from ella_kd.models.files.names import to_open_clip, unet_to_diffusers
+from ella_kd.models.files.presets import FEW_STEPS, HubFile
+from ella_kd.request import Request
+from ella_kd.samplers import get_schedule
 from families import family, text_model
 from test_addons_lora import assert_agree, factors, layers, random, weights
 from tiny import randomised, relative, tiny_unet
@@ -267,3 +272,22 @@ def test_a_pipeline_of_sdxl_has_two_texts() -> None:
     for model, twin in ((clip.first.model, changed.first.model), (clip.second.model, changed.second.model)):
         different = {name for name, x in model.state_dict().items() if not torch.equal(x, twin.state_dict()[name])}
         assert different == {f"{name}.weight" for name, _ in layers(model)}
+
+
+def test_few_step_presets_are_drawn_as_they_were_distilled() -> None:
+    """Their settings are a Request's, and their timesteps diffusers' (LCM's own differ from trailing's by 14 at most).
+    """
+    schedule = NoiseSchedule.sd15()
+    for name, preset in FEW_STEPS.items():
+        settings = Request("a fox", **preset.settings)
+        sigmas = get_schedule(settings.schedule).sigmas(settings.steps, family("sdxl").ours.denoiser())
+        t = schedule.sigma_to_t(sigmas[:-1]).round().int().tolist()
+        of = {"lcm": diffusers.LCMScheduler(), "ddim": diffusers.DDIMScheduler(timestep_spacing="trailing"),
+              "euler": diffusers.EulerDiscreteScheduler(timestep_spacing="trailing")}[settings.sampler]
+        of.set_timesteps(settings.steps)
+        assert len(t) == len(of.timesteps) and t[0] == of.timesteps[0] == 999
+        assert max(abs(a - int(b)) for a, b in zip(t, of.timesteps)) <= (14 if name.startswith("lcm") else 0)
+        assert str(settings.steps) in str(preset.parts["lora"]) or name.startswith("lcm")
+        assert isinstance(read(name, "lora"), HubFile)
+        with pytest.raises(ValueError, match="has no checkpoint, it has"):
+            read(name)
