@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ella_kd.models.blocks import Layers, ResBlock, SpatialTransformer, Upsample
+from ella_kd.models.blocks import Layers, ResBlock, SpatialTransformer, TransformerBlock, Upsample
 from ella_kd.models.context import Context
 from ella_kd.models.controls import added
 from ella_kd.models.encoder import Encoder, transformer
@@ -181,6 +181,8 @@ class UNet(Encoder):
         for name, module in self.named_modules():
             if isinstance(module, SpatialTransformer):
                 module.place = name
+        for number, block in enumerate(self.cross_attentions):
+            block.number = number
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -190,6 +192,12 @@ class UNet(Encoder):
         """
         return tuple(module.place for module in self.modules()
                      if isinstance(module, SpatialTransformer) and not module.cross_only)
+
+    @property
+    def cross_attentions(self) -> list[TransformerBlock]:
+        """The transformer blocks in the order of image prompts' weights: on the way down, on the way up, the middle."""
+        ways = (self.input_blocks, self.output_blocks, self.middle_block)
+        return [block for way in ways for block in way.modules() if isinstance(block, TransformerBlock)]
 
     @property
     def in_channels(self) -> int:
@@ -218,17 +226,20 @@ class UNet(Encoder):
         if patches:
             self._check_patches(patches, len(x))
         emb = self._embedding(x, t, seen)
+        images = seen.images or ()
+        for prompt in images:
+            prompt.check(self)
         more = added(seen, latents, t, self.config) if seen.controls else None
         skips = []
         for i, stage in enumerate(self.input_blocks):
-            x = stage(x, emb, tokens, mask, patches)
+            x = stage(x, emb, tokens, mask, patches, None, images)
             x = x if more is None else more.inside(i, x)
             skips.append(x)
-        x = self.middle_block(x, emb, tokens, mask, patches)
+        x = self.middle_block(x, emb, tokens, mask, patches, None, images)
         x, skips = (x, skips) if more is None else more.outside(x, skips)
         for stage in self.output_blocks:
             x = torch.cat([x, skips.pop()], dim=1)
-            x = stage(x, emb, tokens, mask, patches, skips[-1].shape[2:] if skips else None)
+            x = stage(x, emb, tokens, mask, patches, skips[-1].shape[2:] if skips else None, images)
         return self.out(x)
 
     def _check_patches(self, patches: Patches, batch: int) -> None:
