@@ -142,7 +142,7 @@ class SpatialTransformer(nn.Module):
                 images: "Sequence[ImagePrompt]" = ()) -> Tensor:
         h = self.norm(x)
         h = self.proj_in(_tokens(h)) if self.linear_proj else _tokens(self.proj_in(h))
-        patched = any(patch is not None and self.place in patch.places for _, patch in patches)
+        patched = any(patch is not None and patch.of_place(self.place) is not None for _, patch in patches)
         for block in self.transformer_blocks:
             if patched:
                 h = self._patched(block, h, context, mask, patches, (x.shape[2], x.shape[3]), images)
@@ -156,7 +156,7 @@ class SpatialTransformer(nn.Module):
         """A block over x [B, h * w, C], where each row goes through its patch; neighbours that agree go together."""
         here: list[tuple[Patch | None, int]] = []
         for rows, patch in patches:
-            patch = patch if patch is not None and self.place in patch.places else None
+            patch = patch and patch.of_place(self.place)
             if here and here[-1][0] is patch:
                 rows += here.pop()[1]
             here.append((patch, rows))
@@ -165,13 +165,13 @@ class SpatialTransformer(nn.Module):
         for patch, rows in here:
             part = slice(start, start := start + rows)
             args = x[part], context[part], None if mask is None else mask[part]
-            here_too = take(images, range(part.start, part.stop)) if images else ()
-            seeing = _seeing(block, here_too or ())
+            shown: Any = take(images, range(part.start, part.stop)) if images else None
+            seeing = _seeing(block, shown or ())
             done.append(seeing(*args) if patch is None else patch(seeing, *args, size))
             if done[-1].shape != x[part].shape:
                 raise ValueError(f"a patch must return the shape of its x {list(x[part].shape)}: {patch} returned "
                                  f"{list(done[-1].shape)}")
-        return torch.cat(done)
+        return torch.cat(done) if len(done) > 1 else done[0]
 
 
 class Downsample(nn.Module):
@@ -217,6 +217,11 @@ def _seeing(block: Any, images: "Sequence[ImagePrompt]") -> Any:
     from ella_kd.models.image_prompts import Seeing
 
     return Seeing(block, images)
+
+
+def resized(x: Tensor, like: Tensor) -> Tensor:
+    """x [B, C, h, w] at the height and width of `like`, bicubic; itself where it has them."""
+    return x if x.shape[2:] == like.shape[2:] else F.interpolate(x, like.shape[2:], mode="bicubic")
 
 
 def _tokens(x: Tensor) -> Tensor:

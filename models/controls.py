@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ella_kd.models.blocks import resized
 from ella_kd.models.context import Context
 from ella_kd.models.devices import upload
 from ella_kd.models.partial import Box, ForRows, add_to_rows, rows_of, scaled
@@ -32,7 +33,11 @@ class ControlNetwork(Protocol):
     """A ControlNet, a T2I-Adapter: an nn.Module of its own device and dtype."""
 
     name: str
-    pooled: bool | None  # None: neither that nor guess mode
+
+    @property
+    def pooled(self) -> bool | None:
+        """Whether its outputs are averaged over the picture; None: they cannot be, and it has no guess mode."""
+        ...
 
     def check(self, unet: "UNetConfig") -> None:
         """Raises ValueError if it was made for UNets of another kind."""
@@ -182,9 +187,8 @@ class Added:
     def _add(self, x: Tensor, terms: Sequence[tuple[tuple[int, ...], Tensor | None]]) -> Tensor:
         for rows, term in terms:
             if term is not None:
-                if term.shape[2:] not in ((1, 1), x.shape[2:]):  # the UNet works at another size here
-                    term = F.interpolate(term, x.shape[2:], mode="bilinear")
-                x = add_to_rows(x, rows, term.to(self.dtype))
+                size = x if term.shape[2:] != (1, 1) else term  # a change in the UNet may have made features smaller
+                x = add_to_rows(x, rows, resized(term.to(self.dtype), size))
         return x
 
 

@@ -91,6 +91,17 @@ def noise(*shape: int, seed: int = 7) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def spy(monkeypatch: pytest.MonkeyPatch, network: Any, name: str, note: Callable[..., None]) -> None:
+    """`note` of the arguments of every call."""
+    called = getattr(network, name)
+
+    def noted(*args: Any) -> Any:
+        note(*args)
+        return called(*args)
+
+    monkeypatch.setattr(network, name, noted)
+
+
 def answer(cond: Conditioning, x: Tensor, sigma: Tensor, uncond: Conditioning | None = None) -> Tensor:
     return CFGDenoiser(DENOISER)(x, sigma, cond=cond, uncond=uncond or prompt(seed=9), cond_scale=3.0)
 
@@ -100,7 +111,7 @@ def answer(cond: Conditioning, x: Tensor, sigma: Tensor, uncond: Conditioning | 
 def test_planned_is_unplanned_and_a_batch_its_singles(way: Callable[[Conditioning], Conditioning]) -> None:
     x, sigma = 5 * noise(3, 4, 8, 8), torch.tensor([9.0, 2.0, 0.3])
     for uncond in (prompt(seed=9), way(prompt(seed=9))):
-        args = {"cond": way(prompt(3)), "uncond": uncond, "cond_scale": 3.0}
+        args: dict[str, Any] = {"cond": way(prompt(3)), "uncond": uncond, "cond_scale": 3.0}
         together = CFGDenoiser(DENOISER)(x, sigma, **args)
         assert relative(planned(CFGDenoiser(DENOISER), x, sigma, **args).denoised, together) < 1e-5
         for i in range(3):
@@ -120,7 +131,7 @@ def test_off_is_off_bitwise() -> None:
         raise AssertionError("the control's network was asked")
 
     net = ControlNet.of(UNET)
-    net.forward = never  # type: ignore[method-assign]
+    net.forward = never  # type: ignore[assignment, method-assign]
     base = prompt(2)
     for off in (base.with_control(net, PICTURE, 0), base.with_control(net, PICTURE, lambda s: 0.0),
                 base.with_control(net, PICTURE, (0.0, 0.0)), base.with_control(net, PICTURE, window=(9, 6)),
@@ -139,11 +150,10 @@ def test_the_network_runs_for_rows_and_sigmas_that_want_it(monkeypatch: pytest.M
     rows: list[tuple[float, int]] = []
     read: list[int] = []
     calls: list[int] = []
-    forward, reading, unet = NET.forward, NET.read, UNET.forward
-    monkeypatch.setattr(NET, "forward", lambda x, t, *more: (rows.append((float(t[0]), len(x))),
-                                                             forward(x, t, *more))[1])
-    monkeypatch.setattr(NET, "read", lambda pictures: (read.append(len(pictures)), reading(pictures))[1])
-    monkeypatch.setattr(UNET, "forward", lambda x, *args: (calls.append(len(x)), unet(x, *args))[1])
+    for network, name, note in ((NET, "forward", lambda x, t, *_: rows.append((float(t[0]), len(x)))),
+                                (NET, "read", lambda pictures: read.append(len(pictures))),
+                                (UNET, "forward", lambda x, *_: calls.append(len(x)))):
+        spy(monkeypatch, network, name, note)
     sigmas = torch.tensor([10.0, 6.0, 3.0, 1.0, 0.4, 0])
     pictures = torch.cat([PICTURE, SECOND])
     args = {"cond": prompt(2).with_control(NET, pictures, 0.7, window=(6, 0.4)), "uncond": prompt(seed=9),
@@ -157,17 +167,16 @@ def test_the_network_runs_for_rows_and_sigmas_that_want_it(monkeypatch: pytest.M
 
 
 @torch.no_grad()
-def test_it_sees_ellas_tokens_of_the_step_or_its_own() -> None:
+def test_it_sees_ellas_tokens_of_the_step_or_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[float, Tensor]] = []
-    forward = NET.forward
-    net = ControlNet.of(UNET)
-    net.forward = lambda x, t, context, read: (  # type: ignore[method-assign]
-        seen.append((float(t[0]), context.tokens)), forward(x, t, context, read))[1]
+    spy(monkeypatch, NET, "forward", lambda x, t, context, read: seen.append((float(t[0]), context.tokens)))
     cond, sigmas = prompt(), torch.tensor([9.0, 1.0, 0])
     own = prompt(seed=11)
-    for extra, wanted in (({}, cond), ({"tokens": own}, own), ({"tokens": Switch(own, cond, at=3.0)}, None)):
+    ways: list[tuple[dict[str, Any], Any]] = [({}, cond), ({"tokens": own}, own),
+                                              ({"tokens": Switch(own, cond, at=3.0)}, None)]
+    for extra, wanted in ways:
         seen.clear()
-        args = {"cond": cond.with_control(net, PICTURE, **extra)}
+        args = {"cond": cond.with_control(NET, PICTURE, **extra)}
         sample_euler(DENOISER, noise(1, 4, 8, 8), sigmas, extra_args=args, disable=True)
         assert len(seen) == 2
         for i, (t, tokens) in enumerate(seen):
@@ -195,7 +204,7 @@ def test_every_combination(name: str, way: Callable[[Conditioning], Conditioning
     x, sigma = 5 * noise(2, 4, 8, 8), torch.tensor([5.0, 2.0])
     cond = COMBINATIONS[name](way)
     got = answer(cond, x, sigma)
-    args = {"cond": cond, "uncond": prompt(seed=9), "cond_scale": 3.0}
+    args: dict[str, Any] = {"cond": cond, "uncond": prompt(seed=9), "cond_scale": 3.0}
     assert relative(planned(CFGDenoiser(DENOISER), x, sigma, **args).denoised, got) < 1e-5
     change = (got - answer(COMBINATIONS[name](plain), x, sigma)).flatten(1).norm(dim=1)
     assert change[0] > 1e-3 and (change[1] < 1e-4) == (name in ("switch", "stack"))
@@ -218,7 +227,7 @@ def test_beside_channels() -> None:
     whole = randomised(ControlNet.of(unet), 9, 0.1)
     for net in (NET, whole):
         cond = Channels(prompt(), channels).with_control(net, PICTURE)
-        args = {"cond": cond, "uncond": Channels(prompt(seed=9), 0 * channels), "cond_scale": 3.0}
+        args: dict[str, Any] = {"cond": cond, "uncond": Channels(prompt(seed=9), 0 * channels), "cond_scale": 3.0}
         got = denoiser(x, sigma, **args)
         assert relative(planned(denoiser, x, sigma, **args).denoised, got) < 1e-5
         assert relative(got, denoiser(x, sigma, **{**args, "cond": Channels(prompt(), channels)})) > 1e-3
@@ -249,7 +258,7 @@ def test_patches_and_twins_see_them() -> None:
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_every_rule(rule: Guidance) -> None:
     x, sigma = 5 * noise(2, 4, 8, 8), torch.tensor([5.0, 2.0])
-    args = {"cond": several(prompt(2)), "uncond": controlled(prompt(seed=9))}
+    args: dict[str, Any] = {"cond": several(prompt(2)), "uncond": controlled(prompt(seed=9))}
     denoiser = GuidedDenoiser(INNER, rule)
     got = denoiser(x, sigma, **args)
     assert relative(planned(denoiser, x, sigma, **args).denoised, got) < 1e-5

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import T2IAdapter as Theirs
 from safetensors.torch import save_file
+from torch import Tensor
 
 from benchmarks.speed.ways import as_diffusers
 from ella_kd.models import UNet, UNetConfig
@@ -31,7 +32,8 @@ KINDS: dict[str, tuple[UNetConfig, dict[str, Any]]] = {
 def test_it_equals_diffusers(kind: str, tmp_path: Path) -> None:
     config, how = KINDS[kind]
     torch.manual_seed(0)
-    theirs: Any = randomised(Theirs(**how), 1, 0.1)
+    theirs: Any = Theirs(**how)
+    randomised(theirs, 1, 0.1)
     theirs.save_pretrained(tmp_path / "folder")
     plain = {name.removeprefix("adapter."): x.clone() for name, x in theirs.state_dict().items()}
     names = to_authors(plain)
@@ -84,7 +86,12 @@ def test_a_picture_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     unet = randomised(UNet(SD1), 5, 0.1)
     pictures: list[int] = []
     read = net.read
-    monkeypatch.setattr(net, "read", lambda x: (pictures.append(len(x)), read(x))[1])
+
+    def noted(x: Tensor) -> tuple[Tensor, ...]:
+        pictures.append(len(x))
+        return read(x)
+
+    monkeypatch.setattr(net, "read", noted)
     hints = Hint(torch.rand(1, 3, 40, 50)), Hint(torch.rand(1, 3, 64, 64))
     control = Control(rows=(0, 1, 2), network=net, hints=(hints[0], hints[1], hints[0]), strengths=(1.0, 0.5, 1.0))
     x, tokens = torch.randn(1, 4, 8, 8).repeat(3, 1, 1, 1), torch.randn(1, 5, 24).repeat(3, 1, 1)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from typing import Any, Self
 
-import numpy as np
 from torch import Tensor
 
 from ella_kd.conditioning.plan import Plan
@@ -150,11 +149,6 @@ def levels_of(sigma: Tensor) -> Levels:
     """The noise levels of a call, read from its sigma [B]: each once if they are all the same."""
     levels = tuple(sigma.tolist())
     return levels[:1] if len(set(levels)) == 1 else levels
-
-
-def above(level: float, boundary: float) -> bool:
-    """level > boundary, both in fp32: a boundary written 0.1 is hit by the 0.1 of an fp32 run and of an fp64 one."""
-    return bool(np.float32(level) > np.float32(boundary))
 
 
 def to_batch(x: Tensor, batch: int) -> Tensor:

@@ -129,7 +129,7 @@ def with_control(cond: Conditioning, network: ControlNetwork, picture: Picture |
         raise ValueError(f"guess must be one of {', '.join(map(repr, FACTORS))}, got {guess!r}")
     if network.pooled is None and (guess or pooled):
         raise ValueError(f"a {type(network).__name__} has no guess mode and is not pooled: that is a ControlNet's")
-    pictures = picture if isinstance(picture, (list, tuple)) else [picture]
+    pictures: Sequence[Any] = picture if isinstance(picture, (list, tuple)) else [picture]
     if preprocess is not None:
         pictures = [preprocessor(preprocess)(each) for each in pictures]
     hints = [Hint(row) for each in pictures for row in pixels(each).split(1)]
@@ -152,7 +152,7 @@ class Images(Steering):
         return {"images": (ImagePrompt(adapter=self.adapter, tokens=things, **rows),)}
 
 
-def with_image(cond: Conditioning, adapter: Any, pictures: Picture | Sequence[Picture] | None, weight: Scale = 1.0, *,
+def with_image(cond: Conditioning, adapter: Any, pictures: Any, weight: Scale = 1.0, *,
                window: Window = ALWAYS) -> Conditioning:
     """See `Conditioning.with_image`."""
     if not hasattr(adapter, "of_block"):

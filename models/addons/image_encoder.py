@@ -60,7 +60,7 @@ class ImageEncoder(nn.Module):
         for module in model.modules():
             ids: Any = getattr(module, "position_ids", None)
             if ids is not None:
-                module.position_ids = torch.arange(ids.shape[-1], device=device)[None]  # type: ignore[assignment]
+                module.position_ids = torch.arange(ids.shape[-1], device=device)[None]
         return cls(model.eval().requires_grad_(False))
 
     def width(self, whole: bool) -> int:

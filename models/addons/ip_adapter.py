@@ -84,7 +84,8 @@ class Resampler(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         latents, x = self.latents.expand(len(x), -1, -1), self.proj_in(x)
-        for attention, forward in self.layers:  # type: ignore[misc]
+        layers: Any = self.layers
+        for attention, forward in layers:
             latents = latents + attention(x, latents)
             latents = latents + forward(latents)
         return self.norm_out(self.proj_out(latents))
@@ -139,7 +140,7 @@ class IPAdapter(nn.Module):
         check_dtypes(part)
         net = fill(net, part, told, dtype, device)
         encoder = ImageEncoder.load(image_encoder, dtype=dtype, device=device)
-        wanted, has = net.width, encoder.width(net.image_proj.whole)
+        wanted, has = net.width, encoder.width(bool(net.image_proj.whole))
         if wanted != has:
             raise ValueError(f"the adapter {path} reads {wanted} numbers of an image encoder and this one gives {has}: "
                              "take the encoder that it was trained with (ViT-H for most, ViT-bigG for ip-adapter_sdxl)")
@@ -150,16 +151,18 @@ class IPAdapter(nn.Module):
     def width(self) -> int:
         """Of what the projection reads."""
         first: Any = self.image_proj
-        layer = first.proj_in if isinstance(first, Resampler) else (
+        layer: Any = first.proj_in if isinstance(first, Resampler) else (
             first.proj[0] if isinstance(first, FullProjection) else first.proj)
-        return int(layer.in_features)
+        width: int = layer.in_features
+        return width
 
     def of_block(self, number: int) -> Any:
         return self.ip_adapter[str(2 * number + 1)]
 
     def check(self, unet: UNet) -> None:
+        layers: list[Any] = list(self.ip_adapter.values())
         wanted = [tuple(block.attn2.to_k.weight.shape) for block in unet.cross_attentions]
-        got = [tuple(layer.to_k_ip.weight.shape) for layer in self.ip_adapter.values()]
+        got = [tuple(layer.to_k_ip.weight.shape) for layer in layers]
         if wanted != got:
             raise ValueError(f"the IP-Adapter {self.name} has keys for {len(got)} cross-attentions, the first "
                              f"{list(got[0])}, and this UNet has {len(wanted)}, the first {list(wanted[0])}: take one "

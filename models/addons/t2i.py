@@ -67,7 +67,7 @@ class T2IAdapter(nn.Module):
     small kind.
     """
 
-    pooled = None  # it has no guess mode, and nothing is averaged over the picture
+    pooled: bool | None = None  # it has no guess mode, and nothing is averaged over the picture
 
     def __init__(self, channels: int, widths: Sequence[int], blocks: int = 2, unshuffle: int = 8, light: bool = False,
                  ksize: int = 1, name: str = "") -> None:
