@@ -7,7 +7,8 @@
     OPTION      = NUMBER                              how strongly, 1 unless it is said
                 | HIGH-LOW                            the noise levels (sigmas) where it acts: 14.6-2.5
                 | unet=NUMBER | text=NUMBER | blocks=LIST          of a LoRA: each part, and its blocks
-                | preprocess=NAME | guess=NAME                     of a control
+                | preprocess=canny | guess=ldm | guess=diffusers   of a control: see `Conditioning.with_control`
+                | encoder=NAME                        of an image prompt: its image encoder's folder or file
 
 What stands at the end and reads as an option is one; before that, a control's and an image prompt's picture is what
 follows the last colon, so that FILE, NET and ADAPTER may be `org/repo:file` on the hub; the colon of a Windows drive
@@ -26,7 +27,8 @@ Place = Literal["lora", "embedding", "control", "image_prompt"]
 SHAPES: dict[Place, str] = {"lora": "FILE:0.8", "embedding": "FILE", "control": "NET:PICTURE:0.8",
                             "image_prompt": "ADAPTER:PICTURE:0.6"}
 NAMED: dict[Place, tuple[str, ...]] = {"lora": ("unet", "text", "blocks"), "embedding": (),
-                                       "control": ("preprocess", "guess"), "image_prompt": ()}
+                                       "control": ("preprocess", "guess"), "image_prompt": ("encoder",)}
+GUESSES = ("ldm", "diffusers")
 A1111 = {"te": "text", "unet": "unet", "lbw": "blocks"}
 
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
@@ -110,6 +112,8 @@ def _option(place: Place, part: str, text: str) -> tuple[str, Any] | None:
         raise ValueError(f"{text!r} says {found['name']}, and {known}")
     if found["name"] in ("unet", "text") and not _NUMBER.fullmatch(found["value"]):
         raise ValueError(f"{found['name']} is a number in {text!r}, got {found['value']!r}")
+    if found["name"] == "guess" and found["value"] not in GUESSES:
+        raise ValueError(f"guess is {' or '.join(GUESSES)}, got {text!r}")
     return found["name"], found["value"]
 
 

@@ -1,9 +1,12 @@
 """The add-ons of requests: files found and read once in a run, the pipeline dressed in them, conditions wrapped."""
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,8 +14,9 @@ from ella_kd.addon_words import AddOn
 from ella_kd.conditioning import as_conditioning
 from ella_kd.denoiser import Condition
 from ella_kd.models import UNet
-from ella_kd.models.addons.controlnet import ControlNet
 from ella_kd.models.addons.embeddings import Embedding
+from ella_kd.models.addons.ip_adapter import IPAdapter
+from ella_kd.models.addons.loading import load_control
 from ella_kd.models.addons.lora import LoRA
 from ella_kd.models.addons.preprocessing import preprocessor
 from ella_kd.models.files import hub
@@ -20,6 +24,7 @@ from ella_kd.models.files.folders import look_up
 from ella_kd.models.files.hashes import payload_sha256, sha256
 from ella_kd.models.files.kinds import kind_of_path
 from ella_kd.models.files.weights import SAFETENSORS, Weights
+from ella_kd.models.networks import BySigma
 from ella_kd.pictures.reading import read_picture
 from ella_kd.pipeline import Pipeline
 from ella_kd.request import Request
@@ -77,6 +82,8 @@ class AddOns:
             path = self.find(add_on)
             if add_on.picture:
                 self._picture(add_on)
+            if add_on.place == "image_prompt":
+                self._encoder(add_on)
             if add_on.place in ("lora", "embedding"):
                 self._read(add_on)
             said = known.get(add_on.file) or known.get(add_on.name)
@@ -108,7 +115,8 @@ class AddOns:
         return self._keep(key, lambda: (pipeline, self._dress(pipeline, worn, request)))[1]
 
     def _dress(self, pipeline: Pipeline, worn: tuple[AddOn, ...], request: Request) -> Pipeline:
-        loras = [(self._read(add_on), add_on.strength) for add_on in worn if add_on.place == "lora"]
+        asked = [add_on for add_on in worn if add_on.place == "lora"]
+        loras = [(self._read(add_on), add_on.strength) for add_on in asked]
         words = [self._read(add_on) for add_on in worn if add_on.place == "embedding"]
         words += [Embedding.of(tensors, name) for lora, _ in loras for name, tensors in lora.embeddings.items()]
         if not _clip_reads(pipeline, request):
@@ -118,27 +126,63 @@ class AddOns:
                 warnings.warn(f"{', '.join(deaf)} reaches CLIP, which reads nothing here: ELLA's encoder is T5; give "
                               "trigger words in tags (--tags), or draw with mode clip", stacklevel=5)
         dressed = pipeline.with_lora(loras) if loras else pipeline
+        if any(add_on.window for add_on in asked):  # of the UNet: CLIP's part holds for the whole run
+            windows = [add_on.window or (math.inf, 0.0) for add_on in asked]
+            edges = sorted({edge for window in windows for edge in window if 0 < edge < math.inf}, reverse=True)
+            parts = [[pair for pair, (high, low) in zip(loras, windows) if high >= above and low <= below]
+                     for above, below in pairwise((math.inf, *edges, 0.0))]
+            networks = [pipeline.with_lora(part).unet if part else pipeline.unet for part in parts]
+            dressed = replace(dressed, unet=BySigma(*networks, at=edges) if edges else networks[0])
         return dressed.with_embeddings(words)
 
     def steered(self, pipeline: Pipeline, asked: Sequence[AddOn], cond: Condition, uncond: Condition
                 ) -> tuple[Condition, Condition]:
-        """The conditions beside these controls and image prompts, both sides alike but in guess mode."""
+        """The conditions beside these controls and image prompts: both sides see a control, but for guess mode and a
+        pooled one; the uncond sees of an image prompt what its adapter makes of no picture."""
         for add_on in asked:
+            how: dict[str, Any] = {"window": add_on.window} if add_on.window else {}
+            guess, weight = dict(add_on.options).get("guess", ""), add_on.weight
             if add_on.place == "control":
-                net, picture, options = self._net(pipeline, add_on), self._picture(add_on), dict(add_on.options)
-                how: dict[str, Any] = {"window": add_on.window} if add_on.window else {}
-                guess = options.get("guess", "")
-                cond = as_conditioning(cond).with_control(net, picture, add_on.weight, guess=guess, **how)
-                if not guess and not getattr(net, "pooled", False):
-                    uncond = as_conditioning(uncond).with_control(net, picture, add_on.weight, **how)
+                net, picture = self._network(pipeline, add_on), self._picture(add_on)
+                cond = as_conditioning(cond).with_control(net, picture, weight, guess=guess, **how)
+                if not guess and not net.pooled:
+                    uncond = as_conditioning(uncond).with_control(net, picture, weight, **how)
+            elif add_on.place == "image_prompt":
+                adapter = self._network(pipeline, add_on)
+                cond = as_conditioning(cond).with_image(adapter, self._picture(add_on), weight, **how)
+                uncond = as_conditioning(uncond).with_image(adapter, None, weight, **how)
         return cond, uncond
 
-    def _net(self, pipeline: Pipeline, add_on: AddOn) -> Any:
-        """The control's network, where the pipeline is and in its numbers."""
+    def _network(self, pipeline: Pipeline, add_on: AddOn) -> Any:
+        """That of a control or an image prompt, where the pipeline is and in its numbers."""
         path = self.find(add_on)
+        where: dict[str, Any] = {"device": pipeline.device, "dtype": pipeline.dtype}
         base = pipeline.unet if isinstance(pipeline.unet, UNet) else None
-        return self._keep(("net", path, pipeline.device, pipeline.dtype), lambda: ControlNet.load(
-            path, base=base, device=pipeline.device, dtype=pipeline.dtype))
+        if add_on.place == "control":
+            return self._keep(("network", path, *where.values()), lambda: load_control(path, base=base, **where))
+        encoder = self._encoder(add_on)
+        return self._keep(("network", path, encoder, *where.values()),
+                          lambda: IPAdapter.load(path, image_encoder=encoder, **where))
+
+    def _encoder(self, add_on: AddOn) -> Path | None:
+        """The image encoder of an image prompt: what `encoder=` names, else the folder image_encoder beside the
+        adapter, here, in the models' folder, or on the hub."""
+        said, beside = dict(add_on.options).get("encoder"), self.find(add_on).parent / "image_encoder"
+        if said is None and beside.exists():
+            return None
+        if said is not None and os.path.lexists(said):
+            return Path(said)
+        if self.models_dir is not None:
+            try:
+                return look_up(said or "image_encoder", "image_encoder", self.models_dir)
+            except FileNotFoundError:
+                if said is not None:
+                    raise
+        repo, colon, file = add_on.file.partition(":")
+        if said is None and colon and not os.path.lexists(add_on.file):
+            return hub.find(f"{repo}:{file.rpartition('/')[0]}/image_encoder".replace(":/", ":"), "image_prompt")
+        raise FileNotFoundError(f"no image encoder for {add_on.file}: expected {said or beside}; name its folder or "
+                                "file behind the picture, encoder=DIR, or lay it in the folder of --models-dir")
 
     def _read(self, add_on: AddOn) -> Any:
         path = self.find(add_on)

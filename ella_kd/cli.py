@@ -28,7 +28,7 @@ from ella_kd.generation import jobs
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import known, parse
 from ella_kd.images import Picture, contact_sheet, save_image
-from ella_kd.options import check_folder, load, model_options, read_prompts, request_options
+from ella_kd.options import check_folder, load, model_options, read_prompts, request_options, use_presets
 from ella_kd.pictures.options import SOURCES
 from ella_kd.pictures.reading import read_picture
 from ella_kd.prompts import check_wildcards, expand_wildcards
@@ -240,6 +240,7 @@ def _signature(rule: type) -> str:
 def check(texts: Sequence[str], seed: int, options: dict[str, Any]) -> tuple[Request, Guidance | None]:
     """What is asked of every picture, and its rule, if each prompt can be read and every option be met, as far as no
     weight is needed to tell."""
+    use_presets(options)
     for name in SOURCES:
         if options[name]:
             read_picture(options[name])

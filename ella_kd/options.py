@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from ella_kd.addon_words import read
 from ella_kd.drawing import check_multiples
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.files.checkpoint import parts_at
 from ella_kd.models.files.connector import connector_file
-from ella_kd.models.files.hub import find, find_all, with_preset
+from ella_kd.models.files.hub import find, find_all, is_preset, with_preset
 from ella_kd.models.files.kinds import kind_of_path
 from ella_kd.models.files.metadata import size_of
 from ella_kd.models.files.presets import PRESETS, Part
@@ -110,6 +112,15 @@ def _option(each: Field[Any]) -> Callable[[Command], Command]:
     elif isinstance(each.default, float):
         how["type"] = float
     return click.option(f"--{each.name.replace('_', '-')}", **how)
+
+
+def use_presets(options: dict[str, Any]) -> None:
+    """Draw with the settings of the few-step LoRAs that are named (lcm-sd15), but for what the user has said."""
+    given = click.get_current_context().get_parameter_source
+    for name in (read("lora", door).file for door in options["lora"]):
+        for option, value in (PRESETS[name].settings if is_preset(name) else {}).items():
+            if given(option) == ParameterSource.DEFAULT:
+                options[option] = value
 
 
 def read_prompts(file: str) -> list[str]:

@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from ella_kd.addon_words import AddOn, in_prompt, read
 from ella_kd.generation import jobs
 from ella_kd.models import UNet
 from ella_kd.models.addons.controlnet import ControlNet
+from ella_kd.models.addons.ip_adapter import IPAdapter
 from ella_kd.models.addons.lora import LoRA
 from ella_kd.models.files.folders import look_up
 from ella_kd.request import Request
+from test_addons_ip_adapter import made, vision
 from tiny import randomised
 
 PROMPT = "a red circle"
@@ -34,7 +37,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def write_lora(path: Path, sides: dict[str, int] | None = None, seed: int = 0, **metadata: str) -> Path:
+def write_lora(path: Path, sides: dict[str, int] | None = None, seed: int = 0, **metadata: Any) -> Path:
     """Of the tiny system's UNet and text encoder, or of the modules that are given, square ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sides = sides or {LORA: 32, TEXT: 64}
@@ -94,8 +97,9 @@ def test_doors_are_read(place: Any, text: str, meant: AddOn) -> None:
     ("lora", "a:blocks=1,2,3", "blocks|25"),
 ])
 def test_what_no_door_takes_is_refused(place: Any, text: str, message: str) -> None:
+    asked: dict[str, Any] = {place: text}
     with pytest.raises(ValueError, match=message):
-        Request("a", **{place: text})
+        Request("a", **asked)
 
 
 @pytest.mark.parametrize(("prompt", "text", "asked"), [
@@ -141,7 +145,12 @@ def test_equal_add_ons_are_drawn_together_and_read_once(pipeline: Pipeline, file
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     read_: list[Any] = []
     load = LoRA.load
-    monkeypatch.setattr(addons.LoRA, "load", lambda *args: read_.append(args) or load(*args))
+
+    def spy(*args: Any) -> LoRA:
+        read_.append(args)
+        return load(*args)
+
+    monkeypatch.setattr(addons.LoRA, "load", spy)
     asked = [Request(f"{text} <lora:style:{weight}>", steps=2, seed=i, mode="clip", scale=2.0)
              for i, (text, weight) in enumerate([("a", 1), ("a red", 1), ("a", 0.5), ("a", 1)])]
     found = [(len(job.requests), job.draw()) for job in jobs(pipeline, asked, models_dir=files, progress=False)]
@@ -174,6 +183,81 @@ def test_a_control_is_followed_where_it_is_asked_for(pipeline: Pipeline, files: 
     [wanted] = ella_kd.draw(pipeline, cond, uncond=uncond, seeds=1, steps=2, progress=False)
     assert drawn == [wanted.tobytes()]
     assert draw(pipeline, control="edges.safetensors:room.png:0.8:preprocess=canny", mode="flexible") != drawn
+
+
+def test_a_lora_for_a_window_of_noise_levels(pipeline: Pipeline, files: Path) -> None:
+    style, write = LoRA.load("style.safetensors"), write_lora(files / "text.safetensors", {LORA: 32}, 3)
+    always, plain = draw(pipeline, lora="style.safetensors"), draw(pipeline)
+    assert draw(pipeline, lora="style.safetensors:inf-0") == always
+    assert draw(pipeline, lora="text.safetensors:0.001-0") == plain  # below the run's last noise level
+    some = draw(pipeline, lora=["style.safetensors:0.8:inf-5", "text.safetensors:10-1"])
+    parts: dict[float, list[Any]] = {10.1: [style], 10.0: [style, write], 5.1: [style, write], 5.0: [write], 1.0: []}
+    shelf, asked = addons.AddOns(), Request("a", lora=("style.safetensors:0.8:inf-5", "text.safetensors:10-1"))
+    unet: Any = shelf.dressed(pipeline, asked.add_ons, replace(asked, mode="clip")).unet
+    x, t, tokens = noise(1, 4, 4, 4), torch.tensor([500.0]), noise(1, 3, 64)
+    for sigma, loras in parts.items():
+        wanted = pipeline.with_lora([(lora, 0.8 if lora is style else 1.0) for lora in loras]).unet
+        assert torch.equal(unet.at((sigma,))(x, t, tokens), wanted(x, t, tokens)), sigma
+    assert some not in (always, plain)
+
+
+def test_a_picture_prompts(pipeline: Pipeline, files: Path) -> None:
+    assert isinstance(pipeline.unet, UNet)
+    adapter = made("base", pipeline.unet.config)
+    save_file({name: x.clone() for name, x in adapter.state_dict().items()}, "ip.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no image encoder for ip.safetensors: expected image_encoder; name"):
+        draw(pipeline, image_prompt="ip.safetensors:room.png")
+    vision().save_pretrained(files / "comfy" / "clip_vision" / "vit")
+    asked = "ip.safetensors:room.png:0.6"
+    drawn = draw(pipeline, image_prompt=f"{asked}:encoder=vit", models_dir="comfy", mode="flexible")
+    vision().save_pretrained(files / "image_encoder")
+    assert drawn == draw(pipeline, image_prompt=[asked], mode="flexible") != draw(pipeline, mode="flexible")
+    net = IPAdapter.load("ip.safetensors")
+    cond, uncond = (pipeline.encode(text) for text in (PROMPT, ""))
+    [wanted] = ella_kd.draw(pipeline, cond.with_image(net, "room.png", 0.6), uncond=uncond.with_image(net, None, 0.6),
+                            seeds=1, steps=2, progress=False)
+    assert drawn == [wanted.tobytes()]
+    assert draw(pipeline, image_prompt=f"{asked}:0.001-0") == draw(pipeline)
+
+
+def test_words_and_loras_in_either_order(pipeline: Pipeline, files: Path) -> None:
+    one = pipeline.with_lora([("style.safetensors", 0.5)]).with_embeddings(["zz.safetensors"])
+    other = pipeline.with_embeddings(["zz.safetensors"]).with_lora([("style.safetensors", 0.5)])
+    halves = other.to(dtype=torch.float64), one.to(dtype=torch.float64).with_lora([("style.safetensors", 0.0)])
+    said = [each.encode(f"{PROMPT} zz", "clip")(torch.zeros(1)).tokens for each in (one, other, *halves, pipeline)]
+    assert torch.equal(said[0], said[1]) and not torch.equal(said[0], said[-1])
+    assert all(float((said[0] - half).abs().max()) < 1e-5 for half in said[2:4])
+
+
+def test_presets_bring_their_settings(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few-step LoRA by its name draws as it was distilled for, but for what the user says."""
+    seen: list[dict[str, Any]] = []
+
+    def stop(options: dict[str, Any], modes: Any) -> None:
+        seen.append(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(addons.AddOns, "check", lambda *args: None)
+    monkeypatch.setattr(cli, "load", stop)
+    for words, steps in (([], 4), (["--steps", "6"], 6)):
+        assert CliRunner().invoke(cli.main, ["generate", "a", "--lora", "lcm-sd15:0.9", *words]).exit_code == 2
+        assert {name: seen[-1][name] for name in ("sampler", "schedule", "steps", "scale")} == {
+            "sampler": "lcm", "schedule": "trailing", "steps": steps, "scale": 1.0}
+
+
+def test_inspect_tells_what_they_are(files: Path, pipeline: Pipeline) -> None:
+    said_of_itself: dict[str, Any] = {"modelspec.trigger_phrase": "in mystyle", "ss_base_model_version": "sd_v1"}
+    write_lora(files / "style.safetensors", **said_of_itself)
+    save_file({"emb_params": noise(3, 1024)}, "old.safetensors")
+    save_file({"clip_l": noise(2, 768), "clip_g": noise(2, 1280)}, "pair.safetensors")
+    done = CliRunner().invoke(cli.main, ["inspect", "style.safetensors", "old.safetensors", "pair.safetensors",
+                                         "edges.safetensors"])
+    said = " ".join(done.output.split())
+    for text in ("its place is lora, --lora", "kind: LoRA", "rank: 2", "base: Stable Diffusion 1.x", "trigger words: "
+                 "in mystyle", "modules: 1 of the UNet, 1 of the text encoder",
+                 "its place is embedding, --embedding", "made for: Stable Diffusion 2.x's, 1024 wide", "vectors: 3",
+                 "made for: SDXL's, a pair 768 and 1280 wide", "A ControlNet; its place is control, --control"):
+        assert text in said, text
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -211,8 +295,8 @@ def test_a1111_reads_them_and_its_pictures_are_read(pipeline: Pipeline, files: P
             'Control Mode: Balanced"') in text
     theirs = ("a zz <lora:style:0.8> <hypernet:h:1>\nNegative prompt: b <lora:q:1>\nSteps: 2, Sampler: Euler, "
               f'CFG scale: 7, Seed: 1, Size: 16x16, Lora hashes: "style: {payload[:12]}", '
-              'TI hashes: "zz: 000000000000", ControlNet 0: "Module: canny, Model: control_v11p_sd15_canny [d14c016b], Weight: 1", '
-              'Version: v1.10.1')
+              'TI hashes: "zz: 000000000000", ControlNet 0: "Module: canny, Model: control_v11p_sd15_canny [d14c016b], '
+              'Weight: 1", Version: v1.10.1')
     with pytest.warns(UserWarning, match=r"left out: ControlNet 0: .*, <hypernet:h:1>, <lora:q:1>$"):
         read_ = Request.from_text(theirs)
     assert (read_.prompt, read_.negative, read_.embedding) == ("a zz <lora:style:0.8>", "b", ("zz",))

@@ -42,7 +42,7 @@ class Embedding:
                              f"{', '.join(map(str, map(list, shapes)))}")
         if not all(x.is_floating_point() and bool(x.isfinite().all()) for x in rows.values()):
             raise ValueError(f"{what} must hold finite floating-point numbers")
-        object.__setattr__(self, "vectors", {name: x.detach() for name, x in rows.items()})
+        object.__setattr__(self, "vectors", {half: rows[half].detach() for half in ("", *PAIR) if half in rows})
 
     @classmethod
     def load(cls, path: str | Path, name: str | None = None) -> Self:
@@ -86,6 +86,11 @@ class Embedding:
             wanted = f"{halves[0]} of the pair, {width} wide" if halves[0] else f"vectors {width} wide"
             raise ValueError(f"the embedding {self.name} is {self.kind}: this model's text encoder takes {wanted}")
         return found
+
+    def described(self) -> dict[str, str]:
+        """What `inspect` shows."""
+        return {"made for": self.kind, "vectors": str(len(self)),
+                "trigger words": self.metadata.get("modelspec.trigger_phrase", "") or self.name}
 
     def __repr__(self) -> str:
         return f"Embedding({self.name!r}, {len(self)} vectors, {self.kind})"

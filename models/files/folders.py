@@ -12,6 +12,7 @@ SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
 # Where the two keep each kind, in any case; under the folder itself or its `models`.
 FOLDERS = {"lora": ("lora", "loras", "lycoris"), "embedding": ("embeddings", "textual_inversion"),
            "control": ("controlnet", "t2i_adapter", "t2i-adapter"),
+           "image_encoder": ("clip_vision", "image_encoder"),
            "image_prompt": ("ipadapter", "ip-adapter", "ip_adapter", "controlnet")}
 
 
