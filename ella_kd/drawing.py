@@ -17,10 +17,12 @@ from ella_kd.denoiser import Condition, Denoiser
 from ella_kd.guidance import CFG, Guidance
 from ella_kd.images import to_images
 from ella_kd.models import TextFeatures
+from ella_kd.models.files.kinds import RELIT
 from ella_kd.models.network import as_network
 from ella_kd.pictures.beginning import Beginning, has_channels, seen_beside
 from ella_kd.pictures.canvas import Canvas
-from ella_kd.pictures.options import FromPicture
+from ella_kd.pictures.options import SHOWN, FromPicture
+from ella_kd.pictures.reading import Source
 from ella_kd.pictures.segments import sample_in_segments
 from ella_kd.pictures.start import slerp
 from ella_kd.pipeline import Pipeline
@@ -93,8 +95,11 @@ def draw(
     beside = as_network(pipeline.unet).in_channels - shape[1]
     if beside and not any(map(has_channels, extra_args.values())):
         with pipeline.at_work("vae"):
-            extra_args = seen_beside(beside, begun, pipeline.vae, shape[2:], denoiser.inner_model.lift, extra_args)
-        begun = begun and begun.unkept() if beside > shape[1] and refiner is None else begun
+            extra_args = seen_beside(beside, begun, pipeline.vae, shape[2:], denoiser.inner_model.lift, extra_args,
+                                     shown_to(pipeline, asked))
+        begun = begun and begun.unkept() if beside == shape[1] + 1 and refiner is None else begun
+    elif asked.shown and not beside:
+        raise ValueError("a foreground is for a network that relights: load the pipeline with IC-Light's file, offset=")
     cfg_pp = get_sampler(sampler).cfg_pp
     fresh, places = list[int](), [pipeline]
     extra_args = guided(pipeline, extra_args, rule, cfg_pp)
@@ -148,7 +153,7 @@ def begin_from(pipeline: Pipeline, asked: FromPicture, schedule: str, steps: int
                height: int | None, sigmas: Tensor | None = None) -> Beginning:
     """Where a run from the start picture begins. width, height: None for the picture's own (`Canvas.of`)."""
     given = None if (width, height) == (None, None) else picture_size(pipeline, width, height)
-    if asked.strength is None and edits(pipeline):
+    if asked.strength is None and edits(pipeline) and not asked.shown:
         asked = replace(asked, strength=1.0)
     canvas = Canvas.of(asked, given, picture_size(pipeline, None, None), pipeline.vae.factor)
     with pipeline.at_work("vae"):
@@ -157,7 +162,15 @@ def begin_from(pipeline: Pipeline, asked: FromPicture, schedule: str, steps: int
 
 def edits(pipeline: Pipeline) -> bool:
     """Whether the network sees a whole picture beside x, to edit it (InstructPix2Pix)."""
-    return as_network(pipeline.unet).in_channels == 2 * pipeline.vae.config.latent_channels
+    own = 2 * pipeline.vae.config.latent_channels
+    return pipeline.purpose != RELIT and as_network(pipeline.unet).in_channels == own
+
+
+def shown_to(pipeline: Pipeline, asked: FromPicture) -> list[Source]:
+    """The pictures for a network that relights. ValueError where one that is known to do so is given none."""
+    if pipeline.purpose == RELIT and not asked.shown:
+        raise ValueError("this network relights a picture: give it as foreground, best transparent around the thing")
+    return list(asked.shown.values())
 
 
 def _asked(more: Mapping[str, Any]) -> tuple[FromPicture, Beginning | None, dict[str, Any]]:
@@ -165,7 +178,8 @@ def _asked(more: Mapping[str, Any]) -> tuple[FromPicture, Beginning | None, dict
     given = {name: value for name, value in more.items() if name in FromPicture.names()}
     rest = {name: value for name, value in more.items() if name not in given}
     begun = given.pop("start") if isinstance(given.get("start"), Beginning) else None
-    if begun is not None and (twice := given.keys() - {"eta", "s_noise", "s_churn", "variation", "variation_seed"}):
+    allowed = {"eta", "s_noise", "s_churn", "variation", "variation_seed", *SHOWN}
+    if begun is not None and (twice := given.keys() - allowed):
         raise ValueError(f"{min(twice)} was said when the beginning was made")
     return FromPicture(**given), begun, rest
 
