@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +78,6 @@ def draw(
     rule, given = plain_scale(guidance, get_sampler(sampler).cfg_pp), start_given(noise, latents)
     rows = seed_rows(seeds, None if given is None else len(given))
     denoiser = pipeline.denoiser(rule if isinstance(rule, Guidance) else None)
-    model: Denoiser = denoiser
     sigmas = None if sigmas is None else torch.as_tensor(sigmas)
     if asked.start is not None:
         begun = begin_from(pipeline, asked, schedule, steps, width, height, sigmas)
@@ -100,38 +100,49 @@ def draw(
         begun = begun and begun.unkept() if beside == shape[1] + 1 and refiner is None else begun
     elif asked.shown and not beside:
         raise ValueError("a foreground is for a network that relights: load the pipeline with IC-Light's file, offset=")
-    cfg_pp = get_sampler(sampler).cfg_pp
-    fresh, places = list[int](), [pipeline]
-    extra_args = guided(pipeline, extra_args, rule, cfg_pp)
-    if refiner is not None:
-        refiner.check_latents(pipeline.vae)
-        second = refiner.pipeline.denoiser(rule if isinstance(rule, Guidance) else None)
-        own = guided(refiner.pipeline, {"cond": refiner.cond, "uncond": refiner.uncond}, rule, cfg_pp)
-        model = HandOver(denoiser, second, refiner.sigma(denoiser), own)
-        fresh, places = model.changes(sigmas.tolist()), [pipeline, refiner.pipeline]
-    if noise is None and latents is None:
-        noise = randn(shape, rows)
-        if asked.variation:
-            noise = slerp(noise, randn(shape, [asked.variation_seed] * len(rows)), asked.variation)
-    if noise is not None:
-        noise = noise.to(pipeline.device)
+    if latents is None:
+        noise = (_noise(asked, shape, rows) if noise is None else noise).to(pipeline.device)
         latents = noise * sigmas[0] if begun is None else begun.x(noise, rows)
-    assert latents is not None
-    options: dict[str, Any] = {"extra_args": extra_args, "callback": callback, "disable": not progress, "seeds": rows,
-                               **asked.of_method}
+    model, extra_args, fresh = _model(pipeline, refiner, rule, get_sampler(sampler).cfg_pp, extra_args, sigmas)
+    sample = _way(sampler, begun, fresh)
     with ExitStack() as at_work:
-        for each in places:
-            at_work.enter_context(each.at_work("unet", "tsc"))
-        latents = latents.to(pipeline.device)
-        if begun is not None:
-            latents = begun.sample(sampler, model, latents, sigmas, fresh=fresh, **options)
-        elif fresh and sampler not in RANGE_SAMPLERS:
-            latents = sample_in_segments(sampler, model, latents, sigmas, fresh=fresh, **options)
-        else:
-            latents = get_sampler(sampler).function(model, latents, sigmas, **options)
+        for system in [pipeline] if refiner is None else [pipeline, refiner.pipeline]:
+            at_work.enter_context(system.at_work("unet", "tsc"))
+        latents = sample(model, latents.to(pipeline.device), sigmas, extra_args=extra_args, callback=callback,
+                         disable=not progress, seeds=rows, **asked.of_method)
     with pipeline.at_work("vae"):
         images = to_images(pipeline.vae.decode(latents.to(pipeline.vae.dtype)))
     return images if begun is None else [begun.canvas.back(image) for image in images]
+
+
+def _noise(asked: FromPicture, shape: tuple[int, int, int, int], seeds: Sequence[int]) -> Tensor:
+    noise = randn(shape, seeds)
+    if not asked.variation:
+        return noise
+    return slerp(noise, randn(shape, [asked.variation_seed] * len(seeds)), asked.variation)
+
+
+def _model(pipeline: Pipeline, refiner: Refiner | None, rule: Guidance | float, cfg_pp: bool,
+           conditions: Mapping[str, Condition | None], sigmas: Tensor) -> tuple[Denoiser, dict[str, Any], list[int]]:
+    """What is sampled: the pipeline's denoiser, or with a refiner both of them; what it is called with; the steps that
+    begin without what a method remembers."""
+    own, args = rule if isinstance(rule, Guidance) else None, guided(pipeline, conditions, rule, cfg_pp)
+    model = pipeline.denoiser(own)
+    if refiner is None:
+        return model, args, []
+    refiner.check_latents(pipeline.vae)
+    theirs = guided(refiner.pipeline, {"cond": refiner.cond, "uncond": refiner.uncond}, rule, cfg_pp)
+    both = HandOver(model, refiner.pipeline.denoiser(own), refiner.sigma(model), theirs)
+    return both, args, both.changes(sigmas.tolist())
+
+
+def _way(sampler: str, begun: Beginning | None, fresh: list[int]) -> Callable[..., Tensor]:
+    """The sampler, in segments where some steps begin anew."""
+    if begun is not None:
+        return partial(begun.sample, sampler, fresh=fresh)
+    if fresh and sampler not in RANGE_SAMPLERS:
+        return partial(sample_in_segments, sampler, fresh=fresh)
+    return get_sampler(sampler).function
 
 
 def guided(pipeline: Pipeline, conditions: Mapping[str, Condition | None], rule: Guidance | float,

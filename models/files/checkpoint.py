@@ -14,7 +14,7 @@ import torch
 from ella_kd.models.clip import CLIPTextEncoder, TwoTextEncoders, clip_text_model
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.files.building import build, check_dtypes, fill, refuse
-from ella_kd.models.files.kinds import RELIT, Kind, hint, kind_of_path
+from ella_kd.models.files.kinds import RELIT, Kind, hint, kind_of, kind_of_path
 from ella_kd.models.files.layout import WORDS, Part, parts_of, parts_of_folder
 from ella_kd.models.files.metadata import config_of
 from ella_kd.models.files.offsets import added
@@ -95,8 +95,9 @@ def load_checkpoint(path: File, *, vae: File | None = None, text_encoder: File |
     device = check_device(device)
     dtype = check_dtype(dtype, device)
     path = Path(path)
-    parts, others = parts_at(path, variant)
-    kind = kind_of_path(path)
+    alone = None if path.is_dir() else Weights(path)  # its header is read once
+    parts, others = parts_of_folder(path, variant) if alone is None else parts_of(alone)
+    kind = kind_of_path(path) if alone is None else kind_of(alone)
     told = f"{path} is not what this loads{hint(kind, 'checkpoint')}"
     if not kind.read:
         raise ValueError(f"{told}: expected a UNet, model.diffusion_model.input_blocks.0.0.weight and so on")
