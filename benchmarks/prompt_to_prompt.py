@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any
 
 import click
 import numpy as np
@@ -27,12 +27,13 @@ from benchmarks.score import SCALE, held_out
 from ella_kd import Pipeline
 from ella_kd.guidance import CFG, Guidance, GuidedDenoiser, PromptToPrompt
 from ella_kd.models.blocks import TransformerBlock
+from ella_kd.models.network import as_network
 from ella_kd.models.prompt_to_prompt import SourceAttention
 from ella_kd.request import Mode
 from ella_kd.samplers import get_sigmas_karras, randn, sample_dpmpp_2m
 
 STEPS, BATCH = 10, 10
-FACTS: tuple[Literal["colour", "shape"], ...] = ("colour", "shape")
+FACTS = ("colour", "shape")
 Write = Callable[[Scene, random.Random], list[captions.Word]]
 #: How the prompts are read and written; in the last, facts are left unsaid and decided by the noise.
 SYSTEMS: dict[str, tuple[Mode, Write]] = {
@@ -50,6 +51,13 @@ WINDOWS = {
 }  # fmt: skip
 
 
+def changed(scene: Scene, place: int, fact: str, value: str) -> Scene:
+    """The scene with one fact of the thing at this place changed."""
+    change: dict[str, Any] = {fact: value}
+    return replace(scene, things=tuple(replace(thing, **change) if thing.place == place else thing
+                                       for thing in scene.things))
+
+
 @dataclass(frozen=True)
 class Triple:
     """A scene, the prompt of it, and for each fact what its thing is to be and the prompt that says so."""
@@ -61,8 +69,7 @@ class Triple:
 
     def expected(self, found: Scene, fact: str, value: str) -> Scene:
         """What was found in the source's picture, with the one fact changed."""
-        return replace(found, things=tuple(replace(thing, **{fact: value}) if thing.place == self.place else thing
-                                           for thing in found.things))
+        return changed(found, self.place, fact, value)
 
 
 def triples(write: Write, count: int) -> list[Triple]:
@@ -73,8 +80,7 @@ def triples(write: Write, count: int) -> list[Triple]:
         thing = rng.choice(scene.things)
         new = (rng.choice([each for each in COLOUR_NAMES if each != thing.colour]),
                rng.choice([each for each in SHAPES if each != thing.shape]))
-        scenes = [scene] + [replace(scene, things=tuple(replace(each, **{fact: value}) if each is thing else each
-                                                        for each in scene.things)) for fact, value in zip(FACTS, new)]
+        scenes = [scene, *(changed(scene, thing.place, fact, value) for fact, value in zip(FACTS, new))]
         source, *edits = (write(each, random.Random(f"prompt {i}")) for each in scenes)
         if all(_swapped(source, edit) == value for edit, value in zip(edits, new)):
             said = tuple((value, captions.text(edit)) for value, edit in zip(new, edits, strict=True))
@@ -140,7 +146,7 @@ def judge(triple: Triple, pictures: Sequence[np.ndarray]) -> dict[str, list[floa
 def measure(sd: Pipeline, count: int) -> dict[str, dict[str, dict[str, list[float]]]]:
     """System -> window -> fact -> the means of what `judge` says; and the number of pairs that were judged."""
     result: dict[str, dict[str, dict[str, list[float]]]] = {}
-    attention = OfThrees(tuple(sd.unet.places), pixels=256)
+    attention = OfThrees(tuple(as_network(sd.unet).places), pixels=256)
     for system, (mode, write) in SYSTEMS.items():
         asked = triples(write, count)
         for name, window in WINDOWS.items():

@@ -15,7 +15,7 @@ def test_what_is_on_file_is_what_the_page_shows() -> None:
     page = (results.HERE / "README.md").read_text()
     for module, name in ((pictures, "pictures"), (prompt_to_prompt, "prompt to prompt")):
         found = json.loads((results.HERE / f"{name.replace(' ', '_')}.json").read_text())
-        assert results.between_marks(page, name, module.table(found["rows"])) == page  # type: ignore[attr-defined]
+        assert results.between_marks(page, name, module.table(found["rows"])) == page
         assert f"`{found['command']}` on" in page
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -71,8 +72,8 @@ def test_alignment() -> None:
                                        (2, 3))
 
 
-INNER = LDMDenoiser(sharp_unet())
-PLACES: tuple[str, ...] = tuple(INNER.inner_model.places)
+UNET = sharp_unet()
+INNER, PLACES = LDMDenoiser(UNET), tuple(UNET.places)
 X = noise(3, 4, 8, 8, dtype=torch.float64)
 SAID, OTHER = (features(n, n, n, width=24, seed=n) for n in (4, 5))
 
@@ -83,7 +84,8 @@ def ask(rule: Guidance, level: float, rows: Sequence[int] = (0, 1, 2), said: Seq
     at = list(rows)
     parts = [Constant(TextFeatures(one.tokens[at].double())) for one in said]
     cond = parts[0] if len(parts) == 1 else And(*((part, 0.5) for part in parts))
-    model, args = GuidedDenoiser(INNER, rule, together), {"cond": cond, "uncond": features(3, width=24, seed=9)}
+    model = GuidedDenoiser(INNER, rule, together)
+    args: dict[str, Any] = {"cond": cond, "uncond": features(3, width=24, seed=9)}
     if planned:
         return model.bind(X[at] * level, (20.0, level), **args)(X[at] * level, level).denoised
     return model(X[at] * level, torch.full((len(at),), level).double(), **args)
