@@ -257,7 +257,7 @@ def check(texts: Sequence[str], seed: int, options: dict[str, Any]) -> tuple[Req
     return request, rule
 
 
-def save(picture: Picture, folder: Path, number: int, ending: str, **how: int) -> tuple[int, Path]:
+def save(picture: Picture, folder: Path, number: int, ending: str, **how: Any) -> tuple[int, Path]:
     """Write a picture under the next number that is free, whoever else writes there; the number and the path."""
     while True:
         number += 1

@@ -168,7 +168,8 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
     guidance = rule if rule is not None else SCALE if asked.scale is None else asked.scale
     sigmas = None if asked.sigmas is None else torch.tensor(asked.sigmas)
     latents: torch.Tensor | None = None
-    more: dict[str, Any] = {"variation": asked.variation, "variation_seed": asked.variation_seed, **asked.of_method}
+    more: dict[str, Any] = {"variation": asked.variation, "variation_seed": asked.variation_seed, **asked.of_method,
+                            **asked.shown}
     if asked.start is None:
         width, height = picture_size(pipeline, asked.width, asked.height)
         sigmas = get_schedule(asked.schedule).sigmas(asked.steps, pipeline.denoiser()) if sigmas is None else sigmas

@@ -51,6 +51,8 @@ def model_options(command: Command) -> Command:
                           "org/repo:file on the Hugging Face hub."),
         click.option("--vae", metavar="FILE", help="An autoencoder instead of the checkpoint's: a file or a folder."),
         click.option("--text-encoder", metavar="FILE", help="CLIP's text model instead of the checkpoint's."),
+        click.option("--offset", metavar="FILE",
+                     help="Differences to add to the UNet: IC-Light's files, which relight a --foreground."),
         click.option("--tsc", metavar="FILE", help="ELLA's connector: ella-sd1.5-tsc-t5xl.safetensors."),
         click.option("--t5", metavar="DIR", help="The folder of flan-t5-xl: model and tokenizer."),
         click.option("--clip-tokenizer", metavar="DIR",
@@ -156,12 +158,13 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
     model = options.pop("model")
     prediction, offload, keep_t5 = (options.pop(name) for name in ("prediction", "offload", "keep_t5"))
     dtype, fast, device = options.pop("dtype"), options.pop("fast"), check_device(options.pop("device"))
+    offset = options.pop("offset")
     specs = with_preset({name: options.pop(name) for name in FILES}, None if model == "miniature" else model)
     files: dict[str, Any] = {"checkpoint": MINIATURE / "sd.safetensors"}
     given = [name for name in FILES if specs[name]]
     own = model == "miniature" and not given
-    if not own and not specs["checkpoint"]:
-        raise ValueError(f"{_flag(given[0])} belongs to a checkpoint: name it with --checkpoint")
+    if not specs["checkpoint"] and (given or offset):
+        raise ValueError(f"{_flag(given[0] if given else 'offset')} belongs to a checkpoint: name it with --checkpoint")
     if not own:
         modes = [(said, mode_named(mode)) for said, mode in wanted if mode]
         if not specs["tsc"] and (said := next((said for said, mode in modes if mode != "clip"), None)):
@@ -172,6 +175,8 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
         _check_files(files)
     if options.get("refiner"):
         _check_kind("refiner", find(options["refiner"]), WHAT["checkpoint"], "checkpoint")
+    if offset:
+        _check_kind("offset", find(offset), "IC-Light's file", "offset")
     checkpoint = Path(files["checkpoint"])
     factor = _factor(Path(files.get("vae") or checkpoint))
     side = size_of(checkpoint, factor) or factor
@@ -180,7 +185,7 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
     if fast and (device.type != "cpu" or dtype == "float16"):
         raise ValueError(f"--fast is for float32 or bfloat16 on the CPU, got {dtype or numbers} on {device}")
     if not own:
-        pipeline = Pipeline.load(**files, prediction=prediction,
+        pipeline = Pipeline.load(**files, offset=offset, prediction=prediction,
                                  placement=Placement(device, numbers, keep_t5=keep_t5, offload=offload))
     else:
         pipeline = Pipeline.miniature(device=device, **({"dtype": numbers} if dtype else {}))
