@@ -169,7 +169,7 @@ def test_what_peft_trains_and_saves(kind: str, tmp_path: Path) -> None:
     before = weights(unet)
     config = copy.deepcopy(PEFT[kind])
     config.target_modules = ["to_q", "to_k", "out_layers.3", "proj_in"]
-    model = get_peft_model(copy.deepcopy(unet), config)  # type: ignore[arg-type]
+    model = get_peft_model(copy.deepcopy(unet), config)
     for i, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.requires_grad and "magnitude" not in name:
             parameter.add_(random(*parameter.shape, seed=i, std=0.1))
