@@ -26,13 +26,13 @@ from tiny import features, noise, planned, relative, tiny_unet
 
 def style(network: nn.Module, seed: int, prefix: str = "lora_unet_") -> LoRA:
     """A LoRA of every other layer of a network in our names."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for i, (name, layer) in enumerate(list(layers(network))[seed % 2::2]):
         tensors |= {f"{prefix}{name.replace('.', '_')}.{end}": x for end, x in factors(layer, seed + 10 * i).items()}
     return LoRA.of(tensors, f"style {seed}")
 
 
-def conds(rows: int) -> dict[str, Constant]:
+def conds(rows: int) -> dict[str, Any]:
     return {"cond": Constant(features(*[5] * rows, width=24)), "uncond": Constant(features(4, seed=5, width=24))}
 
 
@@ -182,7 +182,7 @@ def test_a_lora_for_each_row_of_a_pipeline() -> None:
 def test_what_networks_of_networks_are_like(tmp_path: Path) -> None:
     unet = tiny_unet()
     twin = with_lora(unet, style(unet, 1))
-    network = ByRow([unet, BySigma(twin, unet, at=1.0), unet])
+    network: Any = ByRow([unet, BySigma(twin, unet, at=1.0), unet])
     assert (network.in_channels, network.out_channels, network.dtype, network.places) == (4, 4, torch.float32,
                                                                                          unet.places)
     assert network.vector_dim is None and len(list(network.parameters())) < 2 * len(list(unet.parameters()))
@@ -193,7 +193,8 @@ def test_what_networks_of_networks_are_like(tmp_path: Path) -> None:
     fast = fast_on_cpu(network).at((2.0,))
     assert relative(fast(x, t, context), network.at((2.0,))(x, t, context)) < 2e-5
     sd = replace(family("sd2").ours, unet=network).to(dtype="bfloat16")
-    assert sd.unet.dtype == torch.bfloat16 and sd.unet.networks[0] is sd.unet.networks[2]
+    cast: Any = sd.unet
+    assert cast.dtype == torch.bfloat16 and cast.networks[0] is cast.networks[2]
     with pytest.raises(TypeError, match="a UNet of ours can be saved"):
         sd.save(tmp_path / "x")
     with pytest.raises(ValueError, match="decided by sigma"):

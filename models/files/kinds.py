@@ -65,6 +65,8 @@ _NAMES = [(re.compile(pattern), what, place) for pattern, what, place in (
     (r"^(embedder\.|noise_augmentor\.)", "a Stable Diffusion 2.x unCLIP checkpoint, which is not read", ""),
     (r"(^|\.)encoder_hid_proj\.", "Kolors, whose text encoder is not read", ""),
     (r"^(encoder|decoder)\.block\.0\.layer\.0\.SelfAttention\.", "a T5", "t5"),
+    (r"\.(on_input|diff|diff_b|w_norm|dora_scale|a1\.weight|lora_magnitude_vector(\.\w+)?|(hada|lokr)_w1(_a)?\.\w+)$",
+     "a LoRA, which changes a checkpoint and is none itself", "lora"),
     (r"^(vision_model\.|visual\.)", "a CLIP image encoder", ""),
 )]
 
