@@ -92,15 +92,14 @@ class Hint:
 class Control(ForRows):
     """A network that steers some rows of a context.
 
-    hints, strengths: one per row. factors: of each output, those of the skips and then the middle's (guess mode); None:
-    all 1. pooled: outputs are averaged over the picture (shuffle). own: what the network sees in place of the rows'
-    tokens, a row for each; None: the same tokens as the UNet.
+    hints: one per row. factors: of each output, those of the skips and then the middle's, by a name of FACTORS. pooled:
+    outputs are averaged over the picture (shuffle). own: what the network sees in place of the rows' tokens, a row for
+    each; None: the same tokens as the UNet.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("hints", "strengths", "own")
     network: ControlNetwork
     hints: tuple[Hint, ...]
-    strengths: tuple[float, ...]
     factors: str = ""
     pooled: bool = False
     own: Context | None = None
