@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+from PIL import Image
+
 from ella_kd.addon_words import AddOn
 from ella_kd.conditioning import as_conditioning
 from ella_kd.denoiser import Condition
@@ -135,15 +137,18 @@ class AddOns:
             dressed = replace(dressed, unet=BySigma(*networks, at=edges) if edges else networks[0])
         return dressed.with_embeddings(words)
 
-    def steered(self, pipeline: Pipeline, asked: Sequence[AddOn], cond: Condition, uncond: Condition
-                ) -> tuple[Condition, Condition]:
+    def steered(self, pipeline: Pipeline, asked: Sequence[AddOn], cond: Condition, uncond: Condition,
+                part: Callable[[Image.Image], Image.Image] = lambda picture: picture) -> tuple[Condition, Condition]:
         """The conditions beside these controls and image prompts: both sides see a control, but for guess mode and a
-        pooled one; the uncond sees of an image prompt what its adapter makes of no picture."""
+        pooled one; the uncond sees of an image prompt what its adapter makes of no picture.
+
+        part: what is drawn on of a picture of the whole (`Canvas.part`).
+        """
         for add_on in asked:
             how: dict[str, Any] = {"window": add_on.window} if add_on.window else {}
             guess, weight = dict(add_on.options).get("guess", ""), add_on.weight
             if add_on.place == "control":
-                net, picture = self._network(pipeline, add_on), self._picture(add_on)
+                net, picture = self._network(pipeline, add_on), part(self._picture(add_on))
                 cond = as_conditioning(cond).with_control(net, picture, weight, guess=guess, **how)
                 if not guess and not net.pooled:
                     uncond = as_conditioning(uncond).with_control(net, picture, weight, **how)
@@ -190,12 +195,13 @@ class AddOns:
         read: Callable[..., Any] = LoRA.load if add_on.place == "lora" else Embedding.load
         return self._keep(("read", path), lambda: read(path, stem if add_on.place == "embedding" else None))
 
-    def _picture(self, add_on: AddOn) -> Any:
+    def _picture(self, add_on: AddOn) -> Image.Image:
         name = dict(add_on.options).get("preprocess")
 
-        def read() -> Any:
+        def read() -> Image.Image:
             picture, _ = read_picture(add_on.picture)
-            return picture if name is None else preprocessor(name)(picture)
+            drawn: Image.Image = picture if name is None else preprocessor(name)(picture)
+            return drawn
 
         return self._keep(("picture", add_on.picture, name), read)
 

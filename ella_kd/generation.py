@@ -163,7 +163,7 @@ def _loaded_beside(pipeline: Pipeline, file: str) -> Pipeline:
 
 
 def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: Pipeline | None,
-           steered: Callable[[Condition, Condition], tuple[Condition, Condition]]) -> Callable[..., Job]:
+           steered: Callable[..., tuple[Condition, Condition]]) -> Callable[..., Job]:
     """What makes a job of requests that are like `asked` in all but prompt, negative and seed."""
     guidance = rule if rule is not None else SCALE if asked.scale is None else asked.scale
     sigmas = None if asked.sigmas is None else torch.tensor(asked.sigmas)
@@ -181,7 +181,7 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
     else:
         begun = begin_from(pipeline, asked, asked.schedule, asked.steps, asked.width, asked.height, sigmas)
         (width, height), sigmas, size = begun.canvas.size, begun.sigmas, {}
-        more["start"] = begun
+        more["start"], steered = begun, partial(steered, part=begun.canvas.part)
     levels = sigmas.tolist() if asked.syntax else None
     read = _reader(pipeline, asked, levels)
     own = replace(asked, mode="clip", negative_mode=None) if refiner is not None and refiner.tsc is None else asked

@@ -185,6 +185,30 @@ def test_a_control_is_followed_where_it_is_asked_for(pipeline: Pipeline, files: 
     assert draw(pipeline, control="edges.safetensors:room.png:0.8:preprocess=canny", mode="flexible") != drawn
 
 
+def test_a_control_is_of_the_whole_picture_where_a_part_is_drawn(pipeline: Pipeline, files: Path) -> None:
+    mask = Image.new("L", (24, 24))
+    mask.paste(255, (4, 8, 16, 20))
+    options: dict[str, Any] = {"start": "room.png", "mask": mask, "crop_to_mask": True, "padding": 0, "width": 16,
+                               "height": 16, "mask_blur": 0.0}
+    with Image.open("room.png") as room:
+        room.crop((4, 8, 16, 20)).save("part.png")
+    seen: list[Any] = []
+    steer = addons.as_conditioning
+
+    def spy(cond: Any) -> Any:
+        class Seen:
+            def with_control(self, net: Any, picture: Image.Image, *more: Any, **how: Any) -> Any:
+                seen.append(picture.tobytes())
+                return steer(cond).with_control(net, picture, *more, **how)
+        return Seen()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(addons, "as_conditioning", spy)
+        draw(pipeline, control="edges.safetensors:room.png", **options)
+    with Image.open("part.png") as part:
+        assert seen == [part.tobytes()] * 2
+
+
 def test_a_lora_for_a_window_of_noise_levels(pipeline: Pipeline, files: Path) -> None:
     style, write = LoRA.load("style.safetensors"), write_lora(files / "text.safetensors", {LORA: 32}, 3)
     always, plain = draw(pipeline, lora="style.safetensors"), draw(pipeline)
