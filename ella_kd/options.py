@@ -12,7 +12,7 @@ from ella_kd.drawing import check_multiples
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.files.checkpoint import parts_at
 from ella_kd.models.files.connector import connector_file
-from ella_kd.models.files.hub import find_all, with_preset
+from ella_kd.models.files.hub import find, find_all, with_preset
 from ella_kd.models.files.kinds import kind_of_path
 from ella_kd.models.files.presets import PRESETS, Part
 from ella_kd.models.shapes import count_of
@@ -47,6 +47,8 @@ def model_options(command: Command) -> Command:
                           "org/repo:file on the Hugging Face hub."),
         click.option("--vae", metavar="FILE", help="An autoencoder instead of the checkpoint's: a file or a folder."),
         click.option("--text-encoder", metavar="FILE", help="CLIP's text model instead of the checkpoint's."),
+        click.option("--offset", metavar="FILE",
+                     help="Differences to add to the UNet: IC-Light's files, which relight a --foreground."),
         click.option("--tsc", metavar="FILE", help="ELLA's connector: ella-sd1.5-tsc-t5xl.safetensors."),
         click.option("--t5", metavar="DIR", help="The folder of flan-t5-xl: model and tokenizer."),
         click.option("--clip-tokenizer", metavar="DIR",
@@ -139,12 +141,13 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
     model = options.pop("model")
     prediction, offload, keep_t5 = (options.pop(name) for name in ("prediction", "offload", "keep_t5"))
     dtype, fast, device = options.pop("dtype"), options.pop("fast"), check_device(options.pop("device"))
+    offset = options.pop("offset")
     specs = with_preset({name: options.pop(name) for name in FILES}, None if model == "miniature" else model)
     files: dict[str, Any] = {"checkpoint": MINIATURE / "sd.safetensors"}
     given = [name for name in FILES if specs[name]]
     own = model == "miniature" and not given
-    if not own and not specs["checkpoint"]:
-        raise ValueError(f"{_flag(given[0])} belongs to a checkpoint: name it with --checkpoint")
+    if not specs["checkpoint"] and (given or offset):
+        raise ValueError(f"{_flag(given[0] if given else 'offset')} belongs to a checkpoint: name it with --checkpoint")
     if not own:
         modes = [(said, mode_named(mode)) for said, mode in wanted if mode]
         if not specs["tsc"] and (said := next((said for said, mode in modes if mode != "clip"), None)):
@@ -153,6 +156,10 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
         if said := next((said for said, mode in modes if mode == "clip"), None):
             files["clip_tokenizer"] = files["clip_tokenizer"] or _clip_tokenizer(files["checkpoint"], said)
         _check_files(files)
+    if options.get("refiner"):
+        _check_kind("refiner", find(options["refiner"]), WHAT["checkpoint"], "checkpoint")
+    if offset:
+        _check_kind("offset", find(offset), "IC-Light's file", "offset")
     checkpoint = Path(files["checkpoint"])
     factor = _factor(Path(files.get("vae") or checkpoint))
     side = size_of(checkpoint, factor) or factor
@@ -161,7 +168,7 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
     if fast and (device.type != "cpu" or dtype == "float16"):
         raise ValueError(f"--fast is for float32 or bfloat16 on the CPU, got {dtype or numbers} on {device}")
     if not own:
-        pipeline = Pipeline.load(**files, prediction=prediction,
+        pipeline = Pipeline.load(**files, offset=offset, prediction=prediction,
                                  placement=Placement(device, numbers, keep_t5=keep_t5, offload=offload))
     else:
         pipeline = Pipeline.miniature(device=device, **({"dtype": numbers} if dtype else {}))
@@ -171,11 +178,7 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
 def _check_files(files: dict[str, Any]) -> None:
     for name, what in WHAT.items():
         if path := files.get(name):
-            if not Path(path).exists():
-                raise FileNotFoundError(f"no {what.split()[-1]} at {path}: {_flag(name)} takes a file or a folder")
-            kind = kind_of_path(connector_file(Path(path)) if name == "tsc" else path)
-            if kind.what and kind.place != name:
-                raise ValueError(f"{_flag(name)} takes {what}, and {path} looks like {kind}")
+            _check_kind(name, path, what, name)
     if (files["tsc"] is None) != (files["t5"] is None):
         raise ValueError("ELLA takes both --tsc, the connector, and --t5, the folder of the T5 it was trained with")
     for name, what in (("t5", "config.json"), ("clip_tokenizer", "a tokenizer")):
@@ -183,6 +186,14 @@ def _check_files(files: dict[str, Any]) -> None:
         wanted = ("config.json",) if name == "t5" else ("tokenizer.json", "vocab.json", "spiece.model")
         if folder and folder.name != BPE and not any((folder / found).is_file() for found in wanted):
             raise FileNotFoundError(f"{_flag(name)} takes a folder that holds {what}, and {folder} does not")
+
+
+def _check_kind(name: str, path: str | Path, what: str, place: str) -> None:
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no {what.split()[-1]} at {path}: {_flag(name)} takes a file or a folder")
+    kind = kind_of_path(connector_file(Path(path)) if name == "tsc" else path)
+    if kind.what and kind.place != place:
+        raise ValueError(f"{_flag(name)} takes {what}, and {path} looks like {kind}")
 
 
 def _clip_tokenizer(checkpoint: Path, said: str) -> Path | None:

@@ -12,8 +12,10 @@ from ella_kd.models.shapes import Shapes, count_of
 FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL", "refiner": "SDXL refiner",
             "ssd-1b": "SSD-1B", "vega": "Segmind Vega", "playground": "Playground v2.5"}
 PURPOSES = {5: "depth", 7: "x4 upscaler", 8: "InstructPix2Pix", 9: "inpainting"}  # by the channels of the UNet's input
+RELIT = "IC-Light"  # what a UNet with such offsets is for: a foreground in another light
 PLACES = {"checkpoint": "checkpoint, --checkpoint for the command", "vae": "vae, --vae for the command",
           "text_encoder": "text_encoder", "tsc": "tsc, --tsc for the command",
+          "offset": "offset, --offset for the command, beside a checkpoint",
           "t5": "t5, --t5 for the command, and it is given as a folder"}
 
 
@@ -142,7 +144,7 @@ def kind_of_parts(parts: dict[str, Part], weights: Weights, folder: bool = True)
     family, purpose = family_of(unet, markers), purpose_of(unet)
     channels = tuple(unet.get("input_blocks.0.0.weight", ()))[1:2]
     if channels in ((8,), (12,)) and parts["unet"].spelling == "diffusers" and not folder and _offsets(parts["unet"]):
-        return Kind("IC-Light's offsets, which are added to a Stable Diffusion 1.x UNet", parts=names)
+        return Kind("IC-Light's offsets, which are added to a Stable Diffusion 1.x UNet", "offset", "sd1", RELIT, names)
     words = " ".join(word for word in (FAMILIES[family], purpose, "checkpoint") if word)
     article = "an" if re.match(r"[AEIOU]|S[DS]", words) else "a"
     wanted = ["unet", "vae", "text", *(["text_2"] if family in ("sdxl", "ssd-1b", "vega", "playground") else [])]
