@@ -79,6 +79,10 @@ class Context:
         numbers = rows.tolist() if isinstance(rows, Tensor) else rows
         return self._with(lambda x: rows_of(x, numbers), lambda some: take(some, numbers))
 
+    def weighed(self, factor: float) -> Self:
+        """The same with all that some rows have `factor` times as strong; 0 leaves it out."""
+        return self._with(lambda x: x, lambda some: tuple(each.weighed(factor) for each in some) if factor else None)
+
     def crop(self, box: Box, canvas: tuple[int, int]) -> Self:
         """What is seen of a part of the picture: channels and controls are cut; canvas: the whole's size, in latents.
 

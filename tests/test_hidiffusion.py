@@ -113,7 +113,7 @@ def test_equals_the_published_code_at_each_stage(kind: str, sigma: float) -> Non
         strided(downsampler)
     if stages["pooled"]:
         pooled(*blocks)
-    ours = {place: patch for change in network.at((sigma,))._now[0] for patch in change.patches
+    ours = {place: patch for change in network.at((sigma,)).now for patch in change.patches
             for place in patch.places}
     level, up = (1, 1) if xl else (0, 3)
     theirs = [*twin.down_blocks[level].attentions, *twin.up_blocks[up].attentions]

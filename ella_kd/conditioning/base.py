@@ -92,6 +92,18 @@ class Conditioning(ABC):
 
         return with_control(self, network, picture, strength, **how)
 
+    def with_image(self, adapter: Any, pictures: Any, weight: Any = 1.0, **how: Any) -> "Conditioning":
+        """The same with pictures as prompts, by an IPAdapter: a picture, or several that are seen together.
+
+        Several calls add up, each with its weight: a number, one per row, or a function of sigma; 0 is off, bitwise.
+        pictures None: what the adapter makes of no picture, for the uncond, which needs it beside a cond with one.
+        window: (hi, lo), where it acts: lo < sigma <= hi. Of a composition (And, Regions) every part sees them.
+        Raises ValueError where the adapter meets a UNet of another kind, or on another device.
+        """
+        from ella_kd.conditioning.control import with_image
+
+        return with_image(self, adapter, pictures, weight, **how)
+
     def with_reference(self, latents: Tensor, weight: Any = 1.0, **how: Any) -> "Conditioning":
         """The same, looking at another picture too: reference-only, where self-attention sees that picture's pixels.
 
