@@ -12,7 +12,7 @@ from torch import Tensor
 from ella_kd.models.blocks import resized
 from ella_kd.models.context import Context
 from ella_kd.models.devices import upload
-from ella_kd.models.partial import Box, ForRows, add_to_rows, rows_of
+from ella_kd.models.partial import Box, ForRows, add_to_rows, rows_of, scaled
 
 if TYPE_CHECKING:
     from ella_kd.models.unet import UNetConfig
@@ -33,6 +33,11 @@ class ControlNetwork(Protocol):
     """A ControlNet, a T2I-Adapter: an nn.Module of its own device and dtype."""
 
     name: str
+
+    @property
+    def pooled(self) -> bool | None:
+        """Whether its outputs are averaged over the picture; None: they cannot be, and it has no guess mode."""
+        ...
 
     def check(self, unet: "UNetConfig") -> None:
         """Raises ValueError if it was made for UNets of another kind."""
@@ -87,15 +92,14 @@ class Hint:
 class Control(ForRows):
     """A network that steers some rows of a context.
 
-    hints, strengths: one per row. factors: of each output, those of the skips and then the middle's (guess mode); None:
-    all 1. pooled: outputs are averaged over the picture (shuffle). own: what the network sees in place of the rows'
-    tokens, a row for each; None: the same tokens as the UNet.
+    hints: one per row. factors: of each output, those of the skips and then the middle's, by a name of FACTORS. pooled:
+    outputs are averaged over the picture (shuffle). own: what the network sees in place of the rows' tokens, a row for
+    each; None: the same tokens as the UNet.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("hints", "strengths", "own")
     network: ControlNetwork
     hints: tuple[Hint, ...]
-    strengths: tuple[float, ...]
     factors: str = ""
     pooled: bool = False
     own: Context | None = None
@@ -110,7 +114,7 @@ class Control(ForRows):
             raise ValueError(f"the control {self.network.name or type(self.network).__name__} is on {weight.device} "
                              f"and the latents on {x.device}: move it, net.to({str(x.device)!r})")
         self.network.check(unet)
-        rows = replace(seen, controls=None, images=None).take(self.rows)
+        rows = replace(seen, controls=None, images=None, references=None).take(self.rows)
         if self.own is not None:
             vector = rows.vector if self.own.vector is None else self.own.vector
             rows = replace(rows, tokens=self.own.tokens, mask=self.own.mask, vector=vector)
@@ -127,10 +131,7 @@ class Control(ForRows):
         return self._scaled(out, FACTORS[self.factors](i, last))
 
     def _scaled(self, out: Tensor, factor: float = 1.0) -> Tensor:
-        amounts = [strength * factor for strength in self.strengths]
-        if len(set(amounts)) == 1:
-            return out if amounts[0] == 1 else out * amounts[0]
-        return out * upload(torch.tensor(amounts, dtype=out.dtype), out.device).view(-1, *[1] * (out.ndim - 1))
+        return scaled(out, [strength * factor for strength in self.strengths])
 
 
 # Guess mode, the factor of output i of 0 .. last: none; as ControlNet's authors have it; as diffusers has it.

@@ -18,12 +18,18 @@ Box = tuple[int, int, int, int]
 class ForRows(ABC):
     """What these rows of a context have: a ControlNet's picture, an image prompt.
 
-    rows: their numbers. columns: the fields with an entry per row: a tuple, a tensor or a Context; None for none. What
-    agrees in all other fields, and in which columns are None, is joined where contexts are stacked: it is one call.
+    rows: their numbers. strengths: how much it counts in each. columns: the fields with an entry per row: a tuple, a
+    tensor or a Context; None for none. What agrees in all other fields, and in which columns are None, is joined where
+    contexts are stacked: it is one call.
     """
 
-    columns: ClassVar[tuple[str, ...]] = ()
+    columns: ClassVar[tuple[str, ...]] = ("strengths",)
     rows: tuple[int, ...]
+    strengths: tuple[float, ...]
+
+    def weighed(self, factor: float) -> Self:
+        """The same, `factor` times as strong."""
+        return replace(self, strengths=tuple(factor * strength for strength in self.strengths))
 
     @property
     def key(self) -> Hashable:
@@ -89,6 +95,13 @@ def add_to_rows(x: Tensor, rows: Sequence[int], more: Tensor) -> Tensor:
         done += [x[start:part.start], x[part] + more[taken:taken + count]]
         start, taken = part.stop, taken + count
     return torch.cat([*done, x[start:]])
+
+
+def scaled(x: Tensor, amounts: Sequence[float]) -> Tensor:
+    """x [n, ...], each row times its number."""
+    if len(set(amounts)) == 1:
+        return x if amounts[0] == 1 else x * amounts[0]
+    return x * upload(torch.tensor(amounts, dtype=x.dtype), x.device).view(-1, *[1] * (x.ndim - 1))
 
 
 def runs(rows: Sequence[int]) -> list[slice]:
