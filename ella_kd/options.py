@@ -7,22 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from ella_kd.addon_words import read
 from ella_kd.drawing import check_multiples
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.files.checkpoint import parts_at
 from ella_kd.models.files.connector import connector_file
-from ella_kd.models.files.hub import find, find_all, with_preset
+from ella_kd.models.files.hub import find, find_all, is_preset, with_preset
 from ella_kd.models.files.kinds import kind_of_path
+from ella_kd.models.files.metadata import size_of
 from ella_kd.models.files.presets import PRESETS, Part
 from ella_kd.models.shapes import count_of
 from ella_kd.models.tokenizers import BPE, find_clip_tokenizer
-from ella_kd.pipeline import MINIATURE, Pipeline, size_of
+from ella_kd.pipeline import MINIATURE, Pipeline
 from ella_kd.placement import Placement
 from ella_kd.request import MODES, Mode, Request, mode_named
 
 Command = Callable[..., Any]
 FILES: tuple[Part, ...] = ("checkpoint", "vae", "text_encoder", "tsc", "t5", "clip_tokenizer")
+NAMES = [name for name, preset in PRESETS.items() if {*preset.parts} <= {*FILES}]  # a LoRA is given as --lora
 WHAT = {"checkpoint": "a Stable Diffusion checkpoint", "vae": "an autoencoder", "tsc": "ELLA's connector"}
 
 
@@ -39,7 +43,7 @@ class ModeChoice(click.Choice[Any]):
 def model_options(command: Command) -> Command:
     """The model, its files, and where it runs."""
     for option in reversed([
-        click.option("--model", type=click.Choice(["miniature", *PRESETS]), default="miniature", show_default=True,
+        click.option("--model", type=click.Choice(["miniature", *NAMES]), default="miniature", show_default=True,
                      metavar="NAME", help="The files of a model by its name (ella-kd models), fetched if need be; "
                                           "those named below come first."),
         click.option("--checkpoint", metavar="FILE",
@@ -78,6 +82,8 @@ def request_options(*left_out: str) -> Callable[[Command], Command]:
               if "help" in each.metadata and each.name not in left_out),
             click.option("--wildcards", metavar="DIR",
                          help="A folder of text files: __name__ in a prompt becomes a line of name.txt, by the seed."),
+            click.option("--models-dir", metavar="DIR",
+                         help="A folder where the names of add-ons are looked up: flat, or A1111's or ComfyUI's."),
             click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True,
                          help="Pictures drawn at once; takes memory, and changes a picture by at most one grey level "
                               "of 255 (three in bfloat16)."),
@@ -93,6 +99,8 @@ def _option(each: Field[Any]) -> Callable[[Command], Command]:
     said = each.metadata
     how: dict[str, Any] = {"help": said["help"], "metavar": said.get("metavar"), "default": each.default}
     how["show_default"] = each.default not in (None, "", False)
+    if said.get("multiple"):
+        how |= {"multiple": True, "show_default": False}
     if each.type in (Mode, Mode | None):
         how |= {"type": ModeChoice(), "metavar": None}
     elif each.type is bool:
@@ -106,6 +114,15 @@ def _option(each: Field[Any]) -> Callable[[Command], Command]:
     elif isinstance(each.default, float):
         how["type"] = float
     return click.option(f"--{each.name.replace('_', '-')}", **how)
+
+
+def use_presets(options: dict[str, Any]) -> None:
+    """Draw with the settings of the few-step LoRAs that are named (lcm-sd15), but for what the user has said."""
+    given = click.get_current_context().get_parameter_source
+    for name in (read("lora", door).file for door in options["lora"]):
+        for option, value in (PRESETS[name].settings if is_preset(name) else {}).items():
+            if given(option) == ParameterSource.DEFAULT:
+                options[option] = value
 
 
 def read_prompts(file: str) -> list[str]:
