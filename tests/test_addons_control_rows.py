@@ -27,13 +27,14 @@ from ella_kd import (
     Stack,
     Switch,
 )
-from ella_kd.conditioning import Channels, Conditioning, Constant, Lerp, With, window
+from ella_kd.conditioning import Channels, Conditioning, Constant, Lerp, With, as_conditioning, window
 from ella_kd.models import TextFeatures, UNet, UNetConfig, fast_on_cpu
 from ella_kd.models.addons.controlnet import ControlNet
 from ella_kd.models.addons.ip_adapter import IPAdapter, Projection
 from ella_kd.models.addons.t2i import T2IAdapter
 from ella_kd.models.context import Context
 from ella_kd.models.controls import Hint
+from ella_kd.models.networks import ByRow, BySigma
 from ella_kd.models.prompt_to_prompt import SourceAttention
 from ella_kd.samplers import sample_dpmpp_2m, sample_euler, sample_euler_cfg_pp
 from every_rule import INNER, RULES
@@ -284,6 +285,21 @@ def test_every_rule(rule: Guidance) -> None:
     got = denoiser(x, sigma, **args)
     assert relative(planned(denoiser, x, sigma, **args).denoised, got) < 1e-5
     assert relative(got, denoiser(x, sigma, cond=prompt(2), uncond=prompt(seed=9))) > 1e-3
+
+
+@torch.no_grad()
+def test_networks_of_networks() -> None:
+    """One for each row, and one by sigma, each with the controls of its rows; bare features are read and steered."""
+    other, x, sigma = tiny_unet(4), 5 * noise(2, 4, 8, 8), torch.tensor([5.0, 2.0])
+    args: dict[str, Any] = {"cond": several(as_conditioning(features(3, 4))), "uncond": controlled(prompt(seed=9)),
+                            "cond_scale": 3.0}
+    first, second = (CFGDenoiser(ELLADenoiser(unet, TSC))(x, sigma, **args) for unet in (UNET, other))
+    assert relative(first, answer(several(prompt(2)), x, sigma, controlled(prompt(seed=9)))) < 1e-6
+    for network in (ByRow([UNET, other]), BySigma(UNET, other, at=3.0)):
+        denoiser = CFGDenoiser(ELLADenoiser(network, TSC))
+        got = denoiser(x, sigma, **args)
+        assert relative(got, torch.stack([first[0], second[1]])) < 1e-5
+        assert relative(planned(denoiser, x, sigma, **args).denoised, got) < 1e-5
 
 
 @torch.no_grad()
