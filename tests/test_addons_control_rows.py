@@ -277,7 +277,7 @@ def test_patches_and_twins_see_them() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("rule", RULES, ids=[f"{type(rule).__name__}{i}" for i, rule in enumerate(RULES)])
 def test_every_rule(rule: Guidance) -> None:
     x, sigma = 5 * noise(2, 4, 8, 8), torch.tensor([5.0, 2.0])
     args: dict[str, Any] = {"cond": several(prompt(2)), "uncond": controlled(prompt(seed=9))}
