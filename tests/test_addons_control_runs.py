@@ -70,7 +70,7 @@ def test_a_file_says_which_control_it_is(tmp_path: Path) -> None:
 def test_canny_finds_the_edges_of_a_disc() -> None:
     """A thin closed line, on the border, by thresholds of Sobel's sums; faint edges go on from strong ones only."""
     rows, columns = np.mgrid[:64, :64]
-    inside = np.hypot(rows - 32, columns - 30) < 18
+    inside: Any = np.hypot(rows - 32, columns - 30) < 18
     picture = np.where(inside[..., None], (200, 120, 40), (40, 120, 40)).astype(np.uint8)
     edges: Any = np.asarray(canny(picture))[..., 0] > 0
     border = ndimage.binary_dilation(inside) ^ ndimage.binary_erosion(inside)
