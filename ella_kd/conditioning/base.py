@@ -76,6 +76,23 @@ class Conditioning(ABC):
         """Of a leaf: the same function at the plan's noise levels only, evaluated with others in few large calls."""
         return self
 
+    def with_control(self, network: Any, picture: Any, strength: Any = 1.0, **how: Any) -> "Conditioning":
+        """The same with a ControlNet or T2I-Adapter that is shown a picture; several add up.
+
+        picture: a file, a PIL image, or numbers [3, H, W] (floats in [0, 1]), stretched to the canvas; or a list or
+        [B, 3, H, W], one per row. strength: a number, one per row, or a function of sigma; 0 is off, bitwise. Of a
+        composition (And, Regions) every part is steered. In `how`, all optional:
+        window: (hi, lo), where it acts: lo < sigma <= hi. guess: "ldm" or "diffusers", guess mode, weaker for the finer
+        features; then, and for a network that is pooled (shuffle), leave the uncond without. pooled: average the
+        network's outputs over the picture; None: as the network says. tokens: a conditioning that the network sees in
+        place of this one's, such as `sd.encode(prompt, "clip")`. preprocess: "canny", "depth" or a callable that makes
+        of a picture what the network was trained on.
+        Raises ValueError where the network meets a UNet of another kind, or latents on another device.
+        """
+        from ella_kd.conditioning.control import with_control
+
+        return with_control(self, network, picture, strength, **how)
+
     def _with_parts(self, f: "Callable[[Conditioning], Conditioning]") -> "Conditioning":
         parts = tuple(map(f, self.parts))
         return self if all(new is old for new, old in zip(parts, self.parts)) else self.of(parts)
