@@ -3,9 +3,9 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from difflib import get_close_matches
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ella_kd.conditioning import Composition, Conditioning, With, as_conditioning
-from ella_kd.denoiser import Condition
+from ella_kd.denoiser import Condition, Denoiser
 from ella_kd.guidance import CFG, Guidance
 from ella_kd.images import to_images
 from ella_kd.models import TextFeatures
@@ -21,10 +21,13 @@ from ella_kd.models.network import as_network
 from ella_kd.pictures.beginning import Beginning, has_channels, seen_beside
 from ella_kd.pictures.canvas import Canvas
 from ella_kd.pictures.options import FromPicture
+from ella_kd.pictures.segments import sample_in_segments
 from ella_kd.pictures.start import slerp
 from ella_kd.pipeline import Pipeline
+from ella_kd.refining import HandOver, Refiner
 from ella_kd.request import SCALE, Request, check_method_options, method_named, seed_number, whole
 from ella_kd.samplers import get_sampler, get_schedule, randn
+from ella_kd.samplers.registry import RANGE_SAMPLERS
 
 OTHER_WORDS = {"scale": "guidance", "cond_scale": "guidance", "cfg_scale": "guidance", "negative": "uncond",
                "prompt": "cond", "num_inference_steps": "steps", "guidance_scale": "guidance"}
@@ -46,6 +49,7 @@ def draw(
     noise: Tensor | None = None,
     latents: Tensor | None = None,
     sigmas: Tensor | Sequence[float] | None = None,
+    refiner: Refiner | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
     **more: Any,
@@ -58,6 +62,7 @@ def draw(
     noise [B, C, h, w], fp32 or fp64: a start of unit variance in place of the seeds' own. latents, of that shape: x at
     sigmas[0], as it is. Beside either, one number as seeds is that of the first row. sigmas [n + 1]: the noise levels
     themselves, in place of schedule and steps: `draw(sd, cond, latents=x, sigmas=sigmas[8:])` goes on from x.
+    refiner: a system that takes over on the way, `Refiner(pipeline, cond, uncond, at=0.8)`.
     more: conditions, and the fields of `ella_kd.pictures.options.FromPicture`: `draw(sd, cond, start="room.jpg",
     mask="lamp.png")`; start may be a `Beginning` too. A network that sees a picture beside x (inpainting,
     InstructPix2Pix) is shown it.
@@ -70,6 +75,7 @@ def draw(
     rule, given = plain_scale(guidance, get_sampler(sampler).cfg_pp), start_given(noise, latents)
     rows = seed_rows(seeds, None if given is None else len(given))
     denoiser = pipeline.denoiser(rule if isinstance(rule, Guidance) else None)
+    model: Denoiser = denoiser
     sigmas = None if sigmas is None else torch.as_tensor(sigmas)
     if asked.start is not None:
         begun = begin_from(pipeline, asked, schedule, steps, width, height, sigmas)
@@ -88,14 +94,16 @@ def draw(
     if beside and not any(map(has_channels, extra_args.values())):
         with pipeline.at_work("vae"):
             extra_args = seen_beside(beside, begun, pipeline.vae, shape[2:], denoiser.inner_model.lift, extra_args)
-        begun = begun and begun.unkept() if beside > shape[1] else begun
-    if not isinstance(rule, Guidance):
-        if getattr(pipeline.unet, "guidance_dim", None) and not get_sampler(sampler).cfg_pp:
-            told = torch.tensor([float(rule)], device=pipeline.device)  # the network guides itself (LCM)
-            extra_args = {name: each and as_conditioning(each).map(lambda leaf: With(leaf, guidance=told))
-                          for name, each in extra_args.items()}
-            rule = 1.0
-        extra_args["cond_scale"] = rule
+        begun = begun and begun.unkept() if beside > shape[1] and refiner is None else begun
+    cfg_pp = get_sampler(sampler).cfg_pp
+    fresh, places = list[int](), [pipeline]
+    extra_args = guided(pipeline, extra_args, rule, cfg_pp)
+    if refiner is not None:
+        refiner.check_latents(pipeline.vae)
+        second = refiner.pipeline.denoiser(rule if isinstance(rule, Guidance) else None)
+        own = guided(refiner.pipeline, {"cond": refiner.cond, "uncond": refiner.uncond}, rule, cfg_pp)
+        model = HandOver(denoiser, second, refiner.sigma(denoiser), own)
+        fresh, places = model.changes(sigmas.tolist()), [pipeline, refiner.pipeline]
     if noise is None and latents is None:
         noise = randn(shape, rows)
         if asked.variation:
@@ -104,13 +112,36 @@ def draw(
         noise = noise.to(pipeline.device)
         latents = noise * sigmas[0] if begun is None else begun.x(noise, rows)
     assert latents is not None
-    sample = get_sampler(sampler).function if begun is None else partial(begun.sample, sampler)
-    with pipeline.at_work("unet", "tsc"):
-        latents = sample(denoiser, latents.to(pipeline.device), sigmas, extra_args=extra_args, callback=callback,
-                         disable=not progress, seeds=rows, **asked.of_method)
+    options: dict[str, Any] = {"extra_args": extra_args, "callback": callback, "disable": not progress, "seeds": rows,
+                               **asked.of_method}
+    with ExitStack() as at_work:
+        for each in places:
+            at_work.enter_context(each.at_work("unet", "tsc"))
+        latents = latents.to(pipeline.device)
+        if begun is not None:
+            latents = begun.sample(sampler, model, latents, sigmas, fresh=fresh, **options)
+        elif fresh and sampler not in RANGE_SAMPLERS:
+            latents = sample_in_segments(sampler, model, latents, sigmas, fresh=fresh, **options)
+        else:
+            latents = get_sampler(sampler).function(model, latents, sigmas, **options)
     with pipeline.at_work("vae"):
         images = to_images(pipeline.vae.decode(latents.to(pipeline.vae.dtype)))
     return images if begun is None else [begun.canvas.back(image) for image in images]
+
+
+def guided(pipeline: Pipeline, conditions: Mapping[str, Condition | None], rule: Guidance | float,
+           cfg_pp: bool) -> dict[str, Any]:
+    """What the pipeline's denoiser is called with: the conditions and, where no rule has it, the scale.
+
+    A network that is told the scale (LCM) guides itself: its conditions say it, and its own scale is 1.
+    """
+    if isinstance(rule, Guidance):
+        return dict(conditions)
+    if not getattr(pipeline.unet, "guidance_dim", None) or cfg_pp:
+        return {**conditions, "cond_scale": rule}
+    told = torch.tensor([float(rule)], device=pipeline.device)
+    return {"cond_scale": 1.0, **{name: each and as_conditioning(each).map(lambda leaf: With(leaf, guidance=told))
+                                  for name, each in conditions.items()}}
 
 
 def begin_from(pipeline: Pipeline, asked: FromPicture, schedule: str, steps: int, width: int | None,

@@ -21,8 +21,10 @@ from ella_kd.models.added import NEGATIVE_SCORE, POSITIVE_SCORE
 from ella_kd.pictures.inversion import load_latents
 from ella_kd.pictures.options import FromPicture
 from ella_kd.pipeline import Pipeline
+from ella_kd.placement import Placement
 from ella_kd.prompt_editing import edits
 from ella_kd.prompts import check_wildcards, expand_wildcards, split_and
+from ella_kd.refining import Refiner
 from ella_kd.request import SCALE, VERSION, Mode, Request, whole
 from ella_kd.samplers import get_schedule
 
@@ -51,6 +53,8 @@ def generate(
     seeds: int | Sequence[int] | None = None,
     count: int = 1,
     batch_size: int = 8,
+    refiner: Pipeline | str | Path | None = None,
+    refiner_at: float = Request.refiner_at,
     callback: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
     **picture: Any,
@@ -70,6 +74,8 @@ def generate(
     s, s + 1, ...; a sequence names one per picture; None draws them from torch's global generator. A picture depends on
     its own seed, not on those it is drawn with (to one of 255 grey levels in fp32 and fp16, three in bf16): batch_size,
     the pictures drawn at once, is a matter of memory.
+    refiner: another system, or its file, that takes over when the share refiner_at of the timesteps is done, with the
+    same prompts read by its own encoders (`ella_kd.refining.Refiner`); its latents must be of the same family.
     callback: called by the sampler at every step, as in k-diffusion. progress: show a bar.
     picture: the fields of `ella_kd.pictures.options.FromPicture`. start="room.jpg" (or a PIL image) is drawn over as
     far as strength says, 0.6, or where mask="lamp.png" is white; extend="left=64" draws on beyond its sides;
@@ -81,13 +87,17 @@ def generate(
     refuse_unknown(generate, {name: picture[name] for name in picture if name not in FromPicture.names()}, OTHER_WORDS)
     rule = parse(guidance) if isinstance(guidance, str) else guidance
     found = rows(prompts, negative, seeds, whole("count", count), wildcards)
+    second = refiner if isinstance(refiner, Pipeline) else None
+    name = None if refiner is None else str(refiner) if second is None else second.name or "a refiner that is no file"
     asked = Request(found[0][0], "", mode, sampler, schedule, steps, scale if rule is None else innermost_scale(rule),
                     width=width, height=height, guidance="" if rule is None else repr(rule),
-                    negative_mode=negative_mode, tags=tags, syntax=syntax, clip_skip=clip_skip, **picture)
+                    negative_mode=negative_mode, tags=tags, syntax=syntax, clip_skip=clip_skip,
+                    refiner=name, refiner_at=refiner_at, **picture)
     requests = [replace(asked, prompt=prompt, negative=negative, seed=seed) for prompt, negative, seed in found]
     pictures: list[Picture] = []
     with tqdm(total=len(requests), unit="picture", disable=not progress or len(requests) <= batch_size) as bar:
-        for job in jobs(pipeline, requests, guidance=rule, batch_size=batch_size, callback=callback, progress=progress):
+        for job in jobs(pipeline, requests, guidance=rule, refiner=second, batch_size=batch_size, callback=callback,
+                        progress=progress):
             pictures += map(Picture, job.draw(), job.requests)
             bar.update(len(job.requests))
     return pictures
@@ -106,6 +116,7 @@ def jobs(
     requests: Iterable[Request],
     *,
     guidance: Guidance | None = None,
+    refiner: Pipeline | None = None,
     batch_size: int = 8,
     callback: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
@@ -117,19 +128,29 @@ def jobs(
 
     Neighbours that differ in prompt, negative and seed only are drawn together, up to batch_size at once. What was
     encoded for a batch serves the next one if it says the same. guidance: a rule that no text can name, for all of
-    them. callback and progress as in `generate`, and the errors too.
+    them; refiner: a system in place of the file that they name. callback and progress as in `generate`, and the errors
+    too.
     """
-    size = whole("batch_size", batch_size)
+    size, load = whole("batch_size", batch_size), lru_cache(1)(partial(_loaded_beside, pipeline))
     groups = groupby(requests, lambda r: (replace(r, prompt="", negative="", seed=0),
                                           _weights(r.prompt) if r.syntax else ()))
     for (asked, _), group in groups:
-        ready = _ready(pipeline, asked, guidance or (parse(asked.guidance) if asked.guidance else None))
+        second = None if asked.refiner is None else refiner or load(asked.refiner)
+        ready = _ready(pipeline, asked, guidance or (parse(asked.guidance) if asked.guidance else None), second)
         left = iter(group)
         while batch := list(islice(left, size)):
             yield ready(batch, callback=callback, progress=progress)
 
 
-def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callable[..., Job]:
+def _loaded_beside(pipeline: Pipeline, file: str) -> Pipeline:
+    """A refiner's file, where the pipeline is; a single file's CLIP reads with the pipeline's tokenizer."""
+    clip = getattr(pipeline.clip, "first", pipeline.clip)
+    folder = Path(getattr(getattr(clip, "tokenizer", None), "name_or_path", "") or "-")
+    return Pipeline.load(file, clip_tokenizer=folder if folder.is_dir() and not Path(file).is_dir() else None,
+                         placement=pipeline.placement or Placement(pipeline.device, pipeline.dtype))
+
+
+def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: Pipeline | None) -> Callable[..., Job]:
     """What makes a job of requests that are like `asked` in all but prompt, negative and seed."""
     guidance = rule if rule is not None else SCALE if asked.scale is None else asked.scale
     sigmas = None if asked.sigmas is None else torch.tensor(asked.sigmas)
@@ -148,6 +169,26 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callabl
         (width, height), sigmas, size = begun.canvas.size, begun.sigmas, {}
         more["start"] = begun
     levels = sigmas.tolist() if asked.syntax else None
+    read = _reader(pipeline, asked, levels)
+    own = replace(asked, mode="clip", negative_mode=None) if refiner is not None and refiner.tsc is None else asked
+    read_again = None if refiner is None else _reader(refiner, own, levels)
+
+    def ready(batch: list[Request], **shown: Any) -> Job:
+        cond, uncond = read(batch)
+        start: dict[str, Any] = {} if latents is None else {"latents": latents.expand(len(batch), -1, -1, -1)}
+        if refiner is not None and read_again is not None:
+            start["refiner"] = Refiner(refiner, *read_again(batch), at=asked.refiner_at)
+        call = partial(draw, pipeline, cond, uncond=uncond, guidance=guidance, sampler=asked.sampler, sigmas=sigmas,
+                       seeds=[r.seed for r in batch], **size, **more, **start, **shown)
+        return Job([replace(r, width=width, height=height, model=pipeline.name, version=VERSION,
+                            dtype=str(pipeline.dtype).removeprefix("torch.")) for r in batch], call)
+
+    return ready
+
+
+def _reader(pipeline: Pipeline, asked: Request,
+            levels: Sequence[float] | None) -> Callable[[list[Request]], tuple[Condition, Conditioning]]:
+    """What makes of a batch's prompts and negatives what they are to a pipeline."""
     # ELLA's tokens of "" and CLIP's of "" stand against ELLA's and the tags': the same kinds on both sides.
     no_tags = "" if asked.tags is not None and asked.negative_mode is None else None
 
@@ -164,17 +205,12 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callabl
     def uncond_of(negatives: tuple[str, ...]) -> Conditioning:
         return encode(negatives, asked.negative_mode or asked.mode, no_tags, NEGATIVE_SCORE)
 
-    def ready(batch: list[Request], **shown: Any) -> Job:
-        cond = cond_of(_one_if_equal(r.prompt for r in batch))
-        uncond = uncond_of(_one_if_equal(r.negative for r in batch))
+    def read(batch: list[Request]) -> tuple[Condition, Conditioning]:
+        found = cond_of(_one_if_equal(r.prompt for r in batch)), uncond_of(_one_if_equal(r.negative for r in batch))
         pipeline.rest()
-        start: dict[str, Any] = {} if latents is None else {"latents": latents.expand(len(batch), -1, -1, -1)}
-        call = partial(draw, pipeline, cond, uncond=uncond, guidance=guidance, sampler=asked.sampler, sigmas=sigmas,
-                       seeds=[r.seed for r in batch], **size, **more, **start, **shown)
-        return Job([replace(r, width=width, height=height, model=pipeline.name, version=VERSION,
-                            dtype=str(pipeline.dtype).removeprefix("torch.")) for r in batch], call)
+        return found
 
-    return ready
+    return read
 
 
 def rows(prompts: str | Sequence[str], negative: str | Sequence[str], seeds: int | Sequence[int] | None, count: int,

@@ -43,6 +43,8 @@ def write(values: Mapping[str, Any]) -> str:
         "ELLA syntax": "on" if values["syntax"] else None,
         "CLIP prompt": values["tags"],
         "Guidance": values["guidance"] or None,
+        "Refiner": values["refiner"],
+        "Refiner switch at": None if values["refiner"] is None else values["refiner_at"],
         **{label: said(values[each.name]) for label, each in PICTURE.items() if values[each.name] != each.default},
         "Version": f"ella_kd {values['version']}",
     }
@@ -93,6 +95,8 @@ def read(text: str) -> tuple[dict[str, Any], list[str]]:
                             ("ELLA negative", "negative_mode", str), ("Guidance", "guidance", str)):
         if key in given:
             found[name] = kind(given.pop(key))
+    if ours and "Refiner" in given:
+        found |= {"refiner": given.pop("Refiner"), "refiner_at": float(given.pop("Refiner switch at"))}
     for label, each in PICTURE.items() if ours else ():
         if label in given:
             value = given.pop(label)

@@ -12,12 +12,13 @@ from ella_kd.drawing import check_multiples
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.files.checkpoint import parts_at
 from ella_kd.models.files.connector import connector_file
-from ella_kd.models.files.hub import find_all, with_preset
+from ella_kd.models.files.hub import find, find_all, with_preset
 from ella_kd.models.files.kinds import kind_of_path
+from ella_kd.models.files.metadata import size_of
 from ella_kd.models.files.presets import PRESETS, Part
 from ella_kd.models.shapes import count_of
 from ella_kd.models.tokenizers import BPE, find_clip_tokenizer
-from ella_kd.pipeline import MINIATURE, Pipeline, size_of
+from ella_kd.pipeline import MINIATURE, Pipeline
 from ella_kd.placement import Placement
 from ella_kd.request import MODES, Mode, Request, mode_named
 
@@ -153,6 +154,8 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
         if said := next((said for said, mode in modes if mode == "clip"), None):
             files["clip_tokenizer"] = files["clip_tokenizer"] or _clip_tokenizer(files["checkpoint"], said)
         _check_files(files)
+    if options.get("refiner"):
+        _check_kind("refiner", find(options["refiner"]), WHAT["checkpoint"], "checkpoint")
     checkpoint = Path(files["checkpoint"])
     factor = _factor(Path(files.get("vae") or checkpoint))
     side = size_of(checkpoint, factor) or factor
@@ -171,11 +174,7 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
 def _check_files(files: dict[str, Any]) -> None:
     for name, what in WHAT.items():
         if path := files.get(name):
-            if not Path(path).exists():
-                raise FileNotFoundError(f"no {what.split()[-1]} at {path}: {_flag(name)} takes a file or a folder")
-            kind = kind_of_path(connector_file(Path(path)) if name == "tsc" else path)
-            if kind.what and kind.place != name:
-                raise ValueError(f"{_flag(name)} takes {what}, and {path} looks like {kind}")
+            _check_kind(name, path, what, name)
     if (files["tsc"] is None) != (files["t5"] is None):
         raise ValueError("ELLA takes both --tsc, the connector, and --t5, the folder of the T5 it was trained with")
     for name, what in (("t5", "config.json"), ("clip_tokenizer", "a tokenizer")):
@@ -183,6 +182,14 @@ def _check_files(files: dict[str, Any]) -> None:
         wanted = ("config.json",) if name == "t5" else ("tokenizer.json", "vocab.json", "spiece.model")
         if folder and folder.name != BPE and not any((folder / found).is_file() for found in wanted):
             raise FileNotFoundError(f"{_flag(name)} takes a folder that holds {what}, and {folder} does not")
+
+
+def _check_kind(name: str, path: str | Path, what: str, place: str) -> None:
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no {what.split()[-1]} at {path}: {_flag(name)} takes a file or a folder")
+    kind = kind_of_path(connector_file(Path(path)) if name == "tsc" else path)
+    if kind.what and kind.place != place:
+        raise ValueError(f"{_flag(name)} takes {what}, and {path} looks like {kind}")
 
 
 def _clip_tokenizer(checkpoint: Path, said: str) -> Path | None:

@@ -1,7 +1,7 @@
 """All the networks of one text-to-image system, loaded together."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -16,15 +16,16 @@ from ella_kd.denoiser import ELLADenoiser, LDMDenoiser
 from ella_kd.guidance import CFG, CFGDenoiser, Guidance, GuidedDenoiser
 from ella_kd.models import TSC, AutoencoderKL, Checkpoint, NoiseSchedule, UNet, fast_on_cpu, load_checkpoint, load_tsc
 from ella_kd.models.added import POSITIVE_SCORE, WIDTH
+from ella_kd.models.addons.embeddings import Embedding
 from ella_kd.models.addons.lora.merging import Given, as_list, merged
 from ella_kd.models.clip import CLIPTextEncoder, TwoTextEncoders
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.emphasis import escape
+from ella_kd.models.files.connector import check_connector
 from ella_kd.models.files.from_diffusers import from_modules
 from ella_kd.models.files.hub import find_all, with_preset
-from ella_kd.models.files.layout import json_in
+from ella_kd.models.files.metadata import size_of
 from ella_kd.models.files.saving import save
-from ella_kd.models.files.weights import SAFETENSORS, Weights
 from ella_kd.models.noise_schedule import EDMSchedule, PredictionType
 from ella_kd.models.parameters import moved
 from ella_kd.models.t5 import T5TextEncoder
@@ -191,6 +192,18 @@ class Pipeline:
         return replace(self, unet=twins["unet"], clip=self.clip and self.clip.moved(lambda model: new[id(model)]),
                        text_models=tuple(model and new[id(model)] for model in self.text_models))
 
+    def with_embeddings(self, embeddings: Iterable[Embedding | File]) -> "Pipeline":
+        """A twin whose CLIP knows these words too, `Embedding`s or their files; none gives the pipeline itself.
+
+        A word is the file's name without its ending, in texts that CLIP reads: `mode="clip"`, tags, SDXL's prompts.
+        Raises ValueError for a pipeline without CLIP and for another model's embedding.
+        """
+        words = [each if isinstance(each, Embedding) else Embedding.load(each) for each in embeddings]
+        if words and self.clip is None:
+            raise ValueError(f"the embedding {words[0].name} is CLIP's, and this pipeline lacks CLIP or its tokenizer: "
+                             "load it with clip_tokenizer=<folder>")
+        return replace(self, clip=self.clip.with_embeddings(words)) if words and self.clip is not None else self
+
     def denoiser(self, guidance: Guidance | Scale | None = None) -> GuidedDenoiser:
         """The denoiser that belongs to the files, their noise schedule and prediction type (eps or v) included.
 
@@ -326,29 +339,3 @@ def _count(part: object) -> str:
     if not isinstance(part, nn.Module):
         return type(part).__name__
     return f"{sum(x.numel() for x in part.parameters()) / 1e6:.3g} M"
-
-
-def check_connector(tsc: TSC, file: File | None, width: int, t5: File) -> None:
-    """Raises ValueError for a connector that belongs to another UNet or to another T5."""
-    tokens = tsc.connector.latents.shape[1]
-    if tokens != width:
-        raise ValueError(f"the connector {file} makes tokens of width {tokens}, the checkpoint's UNet takes {width}: "
-                         "they belong to different models (ELLA's published one is Stable Diffusion 1.5's)")
-    known = json_in(Path(t5) / "config.json").get("d_model")
-    if type(known) is int and known != tsc.input_dim:
-        raise ValueError(f"the T5 in {t5} has width {known}, the connector {file} was trained on one of "
-                         f"{tsc.input_dim}" + " (flan-t5-xl)" * (tsc.input_dim == 2048))
-
-
-def size_of(path: Path, factor: int = 8) -> int | None:
-    """The side of pictures that a file's `modelspec.resolution` names, or the configuration of a folder's UNet.
-
-    factor: pixels per latent. Raises as `Weights` does.
-    """
-    if path.is_dir():
-        side = json_in(path / "unet" / "config.json").get("sample_size")
-        return factor * side if type(side) is int and side > 0 else None
-    if path.suffix.lower() not in SAFETENSORS:
-        return None
-    side = Weights(path).metadata.get("modelspec.resolution", "").partition("x")[0]
-    return int(side) if side.isdecimal() and 0 < int(side) < 100_000 else None

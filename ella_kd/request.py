@@ -1,6 +1,6 @@
 """What is asked for: everything a picture depends on is one frozen value.
 
-`generate`, `draw`, the command and the texts in a PNG share it: an option's default, range and help stand here alone.
+`generate`, `draw`, the command and a picture's texts share it: an option's default, range and help stand here alone.
 """
 
 import inspect
@@ -22,6 +22,7 @@ from ella_kd.pictures.options import FromPicture
 from ella_kd.prompt_editing import edits
 from ella_kd.prompts import check_text, split_and
 from ella_kd.samplers.names import get_sampler, sampler_named, schedule_named
+from ella_kd.texts import texts_of
 
 Mode = Literal["flexible", "fixed", "clip", "plain"]
 MODES: tuple[Mode, ...] = ("flexible", "fixed", "clip")  # "plain" is an older word for "clip", taken everywhere
@@ -53,6 +54,7 @@ class Request(FromPicture):
     prompt: as it is read, wildcards chosen. scale: of classifier-free guidance; None beside a rule without one number.
     guidance: the rule as text, "" for none. width, height: None for the model's own. model, dtype: the pipeline's name
     and its networks' dtype; version: of ella_kd. Those three are for the record, "" where nobody said.
+    refiner: the file of another system, which takes over at refiner_at (`ella_kd.refining.Refiner`).
     Raises ValueError or TypeError for a value that no picture can have.
     """
 
@@ -84,6 +86,10 @@ class Request(FromPicture):
     clip_skip: int = field(default=1, metadata={
         "help": "CLIP's layer: 1 the one that the model was trained with, 2 that before.", "metavar": "N", "least": 1})
     dtype: str = ""
+    refiner: str | None = field(default=None, kw_only=True, metadata={
+        "help": "Another checkpoint, such as SDXL's refiner, that takes over on the way.", "metavar": "FILE"})
+    refiner_at: float = field(default=0.8, kw_only=True, metadata={
+        "help": "When: the share of the timesteps done, whatever the schedule.", "metavar": "SHARE"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +112,7 @@ class Request(FromPicture):
         check_method_options(sampler, self.of_method)
         if self.scale is not None:
             self._set("scale", _number("scale", self.scale))
-
+        self._set("refiner_at", refiner_share(self.refiner_at))
         if self.syntax:
             for text in (*(text for text, _ in split_and(self.prompt)), self.negative, self.tags or ""):
                 for said in set(edits(text, self.steps)):
@@ -128,7 +134,7 @@ class Request(FromPicture):
         return infotext.write(asdict(self))
 
     def json(self) -> str:
-        """The request itself, as `from_png` reads it back."""
+        """The request itself, as `from_picture` reads it back."""
         return json.dumps(asdict(self), ensure_ascii=False, default=infotext.said)
 
     @classmethod
@@ -153,8 +159,8 @@ class Request(FromPicture):
         return cls(**values)
 
     @classmethod
-    def from_png(cls, path: str | Path) -> "Request":
-        """How a picture was made, from the text `ella_kd` in its PNG, else from `parameters`.
+    def from_picture(cls, path: str | Path) -> "Request":
+        """How a picture was made, from the text `ella_kd` in its PNG, JPEG or WebP, else from `parameters`.
 
         Warns of what is not understood and of another version of ella_kd, whose pictures may differ.
         Raises FileNotFoundError, or ValueError for a file that is no picture or carries no settings.
@@ -165,7 +171,7 @@ class Request(FromPicture):
         try:
             with Image.open(path) as image:
                 image.load()  # texts may come after the pixels
-                texts: Mapping[str, Any] = getattr(image, "text", image.info)
+                texts = texts_of(image)
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
             raise ValueError(f"{path} is not a whole picture: {error}") from error
         try:
@@ -174,7 +180,7 @@ class Request(FromPicture):
             elif "parameters" in texts:
                 request = cls.from_text(texts["parameters"])
             else:
-                raise ValueError("it carries no settings: expected a PNG with the text `ella_kd` or `parameters`")
+                raise ValueError("it carries no settings: expected a picture with the text `ella_kd` or `parameters`")
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
         if request.version not in ("", VERSION):
@@ -182,13 +188,15 @@ class Request(FromPicture):
                           stacklevel=2)
         return request
 
+    from_png = from_picture  # its older name
+
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The arguments of `generate` that drew a PNG: `generate(pipeline, **read_settings("out/00001-1-a-cat.png"))`.
+    """The arguments of `generate` that drew a picture: `generate(pipeline, **read_settings("out/00001-1-a-cat.png"))`.
 
-    Warns and raises as `Request.from_png` does, whose value also names the model and its dtype.
+    Warns and raises as `Request.from_picture` does, whose value also names the model and its dtype.
     """
-    return Request.from_png(path).arguments()
+    return Request.from_picture(path).arguments()
 
 
 def method_named(sampler: str, schedule: str) -> tuple[str, str]:
@@ -209,6 +217,13 @@ def check_method_options(sampler: str, given: Mapping[str, float]) -> None:
     for name in given:
         if name not in known and not hasattr(get_sampler(sampler).method, name):
             raise ValueError(f"{sampler} has no {name}: leave it out or choose another sampler")
+
+
+def refiner_share(at: object) -> float:
+    """The share of the timesteps before the refiner's. ValueError for one that leaves either model nothing."""
+    if isinstance(at, bool) or not isinstance(at, (int, float)) or not 0 < at < 1:
+        raise ValueError(f"refiner_at is the share of the timesteps before the refiner's, between 0 and 1, got {at!r}")
+    return float(at)
 
 
 def whole(name: str, number: object, least: int = 1) -> int:

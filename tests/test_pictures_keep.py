@@ -1,6 +1,7 @@
 """What is kept stays, exactly, for every method; what is repainted agrees with it as far as it can."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,19 @@ from ella_kd.denoiser import ELLADenoiser
 from ella_kd.guidance import CFGDenoiser
 from ella_kd.pictures.inversion import undone
 from ella_kd.pictures.keep import Keep, KeepRun, Repaint, Unlock
-from ella_kd.pictures.segments import hand_over, sample_in_segments
-from ella_kd.samplers import SAMPLERS, Prediction, Run, Sampler, get_sigmas_karras
+from ella_kd.pictures.segments import sample_in_segments
+from ella_kd.refining import HandOver
+from ella_kd.samplers import (
+    SAMPLERS,
+    DPMpp2M,
+    Prediction,
+    Run,
+    Sampler,
+    get_sigmas_karras,
+    load_run,
+    sample,
+    without_history,
+)
 from ella_kd.samplers import randn as seeded
 from ella_kd.samplers.registry import RANGE_SAMPLERS
 from mixtures import COND, Guided, Pointwise, randn
@@ -160,17 +172,42 @@ def test_inversion_is_undone_by_the_same_steps(name: str, refine: int, near: flo
 
 def test_hand_over() -> None:
     """The second model takes the rest of the steps, with conditions of its own; the same model twice is one run."""
-    x = SIGMAS[0] * NOISE
-    whole = drawn(SAMPLERS["euler_ancestral"], Guided(), x)
-    at = float(SIGMAS[2])
+    x, at = SIGMAS[0] * NOISE, float(SIGMAS[2])
+    for name in ("euler_ancestral", "heun_cfg_pp", "dpm_adaptive"):
+        twice = HandOver(Guided(), Guided(), at, ARGS)
+        assert torch.equal(drawn(ROWS[name], twice, x), drawn(ROWS[name], Guided(), x))
     first, second = Guided(), Guided(COND, COND)
-    args: dict[str, Any] = {"seeds": SEEDS, "disable": True}
-    assert torch.equal(hand_over("euler_ancestral", first, Guided(), x, SIGMAS, at, ARGS, ARGS, **args), whole)
-    first.seen.clear()
-    hand_over("dpmpp_2m_cfg_pp", first, second, x, SIGMAS, at, ARGS, {"cond_scale": 0.3}, **args)
+    both = HandOver(first, second, at, {"cond_scale": 0.3})
+    assert both.changes(SIGMAS.tolist()) == [2] and HandOver(first, second, 99.0, {}).changes(SIGMAS.tolist()) == []
+    sample_in_segments("dpmpp_2m_cfg_pp", both, x, SIGMAS, ARGS, disable=True, seeds=SEEDS, fresh=[2])
     assert [*first.seen, *second.seen] == SIGMAS[:-1].tolist() and len(first.seen) == 2
-    with pytest.raises(ValueError, match="leave one of the models none"):
-        hand_over("euler", first, second, x, SIGMAS, 99.0, ARGS, ARGS, **args)
+    mixed = both(x[:2], SIGMAS[[1, 2]], **ARGS)
+    assert torch.equal(mixed[0], first(x[:1], SIGMAS[[1]], 0.7)[0])
+    assert torch.equal(mixed[1], second(x[1:2], SIGMAS[[2]], 0.3)[0])
+
+
+def test_a_run_is_resumed_with_what_it_was_made_with(tmp_path: Path) -> None:
+    """Bit for bit with the same conditions, picture and mask; others are refused by name, and taken on purpose."""
+    inner = CFGDenoiser(ELLADenoiser(PointwiseUNet(), tiny_tsc()))
+    x, picture = seeded((2, 4, 4, 6), [7, 8]).double() * SIGMAS[0], randn(1, 4, 4, 6, seed=1).double()
+    args = {"cond": features(3), "uncond": features(2, seed=4), "cond_scale": 3.0}
+    kept = Keep(inner, picture, Repaint(HALF))
+    whole, _ = sample(DPMpp2M(), kept, x, SIGMAS, args, disable=True)
+    run = Run(DPMpp2M(), kept, x, SIGMAS, args, stop=2)
+    run.advance(2)
+    run.save(tmp_path / "run.safetensors")
+    half, state = load_run(tmp_path / "run.safetensors")
+    again = Keep(inner, picture.expand(2, -1, -1, -1).clone(), Repaint(HALF.clone()))
+    rest, end = sample(DPMpp2M(), again, half, None, {**args, "cond": features(3)}, disable=True, state=state)
+    assert torch.equal(rest, whole) and torch.equal(end["given"], state["given"])
+    for model, other, what in (
+        (Keep(inner, picture, Repaint(1 - HALF)), args, "mask"), (Keep(inner, picture, Unlock(HALF)), args, "mask"),
+        (Keep(inner, picture + 1e-6, Repaint(HALF)), args, "picture"), (inner, args, "picture and another mask"),
+        (kept, {**args, "cond": features(3, seed=9)}, "cond"), (kept, {**args, "uncond": features(3)}, "uncond"),
+    ):
+        with pytest.raises(ValueError, match=f"another {what}: resume with the same"):
+            sample(DPMpp2M(), model, half, None, other, disable=True, state=state)
+        sample(DPMpp2M(), model, half, None, other, disable=True, state=without_history(state))
 
 
 def test_refusals() -> None:

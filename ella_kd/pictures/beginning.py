@@ -89,9 +89,12 @@ class Beginning:
 
     def sample(self, sampler: str, model: Denoiser, x: Tensor, sigmas: Tensor, extra_args: Mapping[str, Any],
                callback: Callable[[dict[str, Any]], object] | None = None, disable: bool | None = None, *,
-               seeds: Sequence[int], **options: Any) -> Tensor:
-        """The run: the sampler itself, in segments where steps are repeated or what is repainted grows on the way."""
-        repeats, fresh = self.canvas.asked.repeats, [] if self.mask is None else self.mask.changes(sigmas.tolist())
+               seeds: Sequence[int], fresh: Sequence[int] = (), **options: Any) -> Tensor:
+        """The run: the sampler itself, in segments where steps are repeated or what is repainted grows on the way.
+
+        fresh: other steps that begin without what the method remembers."""
+        repeats = self.canvas.asked.repeats
+        fresh = [*fresh, *(() if self.mask is None else self.mask.changes(sigmas.tolist()))]
         kept: Denoiser = model if self.mask is None else Keep(model, self.picture.to(x.device), self.mask)
         row = get_sampler(sampler)
         if repeats == 1 and (not fresh or row.name in RANGE_SAMPLERS):

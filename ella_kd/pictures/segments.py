@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ella_kd.conditioning import above
-from ella_kd.samplers import Run, get_sampler, randn, sample, without_history
+from ella_kd.samplers import Run, get_sampler, randn, without_history
 from ella_kd.samplers.model import Bound, Callback, Model, bind
 from ella_kd.samplers.noise import NOISES, check_seeds, random_seeds
 from ella_kd.samplers.registry import RANGE_SAMPLERS
@@ -94,35 +93,3 @@ def other_seeds(seeds: Sequence[int], stream: int, i: int) -> list[int]:
     """Seeds of another stream, made of these."""
     words = (np.random.SeedSequence([seed, 2, stream, i]).generate_state(1, np.uint64)[0] for seed in seeds)
     return [int(word) >> 1 for word in words]
-
-
-@torch.no_grad()
-def hand_over(
-    sampler: str,
-    first: Model,
-    second: Model,
-    x: Tensor,
-    sigmas: Tensor,
-    at: float,
-    extra_args: Mapping[str, Any] | None = None,
-    second_args: Mapping[str, Any] | None = None,
-    *,
-    seeds: Sequence[int] | None = None,
-    disable: bool | None = None,
-    **options: Any,
-) -> Tensor:
-    """A run whose steps from a sigma above `at` are the first model's, and the rest the second's (SDXL's refiner).
-
-    Both are whole denoisers, each with the conditions of its own (extra_args, second_args) and planned for its own
-    steps; their latents are the same space. The second begins without history, at first order.
-    Raises ValueError where one of them has no step, TypeError and ValueError as `sample` does.
-    """
-    row = get_sampler(sampler)
-    given = random_seeds(len(x)) if seeds is None else check_seeds(seeds, len(x))
-    k = sum(above(level, at) for level in sigmas[:-1].tolist())
-    if not 0 < k < len(sigmas) - 1:
-        raise ValueError(f"{len(sigmas) - 1} steps from sigma {sigmas[0]:g} leave one of the models none at a "
-                         f"hand-over at {at:g}")
-    solver = replace(row.solver, **options)
-    x, state = sample(solver, row.walked(first), x, sigmas, extra_args, disable=disable, seeds=given, stop=k)
-    return sample(solver, row.walked(second), x, None, second_args, disable=disable, state=without_history(state))[0]
