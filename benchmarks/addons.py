@@ -1,12 +1,11 @@
-"""What the miniature's add-ons do to its pictures, read from their pixels.
+"""What the miniature's add-ons do to its pictures, read from their pixels: `python -m benchmarks.addons`.
 
-Held-out scenes of one to three things, equal seeds, 10 steps, scale 3 (lambda .6 with CFG++). The add-ons are those of
-`python -m benchmarks.miniature.addons`, whose ControlNet is not bundled: without its file its rows are left out.
+Held-out scenes of one to three things, equal seeds, 10 steps, scale 3 (lambda .6 with CFG++). The add-ons are the
+bundled ones, which `python -m benchmarks.miniature.addons` trains.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +18,21 @@ from PIL import Image
 
 from benchmarks.machine import machine
 from benchmarks.miniature import captions
-from benchmarks.miniature.addons import AZURE_RGB, BUNDLED, MASCOT, PLACED, placeless
-from benchmarks.miniature.scenes import PLACES, Scene, colour_at, parse, random_scene, stripes_at
+from benchmarks.miniature.addons import AZURE_RGB, BUNDLED, MASCOT
+from benchmarks.miniature.scenes import (
+    BACKGROUND_NAMES,
+    PLACES,
+    Scene,
+    colour_at,
+    parse,
+    random_scene,
+    render,
+    stripes_at,
+)
 from benchmarks.results import Results, writes
-from ella_kd import Pipeline, draw
+from ella_kd import CFG, PAG, Pipeline, draw
 from ella_kd.conditioning import Conditioning
+from ella_kd.models.addons.controlnet import ControlNet
 from ella_kd.samplers import SAMPLERS as KNOWN
 
 STEPS, SCALE, LAMBDA = 10, 3.0, 0.6
@@ -97,38 +106,68 @@ def _layout(scene: Scene) -> set[tuple[str, int]]:
 def word(sd: Pipeline, folder: Path) -> str:
     """The word at each place on each background, in tags for CLIP: how often it is exactly what it stands for."""
     known = sd.with_embeddings([folder / "mascot.safetensors"])
-    wanted = [Scene(background, (replace(MASCOT, place=place),)) for background in captions.SCENERY for place in range(9)]
-    prompts = [f"mascot {PLACES[scene.things[0].place]}, {scene.background}" for scene in wanted]
     rows = ["| | exactly right |", "|---|---|"]
     for name, system in (("the word, learned", known), ("the word, unknown", sd)):
-        found = [parse(picture) for picture in drawn(system, system.encode(prompts, "clip"), len(prompts), mode="clip")]
-        rows.append(f"| {name} | {np.mean([a == b for a, b in zip(wanted, found, strict=True)]):.0%} |")
+        rows.append(f"| {name} | {np.mean([a == b for a, b in mascots(system)]):.0%} |")
         click.echo(rows[-1])
     return "\n".join(rows)
 
 
-def placed(sd: Pipeline, control: Any, count: int) -> str:
+def mascots(sd: Pipeline, backgrounds: Sequence[str] = BACKGROUND_NAMES) -> list[tuple[Scene, Scene]]:
+    """The one thing that the word stands for, at each place, as asked for and as found."""
+    wanted = [Scene(name, (replace(MASCOT, place=place),)) for name in backgrounds for place in range(9)]
+    prompts = [f"mascot {PLACES[scene.things[0].place]}, {scene.background}" for scene in wanted]
+    found = drawn(sd, sd.encode(prompts, "clip"), len(prompts), mode="clip")
+    return [(scene, parse(picture)) for scene, picture in zip(wanted, found, strict=True)]
+
+
+def placed(sd: Pipeline, folder: Path, count: int) -> str:
     """Prompts that say no place, edges that do: of the things asked for, how many stand where the edges say."""
+    control = ControlNet.load(folder / "edges.safetensors", base=sd.unet)  # type: ignore[arg-type]
     wanted = held_out(count)
-    prompts = written(wanted, placeless)
-    hints = [Image.fromarray(render(scene)) for scene in wanted]
     rows = ["| | things where the edges say | also of the right shape and colour | all right |", "|---|---|---|---|"]
     runs: list[tuple[str, float, dict[str, Any]]] = [("no control, `dpmpp_2m`", 0.0, {})]
     runs += [(f"`{sampler}`", 1.0, {"sampler": sampler}) for sampler in SAMPLERS]
     runs += [("`dpmpp_2m`, strength .5", 0.5, {}), ("`dpmpp_2m`, PAG", 1.0, {"guidance": PAG(CFG(SCALE), 1.0)})]
     for said, strength, options in runs:
-        cond, uncond = (sd.encode(text).with_control(control, hints, strength, preprocess="canny")
-                        for text in (prompts, [""] * count))
-        found = [parse(picture) for picture in drawn(sd, cond, count, uncond=uncond, **options)]
-        pairs = list(zip(wanted, found, strict=True))
-        total = sum(len(scene.things) for scene in wanted)
-        where = sum(len({t.place for t in a.things} & {t.place for t in b.things}) for a, b in pairs)
-        same = sum(len(_bare(a) & _bare(b)) for a, b in pairs)
-        right = np.mean([a == b for a, b in pairs])
-        rows.append(f"| {said} | {where / total:.0%} | {same / total:.0%} | {right:.0%} |")
+        shares = placement(wanted, steered(sd, control, wanted, strength, **options))
+        rows.append(f"| {said} | {' | '.join(f'{share:.0%}' for share in shares)} |")
         click.echo(rows[-1])
     return "\n".join(rows)
 
 
+def steered(sd: Pipeline, control: ControlNet, wanted: Sequence[Scene], strength: float = 1.0,
+            **options: Any) -> list[Scene]:
+    """What is found in pictures of prompts without places, on both sides of guidance steered by the scenes' edges."""
+    hints = [Image.fromarray(render(scene)) for scene in wanted]
+    cond, uncond = (sd.encode(texts).with_control(control, hints, strength, preprocess="canny")
+                    for texts in (written(wanted, captions.placeless), [""] * len(wanted)))
+    return [parse(picture) for picture in drawn(sd, cond, len(wanted), uncond=uncond, **options)]
+
+
+def placement(wanted: Sequence[Scene], found: Sequence[Scene]) -> tuple[float, float, float]:
+    """The shares of things where they should be, of those of the right shape and colour too, of scenes all right."""
+    pairs = list(zip(wanted, found, strict=True))
+    total = sum(len(scene.things) for scene in wanted)
+    where = sum(len({t.place for t in a.things} & {t.place for t in b.things}) for a, b in pairs)
+    same = sum(len(_bare(a) & _bare(b)) for a, b in pairs)
+    return where / total, same / total, sum(a == b for a, b in pairs) / len(pairs)
+
+
 def _bare(scene: Scene) -> set[tuple[str, str, int]]:
     return {(thing.shape, thing.colour, thing.place) for thing in scene.things}
+
+
+@click.command(help=__doc__)
+@click.option("--count", default=60, show_default=True, help="Held-out scenes.")
+@click.option("--files", type=click.Path(path_type=Path, exists=True), default=BUNDLED, help="Folder of the add-ons.")
+@writes("addons")
+def main(count: int, files: Path, results: Results) -> None:
+    sd = Pipeline.miniature()
+    tables = {"styles": styles(sd, files, count), "word": word(sd, files), "placed": placed(sd, files, count)}
+    tables["add-ons measured"] = f"`python -m benchmarks.addons --count {count}` on {machine()}."
+    results.write_tables(tables)
+
+
+if __name__ == "__main__":
+    main()

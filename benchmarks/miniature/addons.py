@@ -288,9 +288,9 @@ class Edges(AddOn):
 
 
 BUDGETS = {"striped": Budget(samples=12_800, batch=32, lr=4e-3, bf16=True),
-           "azure": Budget(samples=12_800, batch=32, lr=4e-3, bf16=True),
+           "azure": Budget(samples=8_000, batch=32, lr=4e-3, bf16=True),
            "mascot": Budget(samples=8_000, batch=16, lr=1e-2),
-           "edges": Budget(samples=14_400, batch=24, lr=2e-3, bf16=True)}
+           "edges": Budget(samples=12_000, batch=24, lr=2e-3, bf16=True)}
 
 
 def build(name: str, sd: Pipeline) -> AddOn:
