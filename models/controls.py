@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ella_kd.models.blocks import resized
 from ella_kd.models.context import Context
 from ella_kd.models.devices import upload
-from ella_kd.models.partial import Box, ForRows, add_to_rows, rows_of
+from ella_kd.models.partial import Box, ForRows, add_to_rows, rows_of, scaled
 
 if TYPE_CHECKING:
     from ella_kd.models.unet import UNetConfig
@@ -32,6 +33,11 @@ class ControlNetwork(Protocol):
     """A ControlNet, a T2I-Adapter: an nn.Module of its own device and dtype."""
 
     name: str
+
+    @property
+    def pooled(self) -> bool | None:
+        """Whether its outputs are averaged over the picture; None: they cannot be, and it has no guess mode."""
+        ...
 
     def check(self, unet: "UNetConfig") -> None:
         """Raises ValueError if it was made for UNets of another kind."""
@@ -126,10 +132,7 @@ class Control(ForRows):
         return self._scaled(out, FACTORS[self.factors](i, last))
 
     def _scaled(self, out: Tensor, factor: float = 1.0) -> Tensor:
-        amounts = [strength * factor for strength in self.strengths]
-        if len(set(amounts)) == 1:
-            return out if amounts[0] == 1 else out * amounts[0]
-        return out * upload(torch.tensor(amounts, dtype=out.dtype), out.device).view(-1, *[1] * (out.ndim - 1))
+        return scaled(out, [strength * factor for strength in self.strengths])
 
 
 # Guess mode, the factor of output i of 0 .. last: none; as ControlNet's authors have it; as diffusers has it.
@@ -184,7 +187,8 @@ class Added:
     def _add(self, x: Tensor, terms: Sequence[tuple[tuple[int, ...], Tensor | None]]) -> Tensor:
         for rows, term in terms:
             if term is not None:
-                x = add_to_rows(x, rows, term.to(self.dtype))
+                size = x if term.shape[2:] != (1, 1) else term  # a change in the UNet may have made features smaller
+                x = add_to_rows(x, rows, resized(term.to(self.dtype), size))
         return x
 
 

@@ -1,6 +1,6 @@
 """The half of the UNet that ControlNet has a copy of: what is told of t, the way down and the middle."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,6 @@ from ella_kd.models.attention import check_mask
 from ella_kd.models.blocks import Downsample, Layers, ResBlock, SpatialTransformer
 from ella_kd.models.context import Context
 from ella_kd.models.timestep import guidance_embedding, timestep_embedding
-
-if TYPE_CHECKING:
-    from ella_kd.models.unet import UNetConfig
 
 
 class TimeEmbed(nn.Sequential):
@@ -33,7 +30,7 @@ class TimeEmbed(nn.Sequential):
 class Encoder(nn.Module):
     """time_embed, label_emb, input_blocks and middle_block of a UNet; skips: the channels after each input block."""
 
-    def __init__(self, config: "UNetConfig") -> None:
+    def __init__(self, config: Any) -> None:  # a UNetConfig, whose file imports this one
         super().__init__()
         self.config = config
         channels = config.model_channels
@@ -101,7 +98,7 @@ class Encoder(nn.Module):
         check_mask(mask, tokens, read=False)
 
 
-def transformer(config: "UNetConfig", channels: int, depth: int, cross_only: bool = False) -> list[SpatialTransformer]:
+def transformer(config: Any, channels: int, depth: int, cross_only: bool = False) -> list[SpatialTransformer]:
     """The transformer after a res block, if there is one."""
     heads = config.heads(channels)
     return [SpatialTransformer(channels, config.context_dim, heads, config.linear_proj, depth, cross_only)

@@ -91,6 +91,13 @@ def add_to_rows(x: Tensor, rows: Sequence[int], more: Tensor) -> Tensor:
     return torch.cat([*done, x[start:]])
 
 
+def scaled(x: Tensor, amounts: Sequence[float]) -> Tensor:
+    """x [n, ...], each row times its number."""
+    if len(set(amounts)) == 1:
+        return x if amounts[0] == 1 else x * amounts[0]
+    return x * upload(torch.tensor(amounts, dtype=x.dtype), x.device).view(-1, *[1] * (x.ndim - 1))
+
+
 def runs(rows: Sequence[int]) -> list[slice]:
     """Rows as slices of neighbours: 0, 1, 2, 5 are 0:3 and 5:6."""
     found: list[slice] = []

@@ -2,17 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ella_kd.models.blocks import Layers, ResBlock, SpatialTransformer, Upsample
+from ella_kd.models.blocks import Layers, ResBlock, SpatialTransformer, TransformerBlock, Upsample, resized
 from ella_kd.models.context import Context
 from ella_kd.models.controls import added
 from ella_kd.models.encoder import Encoder, transformer
 from ella_kd.models.network import Levels, Patches
 from ella_kd.models.parameters import zero_init
+from ella_kd.models.patches import for_all
 from ella_kd.models.shapes import Shapes, count_of, shape_of
+
+if TYPE_CHECKING:
+    from ella_kd.models.inside import Change
 
 Depths = tuple[tuple[int, ...], ...]
 
@@ -158,7 +163,9 @@ class UNet(Encoder):
     network's dtype, t stays fp32.
 
     patches: what rows of the batch do differently in this one call, `(rows, Patch or None)` in the order of the batch,
-    `models.patches`; a patch names its transformers, those in `places`. Nothing of it stays behind.
+    `models.patches`; a patch names its transformers, those in `places`. changes: what all rows do differently,
+    `models.inside`; where a row's patch names a place that a change patches too, the row's holds. Nothing of either
+    stays behind.
     Raises ValueError for a wrong shape, a place that does not exist, rows that are not the batch, an input that is
     needed and missing, or that this network does not know.
     """
@@ -181,6 +188,8 @@ class UNet(Encoder):
         for name, module in self.named_modules():
             if isinstance(module, SpatialTransformer):
                 module.place = name
+        for number, each in enumerate(self.cross_attentions):
+            each.number = number
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -190,6 +199,12 @@ class UNet(Encoder):
         """
         return tuple(module.place for module in self.modules()
                      if isinstance(module, SpatialTransformer) and not module.cross_only)
+
+    @property
+    def cross_attentions(self) -> list[TransformerBlock]:
+        """The transformer blocks in the order of image prompts' weights: on the way down, on the way up, the middle."""
+        ways = (self.input_blocks, self.output_blocks, self.middle_block)
+        return [block for way in ways for block in way.modules() if isinstance(block, TransformerBlock)]
 
     @property
     def in_channels(self) -> int:
@@ -211,24 +226,37 @@ class UNet(Encoder):
         """Itself: it is the same at every noise level."""
         return self
 
-    def forward(self, x: Tensor, t: Tensor, context: Context | Tensor, patches: Patches = ()) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Context | Tensor, patches: Patches = (),
+                changes: "Sequence[Change]" = ()) -> Tensor:
         seen = Context.of(context)
         latents, x, tokens, mask = x, seen.beside_x(x), seen.tokens, seen.mask
         self._check(x, t, tokens, mask)
+        patches = for_all(patches, [patch for change in changes for patch in change.patches], len(x))
         if patches:
             self._check_patches(patches, len(x))
         emb = self._embedding(x, t, seen)
+        images = seen.images or ()
+        for prompt in images:
+            prompt.check(self)
         more = added(seen, latents, t, self.config) if seen.controls else None
         skips = []
-        for i, stage in enumerate(self.input_blocks):
-            x = stage(x, emb, tokens, mask, patches)
-            x = x if more is None else more.inside(i, x)
+        for n, stage in enumerate(self.input_blocks):
+            x = stage(x, emb, tokens, mask, patches, None, images)
+            x = x if more is None else more.inside(n, x)
+            for change in changes:
+                x = change.before_skip(n, x)
             skips.append(x)
-        x = self.middle_block(x, emb, tokens, mask, patches)
+            for change in changes:
+                x = change.after_skip(n, x)
+        x = self.middle_block(x, emb, tokens, mask, patches, None, images)
         x, skips = (x, skips) if more is None else more.outside(x, skips)
-        for stage in self.output_blocks:
-            x = torch.cat([x, skips.pop()], dim=1)
-            x = stage(x, emb, tokens, mask, patches, skips[-1].shape[2:] if skips else None)
+        for n, stage in enumerate(self.output_blocks):
+            skip = skips.pop()
+            x = resized(x, skip)  # where a change made it smaller
+            for change in changes:
+                x, skip = change.joined(n, x, skip)
+            size = skips[-1].shape[2:] if skips else None
+            x = stage(torch.cat([x, skip], dim=1), emb, tokens, mask, patches, size, images)
         return self.out(x)
 
     def _check_patches(self, patches: Patches, batch: int) -> None:

@@ -1,4 +1,4 @@
-"""Conditionings with a picture that steers the network beside the text: `cond.with_control(...)`."""
+"""Conditionings with a picture that steers the network: `cond.with_control(...)`, `cond.with_image(...)`."""
 
 import math
 from abc import abstractmethod
@@ -14,6 +14,7 @@ from ella_kd.conditioning.switch import window as in_window
 from ella_kd.models.addons.preprocessing import Picture, pixels, preprocessor
 from ella_kd.models.context import Context
 from ella_kd.models.controls import FACTORS, Control, ControlNetwork, Hint
+from ella_kd.models.image_prompts import ImagePrompt
 from ella_kd.models.network import Levels
 from ella_kd.scale import Scale, check_scale, resolve
 
@@ -126,12 +127,40 @@ def with_control(cond: Conditioning, network: ControlNetwork, picture: Picture |
                         f"{type(network).__name__}")
     if guess not in FACTORS:
         raise ValueError(f"guess must be one of {', '.join(map(repr, FACTORS))}, got {guess!r}")
-    pictures = picture if isinstance(picture, (list, tuple)) else [picture]
+    if network.pooled is None and (guess or pooled):
+        raise ValueError(f"a {type(network).__name__} has no guess mode and is not pooled: that is a ControlNet's")
+    pictures: Sequence[Any] = picture if isinstance(picture, (list, tuple)) else [picture]
     if preprocess is not None:
         pictures = [preprocessor(preprocess)(each) for each in pictures]
     hints = [Hint(row) for each in pictures for row in pixels(each).split(1)]
     if not hints:
         raise ValueError("a control needs a picture, or one per row, got none")
-    how = {"network": network, "factors": guess, "pooled": network.pooled if pooled is None else pooled}
+    how = {"network": network, "factors": guess, "pooled": bool(network.pooled if pooled is None else pooled)}
     own = () if tokens is None else (as_conditioning(tokens),)
     return steered(cond, Hints(hints, check_scale("the strength of a control", strength), *own, how=how), window)
+
+
+class Images(Steering):
+    """An IP-Adapter with what it makes of pictures, [L, D] for each row."""
+
+    adapter: Any
+
+    def like(self, things: tuple[Any, ...], strength: Scale, own: tuple[Any, ...]) -> Self:
+        return type(self)(things, strength, *own, adapter=self.adapter)
+
+    def shown(self, things: tuple[Any, ...], own: tuple[Context, ...], **rows: Any) -> dict[str, Any]:
+        return {"images": (ImagePrompt(adapter=self.adapter, tokens=things, **rows),)}
+
+
+def with_image(cond: Conditioning, adapter: Any, pictures: Any, weight: Scale = 1.0, *,
+               window: Window = ALWAYS) -> Conditioning:
+    """See `Conditioning.with_image`."""
+    if not hasattr(adapter, "of_block"):
+        raise TypeError(f"an image prompt takes an IPAdapter, IPAdapter.load(file, image_encoder=...), got "
+                        f"{type(adapter).__name__}")
+    if pictures is not None:
+        pictures = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
+        if not pictures:
+            raise ValueError("an image prompt takes a picture or several, or None for the uncond's, got none")
+    weight = check_scale("the weight of an image prompt", weight)
+    return steered(cond, Images([adapter.tokens(pictures)], weight, adapter=adapter), window)

@@ -9,9 +9,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ella_kd.conditioning.base import Combination, Conditioning, above
+from ella_kd.conditioning.base import Combination, Conditioning
 from ella_kd.models.context import Context
-from ella_kd.models.network import Levels
+from ella_kd.models.network import Levels, above
 
 
 class Switch(Combination):

@@ -49,7 +49,7 @@ def pixels(picture: Picture) -> Tensor:
     if x.is_floating_point() and not bool(((x >= -1e-3) & (x <= 1.001)).all()):
         raise ValueError(f"a control's picture has floats in [0, 1], got {x.min().item():g} to {x.max().item():g}: "
                          "give those in 0..255 as uint8, and those in [-1, 1] as (x + 1) / 2")
-    x = x.float() if x.is_floating_point() else x.float() / 255
+    x = (x.float() if x.is_floating_point() else x.float() / 255).contiguous()  # the kernels' rounding follows layout
     return x.expand(-1, 3, -1, -1)
 
 

@@ -130,7 +130,7 @@ def unet_of(part: Part, kind: Kind) -> UNet:
     return UNet(UNetConfig.from_shapes(part.shapes, **heads_of(part)))
 
 
-def heads_of(part: Part) -> dict[str, int]:
+def heads_of(part: Part) -> dict[str, Any]:
     """num_heads or head_dim, as our metadata or diffusers' configuration say; {} where they do not."""
     own = config_of(part.weights)
     return {key: own[key] for key in own if key in ("num_heads", "head_dim")} or _heads(part)
