@@ -24,6 +24,7 @@ from ella_kd.request import MODES, Mode, Request, mode_named
 
 Command = Callable[..., Any]
 FILES: tuple[Part, ...] = ("checkpoint", "vae", "text_encoder", "tsc", "t5", "clip_tokenizer")
+NAMES = [name for name, preset in PRESETS.items() if {*preset.parts} <= {*FILES}]  # a LoRA is given as --lora
 WHAT = {"checkpoint": "a Stable Diffusion checkpoint", "vae": "an autoencoder", "tsc": "ELLA's connector"}
 
 
@@ -40,7 +41,7 @@ class ModeChoice(click.Choice[Any]):
 def model_options(command: Command) -> Command:
     """The model, its files, and where it runs."""
     for option in reversed([
-        click.option("--model", type=click.Choice(["miniature", *PRESETS]), default="miniature", show_default=True,
+        click.option("--model", type=click.Choice(["miniature", *NAMES]), default="miniature", show_default=True,
                      metavar="NAME", help="The files of a model by its name (ella-kd models), fetched if need be; "
                                           "those named below come first."),
         click.option("--checkpoint", metavar="FILE",

@@ -1,7 +1,7 @@
 """Networks rearranged for inference on a CPU."""
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
@@ -26,8 +26,11 @@ def fast_on_cpu(network: M) -> M:
     The network given stays as it is and is kept, so that a LoRA finds its weights; they are shared with it but for
     Winograd's: of Stable Diffusion 1.5 those are 4.3 GB beside the plain 2.1. The answer differs by 4e-6 relative in
     fp32.
-    Raises ValueError for a network that is not fp32 or bf16 on a CPU.
+    Of a network made of networks each one is. Raises ValueError for a network that is not fp32 or bf16 on a CPU.
     """
+    each: Any = getattr(network, "each", None)
+    if each is not None:
+        return each(fast_on_cpu)
     weight = next(network.parameters())
     if weight.dtype not in (torch.float32, torch.bfloat16) or weight.device.type != "cpu":
         raise ValueError("fast_on_cpu takes a network in float32 or bfloat16 on the CPU, got "

@@ -50,7 +50,7 @@ class Change:
 
     @property
     def rank(self) -> int | None:
-        return self.kind and self.kind.rank(self.factors)
+        return None if self.kind is None else self.kind.rank(self.factors)
 
     def problems(self) -> list[str]:
         """What is missing or does not belong together."""
@@ -121,7 +121,7 @@ def _lokr(w: Tensor, f: Factors, s: float) -> Tensor:
     w1, w2 = factor(1), factor(2)
     if w2.ndim == 2 and w.ndim == 4:  # the kernel lies in w2's columns
         w2 = w2.reshape(w2.shape[0], -1, *w.shape[2:])
-    return s * torch.kron(w1.reshape(*w1.shape, *(1,) * (w2.ndim - 2)), w2)
+    return s * torch.kron(w1.reshape(*w1.shape, *(1,) * (w2.ndim - 2)), w2.contiguous())
 
 
 def _full(w: Tensor, f: Factors, s: float) -> Tensor:

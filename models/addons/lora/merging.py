@@ -59,8 +59,9 @@ def as_list(loras: "Given | Sequence[Given]") -> list[Pair]:
     one = isinstance(loras, LoRA | str | Path) or (
         isinstance(loras, tuple) and len(loras) == 2 and isinstance(loras[1], float | int | Mapping | Strength))
     found = []
+    given: Any
     for given in (loras,) if one else loras:  # type: ignore[union-attr]
-        lora, strength = given if isinstance(given, tuple) else (given, 1.0)  # type: ignore[misc]
+        lora, strength = given if isinstance(given, tuple) else (given, 1.0)
         if not isinstance(lora, LoRA | str | Path):
             raise TypeError(f"a LoRA is a file or LoRA.load(file), with a strength or without, got {given!r:.80}")
         found.append((lora if isinstance(lora, LoRA) else LoRA.load(lora), Strength.of(strength)))

@@ -73,13 +73,12 @@ class LoRA:
         found: dict[str, dict[str, Tensor]] = {}
         embeddings: dict[str, dict[str, Tensor]] = {}
         wrong: list[str] = []
-        for key in tensors:
-            x = tensors[key]
+        for key, x in tensors.items():
             if x.is_floating_point() and not x.isfinite().all():
                 wrong.append(f"not finite: {key}")
             if key.startswith(BUNDLED):
-                word, _, rest = key.removeprefix(BUNDLED).partition(".")
-                embeddings.setdefault(word, {})[rest] = x
+                bundled, _, rest = key.removeprefix(BUNDLED).partition(".")
+                embeddings.setdefault(bundled, {})[rest] = x
                 continue
             module, word = _read(key)
             if word is None or word in found.setdefault(module, {}):
