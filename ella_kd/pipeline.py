@@ -176,6 +176,18 @@ class Pipeline:
         """The same system, faster on a CPU and larger in memory: `models.fast_on_cpu` of the UNet and the connector."""
         return replace(self, unet=fast_on_cpu(self.unet), tsc=None if self.tsc is None else fast_on_cpu(self.tsc))
 
+    def with_embeddings(self, embeddings: Iterable[Embedding | File]) -> "Pipeline":
+        """A twin whose CLIP knows these words too, `Embedding`s or their files; none gives the pipeline itself.
+
+        A word is the file's name without its ending, in texts that CLIP reads: `mode="clip"`, tags, SDXL's prompts.
+        Raises ValueError for a pipeline without CLIP and for another model's embedding.
+        """
+        words = [each if isinstance(each, Embedding) else Embedding.load(each) for each in embeddings]
+        if words and self.clip is None:
+            raise ValueError(f"the embedding {words[0].name} is CLIP's, and this pipeline lacks CLIP or its tokenizer: "
+                             "load it with clip_tokenizer=<folder>")
+        return replace(self, clip=self.clip.with_embeddings(words)) if words and self.clip is not None else self
+
     def with_lora(self, loras: "Given | Sequence[Given]", *, partial: bool = False) -> "Pipeline":
         """The same system with LoRAs in its UNet and its text encoders: `models.addons.lora.with_lora`.
 
@@ -191,18 +203,6 @@ class Pipeline:
         new = {id(network): twins[part] for part, network in networks.items()}
         return replace(self, unet=twins["unet"], clip=self.clip and self.clip.moved(lambda model: new[id(model)]),
                        text_models=tuple(model and new[id(model)] for model in self.text_models))
-
-    def with_embeddings(self, embeddings: Iterable[Embedding | File]) -> "Pipeline":
-        """A twin whose CLIP knows these words too, `Embedding`s or their files; none gives the pipeline itself.
-
-        A word is the file's name without its ending, in texts that CLIP reads: `mode="clip"`, tags, SDXL's prompts.
-        Raises ValueError for a pipeline without CLIP and for another model's embedding.
-        """
-        words = [each if isinstance(each, Embedding) else Embedding.load(each) for each in embeddings]
-        if words and self.clip is None:
-            raise ValueError(f"the embedding {words[0].name} is CLIP's, and this pipeline lacks CLIP or its tokenizer: "
-                             "load it with clip_tokenizer=<folder>")
-        return replace(self, clip=self.clip.with_embeddings(words)) if words and self.clip is not None else self
 
     def denoiser(self, guidance: Guidance | Scale | None = None) -> GuidedDenoiser:
         """The denoiser that belongs to the files, their noise schedule and prediction type (eps or v) included.

@@ -1,14 +1,14 @@
 """Words that CLIP has learned (textual inversion): which tokens of a text call them, and what stands in their place."""
 
-import copy
 import re
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ella_kd.models.parameters import Recipe, sharing
 from ella_kd.models.tokenizers import token_ids
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ def with_vectors(model: M, vectors: Tensor) -> M:
 
     What it learned before stays in front. Its state dict is the model's.
     """
-    shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
-    twin: Any = copy.deepcopy(model, shared)
+    twin: Any = sharing(model)
     known = twin.get_input_embeddings()
     learned = LearnedEmbedding(known.num_embeddings, known.embedding_dim, device="meta")
     learned.weight = known.weight
@@ -87,5 +86,7 @@ def with_vectors(model: M, vectors: Tensor) -> M:
     learned.register_buffer("learned", torch.cat([known.learned, rows]) if hasattr(known, "learned") else rows,
                             persistent=False)
     twin.set_input_embeddings(learned)
-    found: M = twin
+    recipe = Recipe.of(model)
+    finish = (*recipe.finish, partial(with_vectors, vectors=vectors))
+    found: M = Recipe(recipe.plain, recipe.changes, finish).on(twin)
     return found
