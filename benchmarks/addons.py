@@ -23,6 +23,7 @@ from benchmarks.miniature.scenes import (
     BACKGROUND_NAMES,
     PLACES,
     Scene,
+    Thing,
     colour_at,
     parse,
     random_scene,
@@ -33,6 +34,7 @@ from benchmarks.results import Results, writes
 from ella_kd import CFG, PAG, Pipeline, draw
 from ella_kd.conditioning import Conditioning
 from ella_kd.models.addons.controlnet import ControlNet
+from ella_kd.models.addons.t2i import T2IAdapter
 from ella_kd.samplers import SAMPLERS as KNOWN
 
 STEPS, SCALE, LAMBDA = 10, 3.0, 0.6
@@ -123,20 +125,23 @@ def mascots(sd: Pipeline, backgrounds: Sequence[str] = BACKGROUND_NAMES) -> list
 
 def placed(sd: Pipeline, folder: Path, count: int) -> str:
     """Prompts that say no place, edges that do: of the things asked for, how many stand where the edges say."""
-    control = ControlNet.load(folder / "edges.safetensors", base=sd.unet)  # type: ignore[arg-type]
     wanted = held_out(count)
-    rows = ["| | things where the edges say | also of the right shape and colour | all right |", "|---|---|---|---|"]
-    runs: list[tuple[str, float, dict[str, Any]]] = [("no control, `dpmpp_2m`", 0.0, {})]
-    runs += [(f"`{sampler}`", 1.0, {"sampler": sampler}) for sampler in SAMPLERS]
-    runs += [("`dpmpp_2m`, strength .5", 0.5, {}), ("`dpmpp_2m`, PAG", 1.0, {"guidance": PAG(CFG(SCALE), 1.0)})]
-    for said, strength, options in runs:
-        shares = placement(wanted, steered(sd, control, wanted, strength, **options))
-        rows.append(f"| {said} | {' | '.join(f'{share:.0%}' for share in shares)} |")
-        click.echo(rows[-1])
+    controls: dict[str, ControlNet | T2IAdapter] = {
+        "ControlNet": ControlNet.load(folder / "edges.safetensors", base=sd.unet)}  # type: ignore[arg-type]
+    if (folder / "outline.safetensors").exists():
+        controls["T2I-Adapter"] = T2IAdapter.load(folder / "outline.safetensors")
+    rows = ["| | where the edges say | shape too | colour too | fill and rim too |", "|---|---|---|---|---|"]
+    runs: list[tuple[str, float, dict[str, Any]]] = [(f"`{name}`", 1.0, {"sampler": name}) for name in SAMPLERS]
+    runs += [("`dpmpp_2m`, PAG", 1.0, {"guidance": PAG(CFG(SCALE), 1.0)}), ("`dpmpp_2m`, strength .5", 0.5, {})]
+    for name, control in controls.items():
+        for said, strength, options in runs if name != "ControlNet" else [*runs, ("`dpmpp_2m`, strength 0", 0.0, {})]:
+            shares = placement(wanted, steered(sd, control, wanted, strength, **options))
+            rows.append(f"| {name}, {said} | {' | '.join(f'{share:.0%}' for share in shares)} |")
+            click.echo(rows[-1])
     return "\n".join(rows)
 
 
-def steered(sd: Pipeline, control: ControlNet, wanted: Sequence[Scene], strength: float = 1.0,
+def steered(sd: Pipeline, control: ControlNet | T2IAdapter, wanted: Sequence[Scene], strength: float = 1.0,
             **options: Any) -> list[Scene]:
     """What is found in pictures of prompts without places, on both sides of guidance steered by the scenes' edges."""
     hints = [Image.fromarray(render(scene)) for scene in wanted]
@@ -145,17 +150,13 @@ def steered(sd: Pipeline, control: ControlNet, wanted: Sequence[Scene], strength
     return [parse(picture) for picture in drawn(sd, cond, len(wanted), uncond=uncond, **options)]
 
 
-def placement(wanted: Sequence[Scene], found: Sequence[Scene]) -> tuple[float, float, float]:
-    """The shares of things where they should be, of those of the right shape and colour too, of scenes all right."""
-    pairs = list(zip(wanted, found, strict=True))
+def placement(wanted: Sequence[Scene], found: Sequence[Scene]) -> tuple[float, ...]:
+    """The shares of things that stand where they should; of the right shape too; colour too; fill and rim too."""
+    facts: tuple[Callable[[Thing], Any], ...] = (
+        lambda t: t.place, lambda t: (t.place, t.shape), lambda t: (t.place, t.shape, t.colour), lambda t: t)
     total = sum(len(scene.things) for scene in wanted)
-    where = sum(len({t.place for t in a.things} & {t.place for t in b.things}) for a, b in pairs)
-    same = sum(len(_bare(a) & _bare(b)) for a, b in pairs)
-    return where / total, same / total, sum(a == b for a, b in pairs) / len(pairs)
-
-
-def _bare(scene: Scene) -> set[tuple[str, str, int]]:
-    return {(thing.shape, thing.colour, thing.place) for thing in scene.things}
+    return tuple(sum(len({*map(fact, a.things)} & {*map(fact, b.things)})
+                     for a, b in zip(wanted, found, strict=True)) / total for fact in facts)
 
 
 @click.command(help=__doc__)

@@ -3,6 +3,7 @@
 The files in models/miniature/addons were trained by `benchmarks.miniature.addons`: two LoRAs, a word, a ControlNet.
 """
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -12,12 +13,13 @@ import studio
 from benchmarks import addons
 from benchmarks.miniature import captions
 from benchmarks.miniature.addons import BUNDLED, MASCOT
-from benchmarks.miniature.scenes import Scene, parse
+from benchmarks.miniature.scenes import Scene, Thing, parse, render
 from ella_kd import CFG, PAG, Pipeline
 from ella_kd.conditioning import Concat, Stack
 from ella_kd.models.addons.controlnet import ControlNet
+from ella_kd.models.networks import ByRow, BySigma
 
-COUNT = 9
+COUNT = 6
 LORAS = {name: BUNDLED / f"{name}.safetensors" for name in ("striped", "azure")}
 SAMPLERS = ("euler", "heun", "euler_ancestral", "dpmpp_2m_sde", "euler_cfg_pp")
 
@@ -40,28 +42,44 @@ def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def near(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
+    """Equal but for rounding: by one step of 255."""
+    return max(np.abs(x.astype(int) - y).max() for x, y in zip(a, b, strict=True)) <= 1
+
+
 def test_a_lora_does_it_at_one_and_half_at_half_and_leaves_nothing_behind() -> None:
     before = drawn(studio.miniature())
     plain = look(before)
     half, one = (look(drawn(with_loras(striped=weight))) for weight in (0.5, 1.0))
-    assert plain.striped < 0.5 and one.striped >= 0.95 and min(half.layout, one.layout) >= 8 / 9
+    assert plain.striped < 0.5 and one.striped >= 0.95 and min(half.layout, one.layout) >= 5 / 6
     assert plain.stripes + 0.15 < half.stripes < one.stripes - 0.15
     half, one = (look(drawn(with_loras(azure=weight))) for weight in (0.5, 1.0))
-    assert one.from_azure < 25 < half.from_azure < plain.from_azure - 15 and one.layout >= 8 / 9
+    assert one.from_azure < 25 < half.from_azure < plain.from_azure - 15 and one.layout >= 5 / 6
     assert same(drawn(with_loras(striped=0.0, azure=0.0)), before)
     assert same(drawn(studio.miniature()), before)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS[-3:])
 def test_two_loras_at_once_with_every_sampler(sampler: str) -> None:
     found = look(drawn(with_loras(striped=1.0, azure=1.0), sampler))
-    assert found.striped >= 0.9 and found.from_azure < 30 and found.layout >= 7 / 9
+    assert found.striped >= 0.9 and found.from_azure < 30 and found.layout >= 5 / 6
+
+
+def test_a_lora_below_a_sigma_and_one_per_row() -> None:
+    """What is decided late needs the LoRA late; rows of one batch have strengths of their own."""
+    plain, half, striped = studio.miniature(), with_loras(striped=0.5), with_loras(striped=1.0)
+    late, early = (replace(plain, unet=BySigma(*networks, at=2.0)) for networks in (
+        (plain.unet, striped.unet), (striped.unet, plain.unet)))
+    assert look(drawn(late)).striped >= 0.9 and look(drawn(early)).striped < 0.5
+    rows = replace(plain, unet=ByRow([(plain, half, striped)[i % 3].unet for i in range(COUNT)]))
+    alone = [drawn(system) for system in (plain, half, striped)]
+    assert near(drawn(rows), [alone[i % 3][i] for i in range(COUNT)])
 
 
 def test_loras_agree_in_any_order_and_on_a_fast_network() -> None:
     once = drawn(with_loras(striped=0.7, azure=0.6))
     other = drawn(with_loras(azure=0.6).with_lora([(LORAS["striped"], 0.7)]).fast_on_cpu())
-    assert max(np.abs(a.astype(int) - b).max() for a, b in zip(once, other, strict=True)) <= 1
+    assert near(once, other)
 
 
 def test_a_word_is_drawn_where_the_prompt_says_and_beside_ella() -> None:
@@ -99,19 +117,19 @@ def test_rows_with_and_without_a_control_are_as_they_would_be_alone() -> None:
     sd, wanted = studio.miniature(), addons.held_out(2)
     prompts = addons.written(wanted, captions.placeless)
     plain = sd.encode(prompts)
-    hint = studio.render(wanted[0])
+    hint = render(wanted[0])
     with_hint = sd.encode(prompts[0]).with_control(edges(), hint, preprocess="canny")
     together = addons.drawn(sd, Stack(with_hint, sd.encode(prompts[1])), 2)
     alone = addons.drawn(sd, with_hint, 1) + addons.drawn(sd, plain, 2)[1:]
-    assert max(np.abs(a.astype(int) - b).max() for a, b in zip(together, alone, strict=True)) <= 1
-    off = plain.with_control(edges(), hint, strength=0.0), plain.with_control(edges(), hint, window=(0.0, 0.0))
+    assert near(together, alone)
+    off = plain.with_control(edges(), hint, strength=0.0), plain.with_control(edges(), hint, window=(200.0, 100.0))  # above every sigma
     assert all(same(addons.drawn(sd, cond, 2), addons.drawn(sd, plain, 2)) for cond in off)
 
 
 def test_everything_at_once() -> None:
     """A LoRA, a word and a control in one batch of one picture."""
     sd = with_loras(azure=1.0).with_embeddings([BUNDLED / "mascot.safetensors"])
-    hint = studio.render(Scene("night", (MASCOT.__class__(2, "ring", "red"),)))
+    hint = render(Scene("night", (Thing(2, "ring", "red"),)))
     cond = sd.encode("mascot, night", "clip").with_control(edges(), hint, preprocess="canny")
     [picture] = addons.drawn(sd, cond, 1, mode="clip")
     assert [(thing.shape, thing.place) for thing in parse(picture).things] == [("ring", 2)]

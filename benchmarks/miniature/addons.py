@@ -3,8 +3,8 @@
     python -m benchmarks.miniature.addons                    # all of them, one after another
     python -m benchmarks.miniature.addons --only striped     # one
 
-The miniature stays as it is; what learns is a LoRA's factors, a word's vectors, or a ControlNet. The same seed gives
-the same files on the same machine, with one thread.
+The miniature stays as it is; what learns is a LoRA's factors, a word's vectors, a ControlNet or a T2I-Adapter. The
+same seed gives the same files on the same machine, with one thread.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from ella_kd.files import write_safetensors
 from ella_kd.models import TextFeatures, UNet
 from ella_kd.models.addons.controlnet import ControlNet
 from ella_kd.models.addons.preprocessing import canny
+from ella_kd.models.addons.t2i import T2IAdapter
 from ella_kd.models.clip import TwoTextEncoders
 from ella_kd.models.files.names import unet_to_diffusers
 from ella_kd.models.tokenizers import tokenize
@@ -253,29 +254,33 @@ class Word(AddOn):
         write_safetensors(path, {"emb_params": self.learned.rows.half()}, {"modelspec.title": self.name})
 
 
-class Edges(AddOn):
-    """A ControlNet on edges, for prompts that mostly say no places, in the form of a Control-LoRA.
-
-    Its way down is the UNet's with low-rank factors; whole are the few layers that read the picture and the zero
-    convolutions.
-    """
+class Steered(AddOn):
+    """What reads a picture's edges and steers the UNet, for prompts of ELLA that mostly say no places."""
 
     most = 4
 
-    def __init__(self, name: str, sd: Pipeline) -> None:
+    def __init__(self, name: str, sd: Pipeline, net: ControlNet | T2IAdapter) -> None:
         super().__init__(name, sd, (300.0, 999.0))
-        assert isinstance(sd.unet, UNet)
-        self.net = ControlNet.of(sd.unet, name, WIDTHS)
-        self.factors = low_rank(self.net, lambda name: name.startswith("input_blocks.") and name != "input_blocks.0.0")
-        for name, parameter in self.net.named_parameters():
-            if name.startswith(WHOLE):
-                parameter.requires_grad_(True)
+        self.net = net
 
     def cond(self, scenes: list[Scene], rng: random.Random) -> Condition:
         assert self.sd.t5 is not None and self.sd.tsc is not None
         texts = write(scenes, captions.placeless if rng.random() < 0.8 else captions.dense, rng)
         edges = [canny(render(scene)) for scene in scenes]
         return ELLA(self.sd.tsc, self.sd.t5(texts)).with_control(self.net, edges)
+
+
+class Edges(Steered):
+    """A ControlNet in the form of a Control-LoRA: its way down is the UNet's with low-rank factors; whole are the few
+    layers that read the picture and the zero convolutions."""
+
+    def __init__(self, name: str, sd: Pipeline) -> None:
+        assert isinstance(sd.unet, UNet)
+        net = ControlNet.of(sd.unet, name, WIDTHS)
+        super().__init__(name, sd, net)
+        self.factors = low_rank(net, lambda name: name.startswith("input_blocks.") and name != "input_blocks.0.0")
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or name.startswith(WHOLE))
 
     def save(self, path: Path) -> None:
         """What a Control-LoRA has: its marker, the factors, and whole what the base has not."""
@@ -287,10 +292,25 @@ class Edges(AddOn):
                                           "modelspec.architecture": "stable-diffusion-v1/control-lora"})
 
 
+class Outline(Steered):
+    """A T2I-Adapter of the light kind."""
+
+    def __init__(self, name: str, sd: Pipeline) -> None:
+        assert isinstance(sd.unet, UNet)
+        config = sd.unet.config
+        widths = [config.model_channels * mult for mult in config.channel_mult]
+        super().__init__(name, sd, T2IAdapter(1, widths, blocks=1, light=True, name=name))
+
+    def save(self, path: Path) -> None:
+        write_safetensors(path, {name: x.half() for name, x in self.net.state_dict().items()},
+                          {"modelspec.title": self.name})
+
+
 BUDGETS = {"striped": Budget(samples=12_800, batch=32, lr=4e-3, bf16=True),
            "azure": Budget(samples=8_000, batch=32, lr=4e-3, bf16=True),
            "mascot": Budget(samples=8_000, batch=16, lr=1e-2),
-           "edges": Budget(samples=12_000, batch=24, lr=2e-3, bf16=True)}
+           "edges": Budget(samples=12_000, batch=24, lr=2e-3, bf16=True),
+           "outline": Budget(samples=9_600, batch=24, lr=3e-3, bf16=True)}
 
 
 def build(name: str, sd: Pipeline) -> AddOn:
@@ -298,7 +318,9 @@ def build(name: str, sd: Pipeline) -> AddOn:
         return Style(name, sd, striped, (0.0, 500.0))
     if name == "azure":
         return Style(name, sd, azure, (150.0, 999.0))
-    return Edges(name, sd) if name == "edges" else Word(name, sd, MASCOT, VECTORS)
+    if name == "mascot":
+        return Word(name, sd, MASCOT, VECTORS)
+    return Edges(name, sd) if name == "edges" else Outline(name, sd)
 
 
 @click.command(help=__doc__)
