@@ -7,7 +7,8 @@
     OPTION      = NUMBER                              how strongly, 1 unless it is said
                 | HIGH-LOW                            the noise levels (sigmas) where it acts: 14.6-2.5
                 | unet=NUMBER | text=NUMBER | blocks=LIST          of a LoRA: each part, and its blocks
-                | preprocess=NAME | guess=NAME                     of a control
+                | preprocess=canny | guess=ldm | guess=diffusers   of a control: see `Conditioning.with_control`
+                | encoder=NAME                        of an image prompt: its image encoder's folder or file
 
 What stands at the end and reads as an option is one; before that, a control's and an image prompt's picture is what
 follows the last colon, so that FILE, NET and ADAPTER may be `org/repo:file` on the hub; the colon of a Windows drive
@@ -26,7 +27,8 @@ Place = Literal["lora", "embedding", "control", "image_prompt"]
 SHAPES: dict[Place, str] = {"lora": "FILE:0.8", "embedding": "FILE", "control": "NET:PICTURE:0.8",
                             "image_prompt": "ADAPTER:PICTURE:0.6"}
 NAMED: dict[Place, tuple[str, ...]] = {"lora": ("unet", "text", "blocks"), "embedding": (),
-                                       "control": ("preprocess", "guess"), "image_prompt": ()}
+                                       "control": ("preprocess", "guess"), "image_prompt": ("encoder",)}
+GUESSES = ("ldm", "diffusers")
 A1111 = {"te": "text", "unet": "unet", "lbw": "blocks"}
 
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
@@ -47,6 +49,12 @@ class AddOn:
     weight: float = 1.0
     window: tuple[float, float] | None = None
     options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The file's name without folders and ending: the word of an embedding, A1111's name of a LoRA."""
+        last = re.split(r"[\\/:]", self.file.rstrip("\\/"))[-1]
+        return re.sub(r"\.(safetensors|sft|pt|pth|bin|ckpt)$", "", last, flags=re.IGNORECASE)
 
     @property
     def strength(self) -> Strength:
@@ -104,6 +112,8 @@ def _option(place: Place, part: str, text: str) -> tuple[str, Any] | None:
         raise ValueError(f"{text!r} says {found['name']}, and {known}")
     if found["name"] in ("unet", "text") and not _NUMBER.fullmatch(found["value"]):
         raise ValueError(f"{found['name']} is a number in {text!r}, got {found['value']!r}")
+    if found["name"] == "guess" and found["value"] not in GUESSES:
+        raise ValueError(f"guess is {' or '.join(GUESSES)}, got {text!r}")
     return found["name"], found["value"]
 
 
@@ -128,10 +138,30 @@ def in_prompt(prompt: str) -> tuple[str, tuple[AddOn, ...]]:
     return (text.strip(" ") if found else text), tuple(found)
 
 
-def without(text: str) -> tuple[str, list[str]]:
-    """A text without add-ons of any kind, and these as they stand there."""
-    asked = [one[0].strip() for one in _IN_PROMPT.finditer(text) if not one["escaped"]]
-    return _IN_PROMPT.sub(lambda one: one[0] if one["escaped"] else "", text), asked
+def without(text: str, understood: bool = False) -> tuple[str, list[str]]:
+    """A text without add-ons, and these as they stand there; understood: LoRAs that can be read stay."""
+    taken: list[str] = []
+
+    def kept(one: re.Match[str]) -> str:
+        if one["escaped"] or (understood and _is_understood(one)):
+            return one[0]
+        taken.append(one[0].strip())
+        return ""
+
+    return _IN_PROMPT.sub(kept, text), taken
+
+
+def in_text(add_on: AddOn) -> str:
+    """A LoRA as A1111 writes it in a prompt."""
+    blocks = dict(add_on.options).get("blocks")
+    return f"<lora:{add_on.name}:{add_on.strength}{f':lbw={blocks}' if blocks else ''}>"
+
+
+def _is_understood(one: re.Match[str]) -> bool:
+    try:
+        return one["kind"].lower() != "hypernet" and bool(_of_a1111(one["said"], one[0]))
+    except ValueError:
+        return False
 
 
 def _of_a1111(said: str, whole: str) -> AddOn:

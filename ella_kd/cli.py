@@ -16,6 +16,7 @@ from huggingface_hub.utils import enable_progress_bars
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from ella_kd.addons import AddOns
 from ella_kd.commands.convert import convert
 from ella_kd.commands.download import download
 from ella_kd.commands.inspect import inspect as inspect_files
@@ -27,7 +28,7 @@ from ella_kd.generation import jobs
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import known, parse
 from ella_kd.images import Picture, contact_sheet, save_image
-from ella_kd.options import check_folder, load, model_options, read_prompts, request_options
+from ella_kd.options import check_folder, load, model_options, read_prompts, request_options, use_presets
 from ella_kd.pictures.options import SOURCES
 from ella_kd.pictures.reading import read_picture
 from ella_kd.prompts import check_wildcards, expand_wildcards
@@ -163,7 +164,7 @@ def generate(prompts: tuple[str, ...], file: str | None, count: int, out: Path, 
     saved = 0
     try:
         with tqdm(total=total, unit="picture", disable=total <= batch) as bar:
-            for job in jobs(pipeline, requests(), guidance=rule, batch_size=batch):
+            for job in jobs(pipeline, requests(), guidance=rule, models_dir=options["models_dir"], batch_size=batch):
                 for picture in map(Picture, job.draw(), job.requests):
                     number, path = save(picture, out, number, ending, enlarge=enlarge, quality=quality)
                     saved += 1
@@ -239,10 +240,11 @@ def _signature(rule: type) -> str:
 def check(texts: Sequence[str], seed: int, options: dict[str, Any]) -> tuple[Request, Guidance | None]:
     """What is asked of every picture, and its rule, if each prompt can be read and every option be met, as far as no
     weight is needed to tell."""
+    use_presets(options)
     for name in SOURCES:
         if options[name]:
             read_picture(options[name])
-    rule = parse(options["guidance"]) if options["guidance"] else None
+    rule, shelf = parse(options["guidance"]) if options["guidance"] else None, AddOns(options["models_dir"])
     asked = {each.name: options[each.name] for each in fields(Request) if each.name in options}
     if rule is not None:
         asked |= {"guidance": repr(rule), "scale": innermost_scale(rule)}
@@ -251,10 +253,11 @@ def check(texts: Sequence[str], seed: int, options: dict[str, Any]) -> tuple[Req
             check_wildcards(text, options["wildcards"])
             text = expand_wildcards(text, options["wildcards"], seed)
         request = Request(text, **asked)
+        shelf.check(request.add_ons)
     return request, rule
 
 
-def save(picture: Picture, folder: Path, number: int, ending: str, **how: int) -> tuple[int, Path]:
+def save(picture: Picture, folder: Path, number: int, ending: str, **how: Any) -> tuple[int, Path]:
     """Write a picture under the next number that is free, whoever else writes there; the number and the path."""
     while True:
         number += 1

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from ella_kd.denoiser import Condition, Denoiser
 from ella_kd.guidance import CFG, Guidance
 from ella_kd.images import to_images
 from ella_kd.models import TextFeatures
+from ella_kd.models.files.kinds import RELIT
 from ella_kd.models.network import as_network
 from ella_kd.pictures.beginning import Beginning, has_channels, seen_beside
 from ella_kd.pictures.canvas import Canvas
-from ella_kd.pictures.options import FromPicture
+from ella_kd.pictures.options import SHOWN, FromPicture
+from ella_kd.pictures.reading import Source
 from ella_kd.pictures.segments import sample_in_segments
 from ella_kd.pictures.start import slerp
 from ella_kd.pipeline import Pipeline
@@ -75,7 +78,6 @@ def draw(
     rule, given = plain_scale(guidance, get_sampler(sampler).cfg_pp), start_given(noise, latents)
     rows = seed_rows(seeds, None if given is None else len(given))
     denoiser = pipeline.denoiser(rule if isinstance(rule, Guidance) else None)
-    model: Denoiser = denoiser
     sigmas = None if sigmas is None else torch.as_tensor(sigmas)
     if asked.start is not None:
         begun = begin_from(pipeline, asked, schedule, steps, width, height, sigmas)
@@ -93,40 +95,54 @@ def draw(
     beside = as_network(pipeline.unet).in_channels - shape[1]
     if beside and not any(map(has_channels, extra_args.values())):
         with pipeline.at_work("vae"):
-            extra_args = seen_beside(beside, begun, pipeline.vae, shape[2:], denoiser.inner_model.lift, extra_args)
-        begun = begun and begun.unkept() if beside > shape[1] and refiner is None else begun
-    cfg_pp = get_sampler(sampler).cfg_pp
-    fresh, places = list[int](), [pipeline]
-    extra_args = guided(pipeline, extra_args, rule, cfg_pp)
-    if refiner is not None:
-        refiner.check_latents(pipeline.vae)
-        second = refiner.pipeline.denoiser(rule if isinstance(rule, Guidance) else None)
-        own = guided(refiner.pipeline, {"cond": refiner.cond, "uncond": refiner.uncond}, rule, cfg_pp)
-        model = HandOver(denoiser, second, refiner.sigma(denoiser), own)
-        fresh, places = model.changes(sigmas.tolist()), [pipeline, refiner.pipeline]
-    if noise is None and latents is None:
-        noise = randn(shape, rows)
-        if asked.variation:
-            noise = slerp(noise, randn(shape, [asked.variation_seed] * len(rows)), asked.variation)
-    if noise is not None:
-        noise = noise.to(pipeline.device)
+            extra_args = seen_beside(beside, begun, pipeline.vae, shape[2:], denoiser.inner_model.lift, extra_args,
+                                     shown_to(pipeline, asked))
+        begun = begun and begun.unkept() if beside == shape[1] + 1 and refiner is None else begun
+    elif asked.shown and not beside:
+        raise ValueError("a foreground is for a network that relights: load the pipeline with IC-Light's file, offset=")
+    if latents is None:
+        noise = (_noise(asked, shape, rows) if noise is None else noise).to(pipeline.device)
         latents = noise * sigmas[0] if begun is None else begun.x(noise, rows)
-    assert latents is not None
-    options: dict[str, Any] = {"extra_args": extra_args, "callback": callback, "disable": not progress, "seeds": rows,
-                               **asked.of_method}
+    model, extra_args, fresh = _model(pipeline, refiner, rule, get_sampler(sampler).cfg_pp, extra_args, sigmas)
+    sample = _way(sampler, begun, fresh)
     with ExitStack() as at_work:
-        for each in places:
-            at_work.enter_context(each.at_work("unet", "tsc"))
-        latents = latents.to(pipeline.device)
-        if begun is not None:
-            latents = begun.sample(sampler, model, latents, sigmas, fresh=fresh, **options)
-        elif fresh and sampler not in RANGE_SAMPLERS:
-            latents = sample_in_segments(sampler, model, latents, sigmas, fresh=fresh, **options)
-        else:
-            latents = get_sampler(sampler).function(model, latents, sigmas, **options)
+        for system in [pipeline] if refiner is None else [pipeline, refiner.pipeline]:
+            at_work.enter_context(system.at_work("unet", "tsc"))
+        latents = sample(model, latents.to(pipeline.device), sigmas, extra_args=extra_args, callback=callback,
+                         disable=not progress, seeds=rows, **asked.of_method)
     with pipeline.at_work("vae"):
         images = to_images(pipeline.vae.decode(latents.to(pipeline.vae.dtype)))
     return images if begun is None else [begun.canvas.back(image) for image in images]
+
+
+def _noise(asked: FromPicture, shape: tuple[int, int, int, int], seeds: Sequence[int]) -> Tensor:
+    noise = randn(shape, seeds)
+    if not asked.variation:
+        return noise
+    return slerp(noise, randn(shape, [asked.variation_seed] * len(seeds)), asked.variation)
+
+
+def _model(pipeline: Pipeline, refiner: Refiner | None, rule: Guidance | float, cfg_pp: bool,
+           conditions: Mapping[str, Condition | None], sigmas: Tensor) -> tuple[Denoiser, dict[str, Any], list[int]]:
+    """What is sampled: the pipeline's denoiser, or with a refiner both of them; what it is called with; the steps that
+    begin without what a method remembers."""
+    own, args = rule if isinstance(rule, Guidance) else None, guided(pipeline, conditions, rule, cfg_pp)
+    model = pipeline.denoiser(own)
+    if refiner is None:
+        return model, args, []
+    refiner.check_latents(pipeline.vae)
+    theirs = guided(refiner.pipeline, {"cond": refiner.cond, "uncond": refiner.uncond}, rule, cfg_pp)
+    both = HandOver(model, refiner.pipeline.denoiser(own), refiner.sigma(model), theirs)
+    return both, args, both.changes(sigmas.tolist())
+
+
+def _way(sampler: str, begun: Beginning | None, fresh: list[int]) -> Callable[..., Tensor]:
+    """The sampler, in segments where some steps begin anew."""
+    if begun is not None:
+        return partial(begun.sample, sampler, fresh=fresh)
+    if fresh and sampler not in RANGE_SAMPLERS:
+        return partial(sample_in_segments, sampler, fresh=fresh)
+    return get_sampler(sampler).function
 
 
 def guided(pipeline: Pipeline, conditions: Mapping[str, Condition | None], rule: Guidance | float,
@@ -148,7 +164,7 @@ def begin_from(pipeline: Pipeline, asked: FromPicture, schedule: str, steps: int
                height: int | None, sigmas: Tensor | None = None) -> Beginning:
     """Where a run from the start picture begins. width, height: None for the picture's own (`Canvas.of`)."""
     given = None if (width, height) == (None, None) else picture_size(pipeline, width, height)
-    if asked.strength is None and edits(pipeline):
+    if asked.strength is None and edits(pipeline) and not asked.shown:
         asked = replace(asked, strength=1.0)
     canvas = Canvas.of(asked, given, picture_size(pipeline, None, None), pipeline.vae.factor)
     with pipeline.at_work("vae"):
@@ -157,7 +173,15 @@ def begin_from(pipeline: Pipeline, asked: FromPicture, schedule: str, steps: int
 
 def edits(pipeline: Pipeline) -> bool:
     """Whether the network sees a whole picture beside x, to edit it (InstructPix2Pix)."""
-    return as_network(pipeline.unet).in_channels == 2 * pipeline.vae.config.latent_channels
+    own = 2 * pipeline.vae.config.latent_channels
+    return pipeline.purpose != RELIT and as_network(pipeline.unet).in_channels == own
+
+
+def shown_to(pipeline: Pipeline, asked: FromPicture) -> list[Source]:
+    """The pictures for a network that relights. ValueError where one that is known to do so is given none."""
+    if pipeline.purpose == RELIT and not asked.shown:
+        raise ValueError("this network relights a picture: give it as foreground, best transparent around the thing")
+    return list(asked.shown.values())
 
 
 def _asked(more: Mapping[str, Any]) -> tuple[FromPicture, Beginning | None, dict[str, Any]]:
@@ -165,7 +189,8 @@ def _asked(more: Mapping[str, Any]) -> tuple[FromPicture, Beginning | None, dict
     given = {name: value for name, value in more.items() if name in FromPicture.names()}
     rest = {name: value for name, value in more.items() if name not in given}
     begun = given.pop("start") if isinstance(given.get("start"), Beginning) else None
-    if begun is not None and (twice := given.keys() - {"eta", "s_noise", "s_churn", "variation", "variation_seed"}):
+    allowed = {"eta", "s_noise", "s_churn", "variation", "variation_seed", *SHOWN}
+    if begun is not None and (twice := given.keys() - allowed):
         raise ValueError(f"{min(twice)} was said when the beginning was made")
     return FromPicture(**given), begun, rest
 

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ella_kd.addon_words import FromAddOns, without_prefix
+from ella_kd.addons import AddOns
 from ella_kd.conditioning import And, Concat, Conditioning, Switch
 from ella_kd.denoiser import Condition
 from ella_kd.drawing import begin_from, draw, innermost_scale, picture_size, refuse_unknown, seed_rows, several
@@ -42,6 +44,7 @@ def generate(
     tags: str | None = Request.tags,
     syntax: bool = Request.syntax,
     wildcards: str | Path | None = None,
+    models_dir: str | Path | None = None,
     clip_skip: int = Request.clip_skip,
     sampler: str = Request.sampler,
     schedule: str = Request.schedule,
@@ -77,6 +80,9 @@ def generate(
     refiner: another system, or its file, that takes over when the share refiner_at of the timesteps is done, with the
     same prompts read by its own encoders (`ella_kd.refining.Refiner`); its latents must be of the same family.
     callback: called by the sampler at every step, as in k-diffusion. progress: show a bar.
+    lora=["style.safetensors:0.8"], embedding, control=["canny.safetensors:edges.png:0.8"] and image_prompt, in picture:
+    add-ons, as `ella_kd.addon_words` spells them; `<lora:style:0.8>` in a prompt. models_dir: the folder where their
+    names are looked up (`ella_kd.models.files.folders`).
     picture: the fields of `ella_kd.pictures.options.FromPicture`. start="room.jpg" (or a PIL image) is drawn over as
     far as strength says, 0.6, or where mask="lamp.png" is white; extend="left=64" draws on beyond its sides;
     strength_map, fill, crop_to_mask and others. eta, s_noise, s_churn, sigmas, variation, variation_seed: the noise.
@@ -84,7 +90,8 @@ def generate(
     Raises ValueError or TypeError for an argument that cannot be met (an unknown name comes with the nearest ones), and
     ValueError if a network returns NaN.
     """
-    refuse_unknown(generate, {name: picture[name] for name in picture if name not in FromPicture.names()}, OTHER_WORDS)
+    known = {*FromPicture.names(), *FromAddOns.add_on_names()}
+    refuse_unknown(generate, {name: picture[name] for name in picture if name not in known}, OTHER_WORDS)
     rule = parse(guidance) if isinstance(guidance, str) else guidance
     found = rows(prompts, negative, seeds, whole("count", count), wildcards)
     second = refiner if isinstance(refiner, Pipeline) else None
@@ -96,8 +103,8 @@ def generate(
     requests = [replace(asked, prompt=prompt, negative=negative, seed=seed) for prompt, negative, seed in found]
     pictures: list[Picture] = []
     with tqdm(total=len(requests), unit="picture", disable=not progress or len(requests) <= batch_size) as bar:
-        for job in jobs(pipeline, requests, guidance=rule, refiner=second, batch_size=batch_size, callback=callback,
-                        progress=progress):
+        for job in jobs(pipeline, requests, guidance=rule, refiner=second, models_dir=models_dir, batch_size=batch_size,
+                        callback=callback, progress=progress):
             pictures += map(Picture, job.draw(), job.requests)
             bar.update(len(job.requests))
     return pictures
@@ -117,6 +124,7 @@ def jobs(
     *,
     guidance: Guidance | None = None,
     refiner: Pipeline | None = None,
+    models_dir: str | Path | None = None,
     batch_size: int = 8,
     callback: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
@@ -126,17 +134,21 @@ def jobs(
         for job in jobs(pipeline, requests):
             pictures = map(Picture, job.draw(), job.requests)
 
-    Neighbours that differ in prompt, negative and seed only are drawn together, up to batch_size at once. What was
-    encoded for a batch serves the next one if it says the same. guidance: a rule that no text can name, for all of
-    them; refiner: a system in place of the file that they name. callback and progress as in `generate`, and the errors
-    too.
+    Neighbours that differ in prompt, negative and seed only, and ask for the same add-ons, are drawn together, up to
+    batch_size at once. What was encoded for a batch serves the next one if it says the same. guidance: a rule that no
+    text can name, for all of them; refiner: a system in place of the file that they name; models_dir: where the names
+    of add-ons are looked up. callback and progress as in `generate`, and the errors too.
     """
     size, load = whole("batch_size", batch_size), lru_cache(1)(partial(_loaded_beside, pipeline))
-    groups = groupby(requests, lambda r: (replace(r, prompt="", negative="", seed=0),
-                                          _weights(r.prompt) if r.syntax else ()))
-    for (asked, _), group in groups:
+    shelf = AddOns(models_dir)
+    groups = groupby(requests, lambda r: (replace(r, prompt="", negative="", seed=0), r.add_ons,
+                                          _weights(r.text) if r.syntax else ()))
+    for (asked, add_ons, _), group in groups:
+        shelf.check(add_ons, asked.hashes)
+        asked, dressed = replace(asked, hashes=shelf.hashes(add_ons)), shelf.dressed(pipeline, add_ons, asked)
         second = None if asked.refiner is None else refiner or load(asked.refiner)
-        ready = _ready(pipeline, asked, guidance or (parse(asked.guidance) if asked.guidance else None), second)
+        ready = _ready(dressed, asked, guidance or (parse(asked.guidance) if asked.guidance else None), second,
+                       partial(shelf.steered, pipeline, add_ons))
         left = iter(group)
         while batch := list(islice(left, size)):
             yield ready(batch, callback=callback, progress=progress)
@@ -150,12 +162,14 @@ def _loaded_beside(pipeline: Pipeline, file: str) -> Pipeline:
                          placement=pipeline.placement or Placement(pipeline.device, pipeline.dtype))
 
 
-def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: Pipeline | None) -> Callable[..., Job]:
+def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: Pipeline | None,
+           steered: Callable[..., tuple[Condition, Condition]]) -> Callable[..., Job]:
     """What makes a job of requests that are like `asked` in all but prompt, negative and seed."""
     guidance = rule if rule is not None else SCALE if asked.scale is None else asked.scale
     sigmas = None if asked.sigmas is None else torch.tensor(asked.sigmas)
     latents: torch.Tensor | None = None
-    more: dict[str, Any] = {"variation": asked.variation, "variation_seed": asked.variation_seed, **asked.of_method}
+    more: dict[str, Any] = {"variation": asked.variation, "variation_seed": asked.variation_seed, **asked.of_method,
+                            **asked.shown}
     if asked.start is None:
         width, height = picture_size(pipeline, asked.width, asked.height)
         sigmas = get_schedule(asked.schedule).sigmas(asked.steps, pipeline.denoiser()) if sigmas is None else sigmas
@@ -167,20 +181,20 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
     else:
         begun = begin_from(pipeline, asked, asked.schedule, asked.steps, asked.width, asked.height, sigmas)
         (width, height), sigmas, size = begun.canvas.size, begun.sigmas, {}
-        more["start"] = begun
+        more["start"], steered = begun, partial(steered, part=begun.canvas.part)
     levels = sigmas.tolist() if asked.syntax else None
     read = _reader(pipeline, asked, levels)
     own = replace(asked, mode="clip", negative_mode=None) if refiner is not None and refiner.tsc is None else asked
     read_again = None if refiner is None else _reader(refiner, own, levels)
 
     def ready(batch: list[Request], **shown: Any) -> Job:
-        cond, uncond = read(batch)
+        cond, uncond = steered(*read(batch))
         start: dict[str, Any] = {} if latents is None else {"latents": latents.expand(len(batch), -1, -1, -1)}
         if refiner is not None and read_again is not None:
             start["refiner"] = Refiner(refiner, *read_again(batch), at=asked.refiner_at)
         call = partial(draw, pipeline, cond, uncond=uncond, guidance=guidance, sampler=asked.sampler, sigmas=sigmas,
                        seeds=[r.seed for r in batch], **size, **more, **start, **shown)
-        return Job([replace(r, width=width, height=height, model=pipeline.name, version=VERSION,
+        return Job([replace(r, width=width, height=height, model=pipeline.name, version=VERSION, hashes=asked.hashes,
                             dtype=str(pipeline.dtype).removeprefix("torch.")) for r in batch], call)
 
     return ready
@@ -193,6 +207,7 @@ def _reader(pipeline: Pipeline, asked: Request,
     no_tags = "" if asked.tags is not None and asked.negative_mode is None else None
 
     def encode(texts: Sequence[str], mode: Mode, extra: str | None, score: float = POSITIVE_SCORE) -> Conditioning:
+        texts = texts if mode == "clip" else tuple(map(without_prefix, texts))
         encoded = _over_steps(texts, lambda t: pipeline.encode(t, mode, weighted=asked.syntax, score=score,
                                                                clip_skip=asked.clip_skip), levels)
         return encoded if extra is None else Concat(encoded, encode([extra], "clip", None))
@@ -206,7 +221,7 @@ def _reader(pipeline: Pipeline, asked: Request,
         return encode(negatives, asked.negative_mode or asked.mode, no_tags, NEGATIVE_SCORE)
 
     def read(batch: list[Request]) -> tuple[Condition, Conditioning]:
-        found = cond_of(_one_if_equal(r.prompt for r in batch)), uncond_of(_one_if_equal(r.negative for r in batch))
+        found = cond_of(_one_if_equal(r.text for r in batch)), uncond_of(_one_if_equal(r.negative for r in batch))
         pipeline.rest()
         return found
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from ella_kd.addon_words import read
 from ella_kd.drawing import check_multiples
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.files.checkpoint import parts_at
 from ella_kd.models.files.connector import connector_file
-from ella_kd.models.files.hub import find, find_all, with_preset
+from ella_kd.models.files.hub import find, find_all, is_preset, with_preset
 from ella_kd.models.files.kinds import kind_of_path
 from ella_kd.models.files.metadata import size_of
 from ella_kd.models.files.presets import PRESETS, Part
@@ -49,6 +51,8 @@ def model_options(command: Command) -> Command:
                           "org/repo:file on the Hugging Face hub."),
         click.option("--vae", metavar="FILE", help="An autoencoder instead of the checkpoint's: a file or a folder."),
         click.option("--text-encoder", metavar="FILE", help="CLIP's text model instead of the checkpoint's."),
+        click.option("--offset", metavar="FILE",
+                     help="Differences to add to the UNet: IC-Light's files, which relight a --foreground."),
         click.option("--tsc", metavar="FILE", help="ELLA's connector: ella-sd1.5-tsc-t5xl.safetensors."),
         click.option("--t5", metavar="DIR", help="The folder of flan-t5-xl: model and tokenizer."),
         click.option("--clip-tokenizer", metavar="DIR",
@@ -78,6 +82,8 @@ def request_options(*left_out: str) -> Callable[[Command], Command]:
               if "help" in each.metadata and each.name not in left_out),
             click.option("--wildcards", metavar="DIR",
                          help="A folder of text files: __name__ in a prompt becomes a line of name.txt, by the seed."),
+            click.option("--models-dir", metavar="DIR",
+                         help="A folder where the names of add-ons are looked up: flat, or A1111's or ComfyUI's."),
             click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True,
                          help="Pictures drawn at once; takes memory, and changes a picture by at most one grey level "
                               "of 255 (three in bfloat16)."),
@@ -93,6 +99,8 @@ def _option(each: Field[Any]) -> Callable[[Command], Command]:
     said = each.metadata
     how: dict[str, Any] = {"help": said["help"], "metavar": said.get("metavar"), "default": each.default}
     how["show_default"] = each.default not in (None, "", False)
+    if said.get("multiple"):
+        how |= {"multiple": True, "show_default": False}
     if each.type in (Mode, Mode | None):
         how |= {"type": ModeChoice(), "metavar": None}
     elif each.type is bool:
@@ -106,6 +114,15 @@ def _option(each: Field[Any]) -> Callable[[Command], Command]:
     elif isinstance(each.default, float):
         how["type"] = float
     return click.option(f"--{each.name.replace('_', '-')}", **how)
+
+
+def use_presets(options: dict[str, Any]) -> None:
+    """Draw with the settings of the few-step LoRAs that are named (lcm-sd15), but for what the user has said."""
+    given = click.get_current_context().get_parameter_source
+    for name in (read("lora", door).file for door in options["lora"]):
+        for option, value in (PRESETS[name].settings if is_preset(name) else {}).items():
+            if given(option) == ParameterSource.DEFAULT:
+                options[option] = value
 
 
 def read_prompts(file: str) -> list[str]:
@@ -141,12 +158,13 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
     model = options.pop("model")
     prediction, offload, keep_t5 = (options.pop(name) for name in ("prediction", "offload", "keep_t5"))
     dtype, fast, device = options.pop("dtype"), options.pop("fast"), check_device(options.pop("device"))
+    offset = options.pop("offset")
     specs = with_preset({name: options.pop(name) for name in FILES}, None if model == "miniature" else model)
     files: dict[str, Any] = {"checkpoint": MINIATURE / "sd.safetensors"}
     given = [name for name in FILES if specs[name]]
     own = model == "miniature" and not given
-    if not own and not specs["checkpoint"]:
-        raise ValueError(f"{_flag(given[0])} belongs to a checkpoint: name it with --checkpoint")
+    if not specs["checkpoint"] and (given or offset):
+        raise ValueError(f"{_flag(given[0] if given else 'offset')} belongs to a checkpoint: name it with --checkpoint")
     if not own:
         modes = [(said, mode_named(mode)) for said, mode in wanted if mode]
         if not specs["tsc"] and (said := next((said for said, mode in modes if mode != "clip"), None)):
@@ -157,6 +175,8 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
         _check_files(files)
     if options.get("refiner"):
         _check_kind("refiner", find(options["refiner"]), WHAT["checkpoint"], "checkpoint")
+    if offset:
+        _check_kind("offset", find(offset), "IC-Light's file", "offset")
     checkpoint = Path(files["checkpoint"])
     factor = _factor(Path(files.get("vae") or checkpoint))
     side = size_of(checkpoint, factor) or factor
@@ -165,7 +185,7 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
     if fast and (device.type != "cpu" or dtype == "float16"):
         raise ValueError(f"--fast is for float32 or bfloat16 on the CPU, got {dtype or numbers} on {device}")
     if not own:
-        pipeline = Pipeline.load(**files, prediction=prediction,
+        pipeline = Pipeline.load(**files, offset=offset, prediction=prediction,
                                  placement=Placement(device, numbers, keep_t5=keep_t5, offload=offload))
     else:
         pipeline = Pipeline.miniature(device=device, **({"dtype": numbers} if dtype else {}))

@@ -23,7 +23,7 @@ from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.emphasis import escape
 from ella_kd.models.files.connector import check_connector
 from ella_kd.models.files.from_diffusers import from_modules
-from ella_kd.models.files.hub import find_all, with_preset
+from ella_kd.models.files.hub import find, find_all, with_preset
 from ella_kd.models.files.metadata import size_of
 from ella_kd.models.files.saving import save
 from ella_kd.models.noise_schedule import EDMSchedule, PredictionType
@@ -59,6 +59,7 @@ class Pipeline:
     name: str = ""
     placement: Placement | None = None
     text_models: tuple[nn.Module | None, ...] = ()  # text encoders whose tokenizer is not known, for `save`
+    purpose: str = ""  # what the UNet is for, as `models.files.kinds` has it: "inpainting", "IC-Light"
 
     @classmethod
     def load(
@@ -69,6 +70,7 @@ class Pipeline:
         t5: File | None = None,
         vae: File | None = None,
         text_encoder: File | None = None,
+        offset: File | None = None,
         clip_tokenizer: File | None = None,
         prediction: PredictionType | None = None,
         device: str | torch.device | None = None,
@@ -80,10 +82,11 @@ class Pipeline:
 
         Each is a path, `org/repo:file` or `org/repo` on the Hugging Face hub, or the name of a preset that has it
         (`ella_kd.models.files.hub.find`); for a preset's name as checkpoint, its other parts need not be named:
-        `Pipeline.load("ella-sd15")`. vae, text_encoder: instead of the checkpoint's. clip_tokenizer: CLIP's tokenizer
-        folder; None: a diffusers folder's own, that of an installed open_clip or clip package, or of the hub's cache,
-        and where nothing is drawn without CLIP it is fetched. prediction: "eps" or "v", where the files do not say
-        which (`load_checkpoint`, which takes the networks from any files).
+        `Pipeline.load("ella-sd15")`. vae, text_encoder: instead of the checkpoint's. offset: differences to add
+        to its UNet (IC-Light's files). clip_tokenizer: CLIP's tokenizer folder; None: a diffusers folder's own, that of
+        an installed open_clip or clip package, or of the hub's cache, and where nothing is drawn without CLIP it is
+        fetched. prediction: "eps" or "v", where the files do not say which (`load_checkpoint`, which takes the networks
+        from any files).
         device None: cuda if there is one, else the CPU; dtype (torch.float16 or "float16") None: fp16 on a GPU, fp32 on
         a CPU. placement, instead of these two: the dtype of each part and where it is when (`Placement`; by default T5
         leaves once `generate` has encoded a batch). The size is the first number of `modelspec.resolution` in the
@@ -101,7 +104,7 @@ class Pipeline:
             raise ValueError("ELLA takes both the connector (tsc) and the T5 it was trained with (t5), "
                              f"got tsc={tsc} and t5={t5}")
         found = find_all(specs)
-        path = found["checkpoint"]
+        path, more = found["checkpoint"], None if offset is None else find(offset)
         assert path is not None
         waiting = at.rest or at.device
         with warnings.catch_warnings():
@@ -110,7 +113,7 @@ class Pipeline:
             parts = load_checkpoint(path, vae=found["vae"], text_encoder=found["text_encoder"], dtype=at.dtype,
                                     device=waiting, prediction=prediction,
                                     vae_dtype=lambda family: placement.of("vae", family).dtype,
-                                    clip_tokenizer=found["clip_tokenizer"])
+                                    clip_tokenizer=found["clip_tokenizer"], offset=more)
             connector = None if found["tsc"] is None else load_tsc(found["tsc"], dtype=at.dtype, device=waiting)
         if parts.clip_tokenizer is None and parts.text_model is not None:
             needed = found["tsc"] is None or parts.unet.config.vector_dim is not None
@@ -122,7 +125,8 @@ class Pipeline:
             encoder = T5TextEncoder.from_folder(found["t5"], dtype=t5_at.dtype, device=t5_at.device)
         usual = parts.kind.size(parts.noise_schedule.prediction) * parts.vae.factor // 8
         sided = size_of(path, parts.vae.factor) or usual
-        system = cls.of(parts, connector, encoder, sided, path.name if path.is_dir() else path.stem)
+        name = (path.name if path.is_dir() else path.stem) + (f" + {more.stem}" if more else "")
+        system = cls.of(parts, connector, encoder, sided, name)
         return replace(system, placement=placement)
 
     @classmethod
@@ -131,7 +135,8 @@ class Pipeline:
         """The system of what `load_checkpoint` read; CLIP is in it if its tokenizer is known."""
         clip = None if parts.clip_tokenizer is None or parts.text_model is None else parts.text_encoder
         texts = (parts.text_model, parts.text_model_2) if clip is None else ()
-        return cls(parts.unet, parts.vae, parts.noise_schedule, clip, tsc, t5, size, name, text_models=texts)
+        return cls(parts.unet, parts.vae, parts.noise_schedule, clip, tsc, t5, size, name, text_models=texts,
+                   purpose=parts.kind.purpose)
 
     @classmethod
     def from_diffusers(cls, pipe: Any, *, tsc: TSC | None = None, t5: T5TextEncoder | None = None) -> "Pipeline":

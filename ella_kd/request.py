@@ -17,6 +17,7 @@ from typing import Any, Literal
 from PIL import Image, UnidentifiedImageError
 
 from ella_kd import infotext
+from ella_kd.addon_words import AddOn, FromAddOns, in_prompt, words_in
 from ella_kd.models import emphasis
 from ella_kd.pictures.options import FromPicture
 from ella_kd.prompt_editing import edits
@@ -45,11 +46,12 @@ def mode_named(mode: object) -> Mode:
 
 
 @dataclass(frozen=True)
-class Request(FromPicture):
+class Request(FromPicture, FromAddOns):
     """Everything that decides a picture: with the same model and the same request it comes out the same.
 
     A field with metadata is an option that a user chooses: what the command says of it, its smallest value (`least`).
-    A start picture and what is asked of it, and of the noise, are the fields of `FromPicture` and `FromNoise`.
+    A start picture and what is asked of it, and of the noise, are the fields of `FromPicture` and `FromNoise`; add-ons
+    those of `FromAddOns`, and the LoRAs that the prompt asks for.
 
     prompt: as it is read, wildcards chosen. scale: of classifier-free guidance; None beside a rule without one number.
     guidance: the rule as text, "" for none. width, height: None for the model's own. model, dtype: the pipeline's name
@@ -93,6 +95,7 @@ class Request(FromPicture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.read_doors()
         for name in ("prompt", "negative", "tags"):
             if getattr(self, name) is not None:
                 check_text(name, getattr(self, name))
@@ -114,17 +117,32 @@ class Request(FromPicture):
             self._set("scale", _number("scale", self.scale))
         self._set("refiner_at", refiner_share(self.refiner_at))
         if self.syntax:
-            for text in (*(text for text, _ in split_and(self.prompt)), self.negative, self.tags or ""):
+            for text in (*(text for text, _ in split_and(self.text)), self.negative, self.tags or ""):
                 for said in set(edits(text, self.steps)):
                     emphasis.parse(said)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
+    @property
+    def text(self) -> str:
+        """The prompt without the add-ons that it asks for."""
+        return in_prompt(self.prompt)[0]
+
+    @property
+    def add_ons(self) -> tuple[AddOn, ...]:
+        """All that is asked for: by the doors, by the prompt, and by `embedding:name` in any text."""
+        asked = (*self.read_doors(), *in_prompt(self.prompt)[1])
+        known = [Path(each.file).stem for each in asked if each.place == "embedding"]
+        texts = (self.prompt, self.negative, self.tags or "")
+        return (*asked, *dict.fromkeys(word for text in texts for word in words_in(text, known)))
+
     def arguments(self) -> dict[str, Any]:
         """What `generate` takes to draw the picture again: `generate(pipeline, **request.arguments())`."""
         kept = {each.name: getattr(self, each.name) for each in fields(self) if "help" in each.metadata}
         kept |= {"prompts": self.prompt, "seeds": self.seed, "guidance": self.guidance or None}
+        if self.hashes:
+            kept["hashes"] = self.hashes
         if self.guidance or self.scale is None:
             del kept["scale"]  # the rule has it
         return kept

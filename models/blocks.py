@@ -153,11 +153,11 @@ class SpatialTransformer(nn.Module):
 
     def _patched(self, block: Any, x: Tensor, context: Tensor, mask: Tensor | None, patches: Patches,
                  size: tuple[int, int], images: "Sequence[ImagePrompt]") -> Tensor:
-        """A block over x [B, h * w, C], where each row goes through its patch; neighbours that agree go together."""
+        """A block over x [B, h * w, C], where each row goes through its patch; plain neighbours go together."""
         here: list[tuple[Patch | None, int]] = []
         for rows, patch in patches:
             patch = patch and patch.of_place(self.place)
-            if here and here[-1][0] is patch:
+            if patch is None and here and here[-1][0] is None:  # a patch may look from row to row of one condition
                 rows += here.pop()[1]
             here.append((patch, rows))
         done: list[Tensor] = []

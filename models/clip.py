@@ -127,7 +127,7 @@ class CLIPTextEncoder:
         if not new:
             return self
         table: Any = self.model.get_input_embeddings()
-        vectors = [each.of(table.embedding_dim, *(halves or ("", PAIR[1])[:1 + self.pooled])) for each in new]
+        vectors = [each.fitting(table.embedding_dim, *(halves or ("", PAIR[1])[:1 + self.pooled])) for each in new]
         room = self.model.config.max_position_embeddings - self._ends
         words, first = list(self.words), table.num_embeddings + sum(len(each.ids) for each in self.words)
         for each in new:

@@ -53,7 +53,8 @@ class Context:
     [B]: the guidance scale, of networks that are told it (LCM). Of several parts of one conditioning the first's hold.
 
     controls: ControlNets and T2I-Adapters with their pictures (`models.controls`). images: image prompts
-    (`models.image_prompts`). Each is for some of the rows; those of several parts add up.
+    (`models.image_prompts`). references: pictures to look at (`models.reference`). Each is for some of the rows; those
+    of several parts add up.
     """
 
     tokens: Tensor
@@ -66,6 +67,7 @@ class Context:
     guidance: Tensor | None = per_row("a guidance scale", the_first, exact=True)  # noqa: RUF009
     controls: Any = for_some("a ControlNet or T2I-Adapter")  # noqa: RUF009
     images: Any = for_some("an image prompt")  # noqa: RUF009
+    references: Any = for_some("a reference")  # noqa: RUF009
 
     @classmethod
     def of(cls, seen: "Context | Tensor") -> "Context":
@@ -76,6 +78,10 @@ class Context:
         """These rows of everything; their numbers are known to the host."""
         numbers = rows.tolist() if isinstance(rows, Tensor) else rows
         return self._with(lambda x: rows_of(x, numbers), lambda some: take(some, numbers))
+
+    def weighed(self, factor: float) -> Self:
+        """The same with all that some rows have `factor` times as strong; 0 leaves it out."""
+        return self._with(lambda x: x, lambda some: tuple(each.weighed(factor) for each in some) if factor else None)
 
     def crop(self, box: Box, canvas: tuple[int, int]) -> Self:
         """What is seen of a part of the picture: channels and controls are cut; canvas: the whole's size, in latents.

@@ -92,15 +92,14 @@ class Hint:
 class Control(ForRows):
     """A network that steers some rows of a context.
 
-    hints, strengths: one per row. factors: of each output, those of the skips and then the middle's (guess mode); None:
-    all 1. pooled: outputs are averaged over the picture (shuffle). own: what the network sees in place of the rows'
-    tokens, a row for each; None: the same tokens as the UNet.
+    hints: one per row. factors: of each output, those of the skips and then the middle's, by a name of FACTORS. pooled:
+    outputs are averaged over the picture (shuffle). own: what the network sees in place of the rows' tokens, a row for
+    each; None: the same tokens as the UNet.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("hints", "strengths", "own")
     network: ControlNetwork
     hints: tuple[Hint, ...]
-    strengths: tuple[float, ...]
     factors: str = ""
     pooled: bool = False
     own: Context | None = None
@@ -115,7 +114,7 @@ class Control(ForRows):
             raise ValueError(f"the control {self.network.name or type(self.network).__name__} is on {weight.device} "
                              f"and the latents on {x.device}: move it, net.to({str(x.device)!r})")
         self.network.check(unet)
-        rows = replace(seen, controls=None, images=None).take(self.rows)
+        rows = replace(seen, controls=None, images=None, references=None).take(self.rows)
         if self.own is not None:
             vector = rows.vector if self.own.vector is None else self.own.vector
             rows = replace(rows, tokens=self.own.tokens, mask=self.own.mask, vector=vector)

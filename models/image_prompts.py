@@ -35,13 +35,12 @@ class ImageAdapter(Protocol):
 class ImagePrompt(ForRows):
     """Pictures that some rows of a context see: out = to_out(attn(q, K, V) + strength * attn(q, K_ip, V_ip)).
 
-    tokens: of each row, what the adapter makes of its pictures, [L, D]. strengths: one per row.
+    tokens: of each row, what the adapter makes of its pictures, [L, D].
     """
 
     columns: ClassVar[tuple[str, ...]] = ("tokens", "strengths")
     adapter: ImageAdapter
     tokens: tuple[Tensor, ...]
-    strengths: tuple[float, ...]
 
     @property
     def key(self) -> Hashable:

@@ -14,7 +14,7 @@ to a pipeline, `replace(sd, unet=Inside(sd.unet, ...))`. A change of your own is
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import combinations
@@ -124,6 +124,15 @@ class Inside(nn.Module):
     @property
     def guidance_dim(self) -> int | None:
         return self.unet.guidance_dim
+
+    @property
+    def networks(self) -> tuple[UNet, ...]:
+        """The UNet: what a LoRA changes (`models.networks.Several` has several)."""
+        return (self.unet,)
+
+    def each(self, f: Callable[[Any], Any]) -> "Inside":
+        """The same changes of f(the UNet)."""
+        return Inside(f(self.unet), *self.changes)
 
     def compile(self, **options: Any) -> None:
         """Compile the UNet in place; each set of changes that holds at some sigma is a graph of its own."""

@@ -18,12 +18,18 @@ Box = tuple[int, int, int, int]
 class ForRows(ABC):
     """What these rows of a context have: a ControlNet's picture, an image prompt.
 
-    rows: their numbers. columns: the fields with an entry per row: a tuple, a tensor or a Context; None for none. What
-    agrees in all other fields, and in which columns are None, is joined where contexts are stacked: it is one call.
+    rows: their numbers. strengths: how much it counts in each. columns: the fields with an entry per row: a tuple, a
+    tensor or a Context; None for none. What agrees in all other fields, and in which columns are None, is joined where
+    contexts are stacked: it is one call.
     """
 
-    columns: ClassVar[tuple[str, ...]] = ()
+    columns: ClassVar[tuple[str, ...]] = ("strengths",)
     rows: tuple[int, ...]
+    strengths: tuple[float, ...]
+
+    def weighed(self, factor: float) -> Self:
+        """The same, `factor` times as strong."""
+        return replace(self, strengths=tuple(factor * strength for strength in self.strengths))
 
     @property
     def key(self) -> Hashable:

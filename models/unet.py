@@ -14,6 +14,7 @@ from ella_kd.models.encoder import Encoder, transformer
 from ella_kd.models.network import Levels, Patches
 from ella_kd.models.parameters import zero_init
 from ella_kd.models.patches import for_all
+from ella_kd.models.reference import beside_references
 from ella_kd.models.shapes import Shapes, count_of, shape_of
 
 if TYPE_CHECKING:
@@ -231,6 +232,8 @@ class UNet(Encoder):
         seen = Context.of(context)
         latents, x, tokens, mask = x, seen.beside_x(x), seen.tokens, seen.mask
         self._check(x, t, tokens, mask)
+        if seen.references:
+            patches = beside_references(self, t, seen, patches, changes)
         patches = for_all(patches, [patch for change in changes for patch in change.patches], len(x))
         if patches:
             self._check_patches(patches, len(x))

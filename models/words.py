@@ -1,7 +1,7 @@
 """Words that CLIP has learned (textual inversion): which tokens of a text call them, and what stands in their place."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -87,6 +87,6 @@ def with_vectors(model: M, vectors: Tensor) -> M:
                             persistent=False)
     twin.set_input_embeddings(learned)
     recipe = Recipe.of(model)
-    finish = (*recipe.finish, partial(with_vectors, vectors=vectors))
+    finish: tuple[Callable[[Any], Any], ...] = (*recipe.finish, partial(with_vectors, vectors=vectors))
     found: M = Recipe(recipe.plain, recipe.changes, finish).on(twin)
     return found

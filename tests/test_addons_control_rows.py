@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from ella_kd import (
     CFG,
@@ -26,7 +27,7 @@ from ella_kd import (
     Stack,
     Switch,
 )
-from ella_kd.conditioning import Channels, Conditioning, Constant, With, window
+from ella_kd.conditioning import Channels, Conditioning, Constant, Lerp, With, window
 from ella_kd.models import TextFeatures, UNet, fast_on_cpu
 from ella_kd.models.addons.controlnet import ControlNet
 from ella_kd.models.addons.ip_adapter import IPAdapter, Projection
@@ -169,6 +170,8 @@ def test_the_network_runs_for_rows_and_sigmas_that_want_it(monkeypatch: pytest.M
 @torch.no_grad()
 def test_it_sees_ellas_tokens_of_the_step_or_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[float, Tensor]] = []
+    times: list[float] = []
+    spy(monkeypatch, UNET, "forward", lambda x, t, *_: times.append(float(t[0])))
     spy(monkeypatch, NET, "forward", lambda x, t, context, read: seen.append((float(t[0]), context.tokens)))
     cond, sigmas = prompt(), torch.tensor([9.0, 1.0, 0])
     own = prompt(seed=11)
@@ -178,7 +181,7 @@ def test_it_sees_ellas_tokens_of_the_step_or_its_own(monkeypatch: pytest.MonkeyP
         seen.clear()
         args = {"cond": cond.with_control(NET, PICTURE, **extra)}
         sample_euler(DENOISER, noise(1, 4, 8, 8), sigmas, extra_args=args, disable=True)
-        assert len(seen) == 2
+        assert len(seen) == 2 and [t for t, _ in seen] == times[-2:]
         for i, (t, tokens) in enumerate(seen):
             expected = (wanted or (own, cond)[i])(torch.tensor([t])).tokens
             assert relative(tokens, expected) < 1e-5
@@ -193,6 +196,7 @@ COMBINATIONS: dict[str, Callable[[Callable[[Conditioning], Conditioning]], Condi
     "window": lambda way: window(way(prompt()), 6, 1, otherwise=prompt(seed=5)),
     "concat": lambda way: Concat(way(prompt()), prompt(seed=5)),
     "repeat": lambda way: way(prompt()).repeat(2),
+    "lerp": lambda way: Lerp(way(prompt()), prompt(seed=5), 0.3),
     "stack": lambda way: Stack(way(prompt()), prompt(seed=5))}
 
 
@@ -213,6 +217,11 @@ def test_every_combination(name: str, way: Callable[[Conditioning], Conditioning
         assert relative(got[:1], single) < 1e-5
     if name == "around and":
         assert relative(got, answer(And((way(prompt()), 0.6), (way(prompt(seed=5)), 0.4)), x, sigma)) < 1e-6
+    if name == "lerp":
+        both = Lerp(prompt(), prompt(seed=5), 0.3).with_control(NET, PICTURE, 0.7 * 0.7)
+        assert way is several or relative(got, answer(both, x, sigma)) < 1e-5
+        half = Lerp(way(prompt()), way(prompt(seed=5)), 0.5)
+        assert relative(answer(half, x, sigma), answer(way(Lerp(prompt(), prompt(seed=5), 0.5)), x, sigma)) < 1e-5
     if name == "regions":  # the half that is not steered stays
         assert relative(got[..., 4:], answer(COMBINATIONS[name](plain), x, sigma)[..., 4:]) < 1e-5
 
@@ -273,6 +282,27 @@ def test_runs_of_samplers_and_cfg_pp() -> None:
         runs = [sample(CFGDenoiser(DENOISER), x, sigmas, disable=True, extra_args={
             "cond": way(prompt()), "uncond": way(prompt(seed=9)), "cond_scale": scale}) for way in (plain, several)]
         assert all(run.isfinite().all() for run in runs) and relative(runs[1], runs[0]) > 1e-3
+
+
+@torch.no_grad()
+def test_a_compiled_network_is_steered() -> None:
+    """The UNet's graph takes what is added as tensors; another picture or strength compiles nothing more."""
+    torch._dynamo.reset()
+    unet = tiny_unet()
+    denoiser = ELLADenoiser(unet, TSC)
+    x, sigma = 5 * noise(2, 4, 8, 8), torch.tensor([5.0, 2.0])
+    conds = [way(prompt(2)) for way in (controlled, several, pictured)]
+    conds.append(prompt(2).with_control(NET, SECOND, 0.2))
+    wanted = [denoiser(x, sigma, cond) for cond in conds]
+    denoiser.compile(backend="eager")
+    try:
+        for cond, want in zip(conds[:3], wanted):
+            assert relative(denoiser(x, sigma, cond), want) < 1e-5
+        counters.clear()
+        assert relative(denoiser(x, sigma, conds[3]), wanted[3]) < 1e-5
+        assert not counters["recompiles"] and not counters["stats"]
+    finally:
+        torch._dynamo.reset()
 
 
 @torch.no_grad()

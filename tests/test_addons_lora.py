@@ -25,6 +25,8 @@ from ella_kd import Pipeline
 from ella_kd.models import UNet, UNetConfig
 from ella_kd.models.addons.lora import LoRA, with_lora
 from ella_kd.models.addons.lora.merging import _added
+from ella_kd.models.files.kinds import kind_of, kind_of_path
+from ella_kd.models.files.weights import Weights
 from families import byte_tokenizer, family
 from tiny import randomised, relative, tiny_unet
 
@@ -142,6 +144,7 @@ def test_every_kind_equals_lycoris(kind: str, make: Callable[[], Any]) -> None:
     theirs.apply_to()  # LyCORIS' full difference knows itself only then
     state = {f"lora_unet_x.{name}": value.clone() for name, value in theirs.state_dict().items()}
     want = layer(x)
+    assert kind_of(Weights.of(state, "x")).place == "lora"
     fresh = make()
     fresh.load_state_dict(plain)
     added = _added(LoRA.of(state).changes["lora_unet_x"], [fresh])
@@ -166,7 +169,7 @@ def test_what_peft_trains_and_saves(kind: str, tmp_path: Path) -> None:
     before = weights(unet)
     config = copy.deepcopy(PEFT[kind])
     config.target_modules = ["to_q", "to_k", "out_layers.3", "proj_in"]
-    model = get_peft_model(copy.deepcopy(unet), config)  # type: ignore[arg-type]
+    model = get_peft_model(copy.deepcopy(unet), config)
     for i, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.requires_grad and "magnitude" not in name:
             parameter.add_(random(*parameter.shape, seed=i, std=0.1))
@@ -174,6 +177,7 @@ def test_what_peft_trains_and_saves(kind: str, tmp_path: Path) -> None:
             parameter.mul_(1 + random(*parameter.shape, seed=i).abs())
     model.save_pretrained(str(tmp_path))
     lora = LoRA.load(tmp_path)
+    assert kind_of_path(tmp_path / "adapter_model.safetensors").place == "lora"
     assert lora.modules["unet"] == sum(name.endswith(("to_q", "to_k", "out_layers.3", "proj_in"))
                                        for name, _ in layers(unet))
     theirs = weights(model.merge_and_unload())

@@ -262,7 +262,7 @@ def test_block_weights() -> None:
 def test_a_pipeline_of_sdxl_has_two_texts() -> None:
     sd = family("sdxl").ours
     clip: Any = sd.clip
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for te, model in (("te1", clip.first.model), ("te2", clip.second.model)):
         for i, (name, layer) in enumerate(layers(model)):
             tensors |= {f"lora_{te}_" + f"text_model.{name.removeprefix('text_model.')}".replace(".", "_").replace(
@@ -282,7 +282,7 @@ def test_few_step_presets_are_drawn_as_they_were_distilled() -> None:
         settings = Request("a fox", **preset.settings)
         sigmas = get_schedule(settings.schedule).sigmas(settings.steps, family("sdxl").ours.denoiser())
         t = schedule.sigma_to_t(sigmas[:-1]).round().int().tolist()
-        of = {"lcm": diffusers.LCMScheduler(), "ddim": diffusers.DDIMScheduler(timestep_spacing="trailing"),
+        of: Any = {"lcm": diffusers.LCMScheduler(), "ddim": diffusers.DDIMScheduler(timestep_spacing="trailing"),
               "euler": diffusers.EulerDiscreteScheduler(timestep_spacing="trailing")}[settings.sampler]
         of.set_timesteps(settings.steps)
         assert len(t) == len(of.timesteps) and t[0] == of.timesteps[0] == 999

@@ -14,6 +14,8 @@ from ella_kd.denoiser import LDMDenoiser
 from ella_kd.guidance import GuidedDenoiser
 from ella_kd.models import fast_on_cpu
 from ella_kd.models.addons.lora import LoRA, Strength, with_lora
+from ella_kd.models.freeu import FreeU
+from ella_kd.models.inside import Inside
 from ella_kd.models.networks import ByRow, BySigma
 from ella_kd.placement import Placement
 from ella_kd.samplers import sample_euler
@@ -24,13 +26,13 @@ from tiny import features, noise, planned, relative, tiny_unet
 
 def style(network: nn.Module, seed: int, prefix: str = "lora_unet_") -> LoRA:
     """A LoRA of every other layer of a network in our names."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for i, (name, layer) in enumerate(list(layers(network))[seed % 2::2]):
         tensors |= {f"{prefix}{name.replace('.', '_')}.{end}": x for end, x in factors(layer, seed + 10 * i).items()}
     return LoRA.of(tensors, f"style {seed}")
 
 
-def conds(rows: int) -> dict[str, Constant]:
+def conds(rows: int) -> dict[str, Any]:
     return {"cond": Constant(features(*[5] * rows, width=24)), "uncond": Constant(features(4, seed=5, width=24))}
 
 
@@ -180,7 +182,7 @@ def test_a_lora_for_each_row_of_a_pipeline() -> None:
 def test_what_networks_of_networks_are_like(tmp_path: Path) -> None:
     unet = tiny_unet()
     twin = with_lora(unet, style(unet, 1))
-    network = ByRow([unet, BySigma(twin, unet, at=1.0), unet])
+    network: Any = ByRow([unet, BySigma(twin, unet, at=1.0), unet])
     assert (network.in_channels, network.out_channels, network.dtype, network.places) == (4, 4, torch.float32,
                                                                                          unet.places)
     assert network.vector_dim is None and len(list(network.parameters())) < 2 * len(list(unet.parameters()))
@@ -191,7 +193,8 @@ def test_what_networks_of_networks_are_like(tmp_path: Path) -> None:
     fast = fast_on_cpu(network).at((2.0,))
     assert relative(fast(x, t, context), network.at((2.0,))(x, t, context)) < 2e-5
     sd = replace(family("sd2").ours, unet=network).to(dtype="bfloat16")
-    assert sd.unet.dtype == torch.bfloat16 and sd.unet.networks[0] is sd.unet.networks[2]
+    cast: Any = sd.unet
+    assert cast.dtype == torch.bfloat16 and cast.networks[0] is cast.networks[2]
     with pytest.raises(TypeError, match="a UNet of ours can be saved"):
         sd.save(tmp_path / "x")
     with pytest.raises(ValueError, match="decided by sigma"):
@@ -205,6 +208,22 @@ def test_what_networks_of_networks_are_like(tmp_path: Path) -> None:
     for at in (1.0, (1.0, 2.0), (2.0,)):
         with pytest.raises(ValueError, match="falling sigmas"):
             BySigma(unet, twin, unet, at=at)
+
+
+def test_a_lora_on_a_network_with_changes_inside() -> None:
+    """Before or after, by row and fast: the changes stay around the LoRA's twin."""
+    unet, change = tiny_unet(), FreeU(1.5, 1.6, 0.9, 0.2, sigma_lo=1.0)
+    lora = style(unet, 1)
+    x, sigma, cond = noise(2, 4, 8, 8), torch.tensor([3.0, 0.5]), conds(2)["cond"]
+    want = LDMDenoiser(Inside(with_lora(unet, lora), change))(x, sigma, cond)
+    plain = LDMDenoiser(with_lora(unet, lora))(x, sigma, cond)
+    assert relative(want[:1], plain[:1]) > 1e-3 and relative(want[1:], plain[1:]) < 1e-5
+    inside = Inside(unet, change)
+    twin = with_lora(inside, lora)
+    for network in (twin, with_lora(ByRow([inside, inside]), lora), BySigma(twin, with_lora(unet, lora), at=0.8),
+                    fast_on_cpu(twin), with_lora(fast_on_cpu(inside), lora)):
+        assert relative(LDMDenoiser(network)(x, sigma, cond), want) < 2e-5
+    assert with_lora(inside, (lora, 0)).unet is unet
 
 
 def test_at_work_a_twin_comes_and_goes_with_what_it_shares() -> None:

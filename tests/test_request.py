@@ -151,8 +151,8 @@ def test_older_and_newer_pictures_are_read_with_a_word(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=f"was drawn by ella_kd 0.0.9, this is {VERSION}"):
         read = Request.from_picture(with_texts(tmp_path / "old.png", ella_kd=json.dumps(old)))
     assert read == Request("a", mode="clip", seed=1, width=32, height=32, model="miniature", version="0.0.9")
-    new = json.dumps({**json.loads(REQUEST.json()), "control": "canny.png"})
-    with pytest.warns(UserWarning, match="left out: control$"):
+    new = json.dumps({**json.loads(REQUEST.json()), "hologram": "canny.png"})
+    with pytest.warns(UserWarning, match="left out: hologram$"):
         assert Request.from_picture(with_texts(tmp_path / "new.png", ella_kd=new)) == REQUEST
 
 

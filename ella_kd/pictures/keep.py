@@ -77,7 +77,8 @@ class Keep(Denoiser):
     sigma * noise all the way, and the picture at its end. CFG++ walks on uncond, hence all three: to replace denoised
     alone leaves errors of .8 on its way. A mask of ones is the inner model, bit for bit.
     What is repainted knows the rest only from what the network sees beside it: of the true conditional mean of a
-    Gaussian field six tenths are missing after 20 steps; with `sample_in_segments` (RePaint) and 5 repeats three.
+    Gaussian field six tenths are missing after 20 steps; with `sample_in_segments` (RePaint) and 5 repeats three, spent
+    within sigma .2 to 2 two.
     A saved run holds neither the picture nor the mask, and goes on with the same ones only.
     Raises ValueError for latents or a mask that fit neither each other nor x.
     """

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ella_kd.models.addons.controlnet import WIDTHS, ControlNet
+from ella_kd.models.addons.controlnet import COPIED, WIDTHS, ControlNet
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.files.building import build, check_dtypes, fill
 from ella_kd.models.files.checkpoint import heads_of
@@ -150,7 +150,7 @@ def with_base(weights: Weights, base: UNet) -> dict[str, Tensor]:
     """A Control-LoRA whole: W + up @ down on the base's way down, and what is stored as it is."""
     known = base.state_dict()
     found = {name: x for name, x in known.items()
-             if name.partition(".")[0] in ("time_embed", "label_emb", "input_blocks", "middle_block")}
+             if name.partition(".")[0] in COPIED}
     stored = {name.removeprefix(PREFIX): name for name in weights if name != "lora_controlnet"}
     for name, own in stored.items():
         module, _, end = name.rpartition(".")

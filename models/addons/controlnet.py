@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 WIDTHS = (16, 32, 96, 256)  # of the layers that read the picture: LDM's
+COPIED = ("time_embed", "label_emb", "input_blocks", "middle_block")  # of the UNet
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}  # by the width of their tokens
 
 
@@ -46,6 +47,9 @@ class ControlNet(Encoder):
         """One to be trained for a UNet: its way down and middle are copied, what is added starts at zero."""
         net = cls(unet.config, widths, name).to(next(unet.parameters()))
         weights = unet.state_dict()
+        missing = [key for key in net.state_dict() if key.partition(".")[0] in COPIED and key not in weights]
+        if missing:
+            raise ValueError(f"the UNet has no {missing[0]}: copy a plain one, from before fast_on_cpu")
         net.load_state_dict({key: weights.get(key, x) for key, x in net.state_dict().items()})
         return net
 

@@ -42,7 +42,7 @@ class Embedding:
                              f"{', '.join(map(str, map(list, shapes)))}")
         if not all(x.is_floating_point() and bool(x.isfinite().all()) for x in rows.values()):
             raise ValueError(f"{what} must hold finite floating-point numbers")
-        object.__setattr__(self, "vectors", {name: x.detach() for name, x in rows.items()})
+        object.__setattr__(self, "vectors", {half: rows[half].detach() for half in ("", *PAIR) if half in rows})
 
     @classmethod
     def load(cls, path: str | Path, name: str | None = None) -> Self:
@@ -53,6 +53,11 @@ class Embedding:
         """
         weights = Weights(path)
         return cls(name or weights.path.stem, _vectors(weights), weights.path, weights.metadata)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], name: str) -> Self:
+        """What a file of these tensors is: those that lie in a LoRA's file (`LoRA.embeddings`)."""
+        return cls(name, _vectors(Weights.of(tensors, name)))
 
     def __len__(self) -> int:
         """How many tokens the word takes."""
@@ -71,7 +76,7 @@ class Embedding:
             return f"SDXL's, a pair {' and '.join(map(str, widths))} wide"
         return f"{WIDTHS[widths[0]]}, {widths[0]} wide" if widths[0] in WIDTHS else f"{widths[0]} wide"
 
-    def of(self, width: int, *halves: str) -> Tensor:
+    def fitting(self, width: int, *halves: str) -> Tensor:
         """The vectors [n, D] for a text encoder of this width; halves: the keys that it may have.
 
         Raises ValueError for another model's embedding.
@@ -81,6 +86,11 @@ class Embedding:
             wanted = f"{halves[0]} of the pair, {width} wide" if halves[0] else f"vectors {width} wide"
             raise ValueError(f"the embedding {self.name} is {self.kind}: this model's text encoder takes {wanted}")
         return found
+
+    def described(self) -> dict[str, str]:
+        """What `inspect` shows."""
+        return {"made for": self.kind, "vectors": str(len(self)),
+                "trigger words": self.metadata.get("modelspec.trigger_phrase", "") or self.name}
 
     def __repr__(self) -> str:
         return f"Embedding({self.name!r}, {len(self)} vectors, {self.kind})"

@@ -115,14 +115,15 @@ class IPAdapter(nn.Module):
         self.encoder: ImageEncoder | None = None
 
     @classmethod
-    def load(cls, path: str | Path, *, image_encoder: "str | Path | nn.Module", dtype: str | torch.dtype | None = None,
-             device: str | torch.device = "cpu") -> "IPAdapter":
+    def load(cls, path: str | Path, *, image_encoder: "str | Path | nn.Module | None" = None,
+             dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> "IPAdapter":
         """Read one, base, plus or full-face, for SD or SDXL, and its image encoder.
 
         image_encoder: transformers' folder or file of a CLIPVisionModelWithProjection (IP-Adapter's
-        `models/image_encoder`, for most SDXL ones `sdxl_models/image_encoder`), or the model. dtype None: fp32 on a
-        CPU, fp16 elsewhere. Raises FileNotFoundError, or ValueError naming what is missing, misshapen or extra, for a
-        FaceID adapter, for a file of another kind and for an encoder of another width.
+        `models/image_encoder`, for most SDXL ones `sdxl_models/image_encoder`), or the model; None: the folder
+        image_encoder beside the file. dtype None: fp32 on a CPU, fp16 elsewhere. Raises FileNotFoundError, or
+        ValueError naming what is missing, misshapen or extra, for a FaceID adapter, for a file of another kind and for
+        an encoder of another width.
         """
         device = check_device(device)
         dtype, path = check_dtype(dtype, device), Path(path)
@@ -139,6 +140,10 @@ class IPAdapter(nn.Module):
         net = build(_of_shapes, part, told, path.stem)
         check_dtypes(part)
         net = fill(net, part, told, dtype, device)
+        image_encoder = image_encoder or path.parent / "image_encoder"
+        if isinstance(image_encoder, (str, Path)) and not Path(image_encoder).exists():
+            raise FileNotFoundError(f"no image encoder at {image_encoder}: the IP-Adapter {path} needs the one it was "
+                                    "trained with, give its folder or file as image_encoder, or lay it there")
         encoder = ImageEncoder.load(image_encoder, dtype=dtype, device=device)
         wanted, has = net.width, encoder.width(bool(net.image_proj.whole))
         if wanted != has:

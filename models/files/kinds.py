@@ -12,9 +12,11 @@ from ella_kd.models.shapes import Shapes, count_of
 FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL", "refiner": "SDXL refiner",
             "ssd-1b": "SSD-1B", "vega": "Segmind Vega", "playground": "Playground v2.5"}
 PURPOSES = {5: "depth", 7: "x4 upscaler", 8: "InstructPix2Pix", 9: "inpainting"}  # by the channels of the UNet's input
+RELIT = "IC-Light"  # what a UNet with such offsets is for: a foreground in another light
 EMBEDDINGS = {768, 1024, 1280}  # the widths of CLIP's token embeddings
 PLACES = {"checkpoint": "checkpoint, --checkpoint for the command", "vae": "vae, --vae for the command",
           "text_encoder": "text_encoder", "tsc": "tsc, --tsc for the command",
+          "offset": "offset, --offset for the command, beside a checkpoint",
           "t5": "t5, --t5 for the command, and it is given as a folder", "lora": "lora, --lora for the command",
           "embedding": "embedding, --embedding for the command", "control": "control, --control for the command",
           "image_prompt": "image_prompt, --image-prompt for the command"}
@@ -63,6 +65,8 @@ _NAMES = [(re.compile(pattern), what, place) for pattern, what, place in (
     (r"^(embedder\.|noise_augmentor\.)", "a Stable Diffusion 2.x unCLIP checkpoint, which is not read", ""),
     (r"(^|\.)encoder_hid_proj\.", "Kolors, whose text encoder is not read", ""),
     (r"^(encoder|decoder)\.block\.0\.layer\.0\.SelfAttention\.", "a T5", "t5"),
+    (r"\.(on_input|diff|diff_b|w_norm|dora_scale|a1\.weight|lora_magnitude_vector(\.\w+)?|(hada|lokr)_w1(_a)?\.\w+)$",
+     "a LoRA, which changes a checkpoint and is none itself", "lora"),
     (r"^(vision_model\.|visual\.)", "a CLIP image encoder", ""),
 )]
 
@@ -147,7 +151,7 @@ def kind_of_parts(parts: dict[str, Part], weights: Weights, folder: bool = True)
     family, purpose = family_of(unet, markers), purpose_of(unet)
     channels = tuple(unet.get("input_blocks.0.0.weight", ()))[1:2]
     if channels in ((8,), (12,)) and parts["unet"].spelling == "diffusers" and not folder and _offsets(parts["unet"]):
-        return Kind("IC-Light's offsets, which are added to a Stable Diffusion 1.x UNet", parts=names)
+        return Kind("IC-Light's offsets, which are added to a Stable Diffusion 1.x UNet", "offset", "sd1", RELIT, names)
     words = " ".join(word for word in (FAMILIES[family], purpose, "checkpoint") if word)
     article = "an" if re.match(r"[AEIOU]|S[DS]", words) else "a"
     wanted = ["unet", "vae", "text", *(["text_2"] if family in ("sdxl", "ssd-1b", "vega", "playground") else [])]

@@ -140,31 +140,40 @@ def _twin(network: nn.Module, new: Sequence[Applied]) -> nn.Module:
     if (first := next(plain.parameters())).device != like.device or first.dtype != like.dtype:
         plain = moved(plain, like.device, like.dtype)  # the twin was moved since
     every: tuple[Applied, ...] = (*recipe.changes, *new)
-    sums: dict[str, list[Tensor]] = {}
+    wanted: dict[str, list[tuple[Applied, str, Modules, float]]] = {}
     for applied in every:
-        wrong = []
         for name, modules, strength in applied.places:
+            for module in modules:
+                wanted.setdefault(module, []).append((applied, name, modules, strength))
+    memo: dict[int, Any] = {id(x): x for x in [*plain.parameters(), *plain.buffers()]}
+    wrong: dict[LoRA, list[str]] = {}
+    for module, changes in wanted.items():
+        parts: dict[str, list[Tensor]] = {"weight": [], "bias": []}
+        for applied, name, modules, strength in changes:
             try:
-                added = _added(applied.lora.changes[name], [plain.get_submodule(module) for module in modules])
+                added = _added(applied.lora.changes[name], [plain.get_submodule(each) for each in modules])
             except ValueError as error:
-                wrong.append(f"{name}: {error}")
+                wrong.setdefault(applied.lora, []).append(f"{name}: {error}")
                 continue
             for kind, x in added.items():
-                for module, part in zip(modules, x.chunk(len(modules)), strict=True):
-                    sums.setdefault(f"{module}.{kind}", []).append(strength * part)
-        if wrong:
-            raise ValueError(f"{applied.lora.path or applied.lora.name} does not fit this model"
-                             f"{_made_for(applied.lora)}: {_first(wrong)}")
-    memo: dict[int, Any] = {id(x): x for x in [*plain.parameters(), *plain.buffers()]}
-    for name, parts in sums.items():
-        old = plain.get_parameter(name)
-        wide = torch.float32 if old.device.type == "mps" else torch.float64
-        total = parts[0] if len(parts) == 1 else torch.stack([x.to(wide) for x in parts]).sum(0)  # in any order
-        memo[id(old)] = nn.Parameter((_exact(old) + total).to(old.dtype), old.requires_grad)
+                parts[kind].append(strength * x.chunk(len(modules))[modules.index(module)])
+        for kind, terms in parts.items():
+            if terms and not wrong:
+                old = plain.get_parameter(f"{module}.{kind}")
+                memo[id(old)] = nn.Parameter((_exact(old) + _sum(terms)).to(old.dtype), old.requires_grad)
+    for lora, problems in wrong.items():
+        raise ValueError(f"{lora.path or lora.name} does not fit this model{_made_for(lora)}: {_first(problems)}")
     twin = copy.deepcopy(plain, memo)
     for finish in recipe.finish:
         twin = finish(twin)
     return Recipe(plain, every, recipe.finish).on(twin)
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    """The same in any order: two commute, of more the sum is taken in fp64."""
+    if len(terms) < 3 or terms[0].device.type == "mps":
+        return sum(terms[1:], terms[0])
+    return sum((x.double() for x in terms[1:]), terms[0].double())
 
 
 def _added(change: Change, owners: Sequence[nn.Module]) -> dict[str, Tensor]:
