@@ -69,7 +69,7 @@ def styles(sd: Pipeline, folder: Path, count: int) -> str:
                                        {"striped": 1.0, "azure": 1.0}]
     for loras in weights:
         twin = sd.with_lora([(folder / f"{name}.safetensors", weight) for name, weight in loras.items()])
-        for sampler in SAMPLERS if 1.0 in loras.values() else SAMPLERS[1:2]:
+        for sampler in SAMPLERS if len(loras) == 2 else SAMPLERS[1:2]:
             said = ", ".join(f"{name} {weight:g}" for name, weight in loras.items()) or "none"
             seen = look(wanted, drawn(twin, twin.encode(prompts), count, sampler))
             rows.append(f"| {said}, `{sampler}` | {seen.striped:.0%} | {seen.stripes:.2f} | {seen.from_azure:.0f} | "
@@ -133,8 +133,9 @@ def placed(sd: Pipeline, folder: Path, count: int) -> str:
     rows = ["| | where the edges say | shape too | colour too | fill and rim too |", "|---|---|---|---|---|"]
     runs: list[tuple[str, float, dict[str, Any]]] = [(f"`{name}`", 1.0, {"sampler": name}) for name in SAMPLERS]
     runs += [("`dpmpp_2m`, PAG", 1.0, {"guidance": PAG(CFG(SCALE), 1.0)}), ("`dpmpp_2m`, strength .5", 0.5, {})]
+    runs += [("`dpmpp_2m`, strength 0", 0.0, {})]
     for name, control in controls.items():
-        for said, strength, options in runs if name != "ControlNet" else [*runs, ("`dpmpp_2m`, strength 0", 0.0, {})]:
+        for said, strength, options in runs:
             shares = placement(wanted, steered(sd, control, wanted, strength, **options))
             rows.append(f"| {name}, {said} | {' | '.join(f'{share:.0%}' for share in shares)} |")
             click.echo(rows[-1])
@@ -160,7 +161,7 @@ def placement(wanted: Sequence[Scene], found: Sequence[Scene]) -> tuple[float, .
 
 
 @click.command(help=__doc__)
-@click.option("--count", default=60, show_default=True, help="Held-out scenes.")
+@click.option("--count", default=24, show_default=True, help="Held-out scenes.")
 @click.option("--files", type=click.Path(path_type=Path, exists=True), default=BUNDLED, help="Folder of the add-ons.")
 @writes("addons")
 def main(count: int, files: Path, results: Results) -> None:

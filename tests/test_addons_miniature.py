@@ -14,7 +14,7 @@ from benchmarks import addons
 from benchmarks.miniature import captions
 from benchmarks.miniature.addons import BUNDLED, MASCOT
 from benchmarks.miniature.scenes import Scene, Thing, parse, render
-from ella_kd import CFG, PAG, Pipeline
+from ella_kd import CFG, PAG, Pipeline, generate
 from ella_kd.conditioning import Concat, Stack
 from ella_kd.models.addons.controlnet import ControlNet
 from ella_kd.models.networks import ByRow, BySigma
@@ -122,7 +122,8 @@ def test_rows_with_and_without_a_control_are_as_they_would_be_alone() -> None:
     together = addons.drawn(sd, Stack(with_hint, sd.encode(prompts[1])), 2)
     alone = addons.drawn(sd, with_hint, 1) + addons.drawn(sd, plain, 2)[1:]
     assert near(together, alone)
-    off = plain.with_control(edges(), hint, strength=0.0), plain.with_control(edges(), hint, window=(200.0, 100.0))  # above every sigma
+    above_every_sigma = (200.0, 100.0)
+    off = (plain.with_control(edges(), hint, strength=0.0), plain.with_control(edges(), hint, window=above_every_sigma))
     assert all(same(addons.drawn(sd, cond, 2), addons.drawn(sd, plain, 2)) for cond in off)
 
 
@@ -133,3 +134,11 @@ def test_everything_at_once() -> None:
     cond = sd.encode("mascot, night", "clip").with_control(edges(), hint, preprocess="canny")
     [picture] = addons.drawn(sd, cond, 1, mode="clip")
     assert [(thing.shape, thing.place) for thing in parse(picture).things] == [("ring", 2)]
+
+
+def test_by_name_in_the_text() -> None:
+    picture, other = generate(studio.miniature(), ["A red heart sits in the center. <lora:striped:1>",
+                                                   "A red heart sits in the center."], models_dir=BUNDLED, steps=10,
+                              scale=3.0, progress=False)
+    assert [parse(np.asarray(each.image)).things for each in (picture, other)] == [
+        (Thing(4, "heart", "red", fill),) for fill in ("striped", "plain")]
