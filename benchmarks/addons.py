@@ -1,7 +1,7 @@
 """What the miniature's add-ons do to its pictures, read from their pixels: `python -m benchmarks.addons`.
 
 Held-out scenes of one to three things, equal seeds, 10 steps, scale 3 (lambda .6 with CFG++). The add-ons are the
-bundled ones, which `python -m benchmarks.miniature.addons` trains.
+bundled ones; `python -m benchmarks.miniature.addons` trains them, and a T2I-Adapter that is not bundled.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Add-ons of the miniature, trained in minutes and written as the files that people share.
 
-    python -m benchmarks.miniature.addons                    # all of them, one after another
-    python -m benchmarks.miniature.addons --only striped     # one
+    python -m benchmarks.miniature.addons --out runs/addons    # all of them, one after another
+    python -m benchmarks.miniature.addons --only striped       # one, over the bundled file
 
 The miniature stays as it is; what learns is a LoRA's factors, a word's vectors, a ControlNet or a T2I-Adapter. The
 same seed gives the same files on the same machine, with one thread.
