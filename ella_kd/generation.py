@@ -19,6 +19,7 @@ from ella_kd.drawing import begin_from, draw, innermost_scale, picture_size, ref
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import parse
 from ella_kd.images import Picture
+from ella_kd.inside import FromInside
 from ella_kd.models.added import NEGATIVE_SCORE, POSITIVE_SCORE
 from ella_kd.pictures.inversion import load_latents
 from ella_kd.pictures.options import FromPicture
@@ -83,6 +84,7 @@ def generate(
     lora=["style.safetensors:0.8"], embedding, control=["canny.safetensors:edges.png:0.8"] and image_prompt, in picture:
     add-ons, as `ella_kd.addon_words` spells them; `<lora:style:0.8>` in a prompt. models_dir: the folder where their
     names are looked up (`ella_kd.models.files.folders`), or `AddOns(folder)`, whose files later calls need not read.
+    freeu, tome=0.5, hidiffusion, deep_shrink: what changes in the UNet (`ella_kd.inside.FromInside`).
     picture: the fields of `ella_kd.pictures.options.FromPicture`. start="room.jpg" (or a PIL image) is drawn over as
     far as strength says, 0.6, or where mask="lamp.png" is white; extend="left=64" draws on beyond its sides;
     strength_map, fill, crop_to_mask and others. eta, s_noise, s_churn, sigmas, variation, variation_seed: the noise.
@@ -90,7 +92,7 @@ def generate(
     Raises ValueError or TypeError for an argument that cannot be met (an unknown name comes with the nearest ones), and
     ValueError if a network returns NaN.
     """
-    known = {*FromPicture.names(), *FromAddOns.add_on_names()}
+    known = {*FromPicture.names(), *FromAddOns.add_on_names(), *FromInside.inside_names()}
     refuse_unknown(generate, {name: picture[name] for name in picture if name not in known}, OTHER_WORDS)
     rule = parse(guidance) if isinstance(guidance, str) else guidance
     found = rows(prompts, negative, seeds, whole("count", count), wildcards)
@@ -182,6 +184,8 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
         begun = begin_from(pipeline, asked, asked.schedule, asked.steps, asked.width, asked.height, sigmas)
         (width, height), sigmas, size = begun.canvas.size, begun.sigmas, {}
         more["start"], steered = begun, partial(steered, part=begun.canvas.part)
+    drawn = (width, height) if asked.start is None else begun.canvas.image.size
+    pipeline = asked.changed(pipeline, *drawn, from_text=asked.mask is None and not asked.extend)
     levels = sigmas.tolist() if asked.syntax else None
     read = _reader(pipeline, asked, levels)
     own = replace(asked, mode="clip", negative_mode=None) if refiner is not None and refiner.tsc is None else asked

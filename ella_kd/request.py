@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ella_kd import infotext
 from ella_kd.addon_words import AddOn, FromAddOns, in_prompt, words_in
+from ella_kd.inside import FromInside
 from ella_kd.models import emphasis
 from ella_kd.pictures.options import FromPicture
 from ella_kd.prompt_editing import edits
@@ -46,12 +47,12 @@ def mode_named(mode: object) -> Mode:
 
 
 @dataclass(frozen=True)
-class Request(FromPicture, FromAddOns):
+class Request(FromPicture, FromAddOns, FromInside):
     """Everything that decides a picture: with the same model and the same request it comes out the same.
 
     A field with metadata is an option that a user chooses: what the command says of it, its smallest value (`least`).
     A start picture and what is asked of it, and of the noise, are the fields of `FromPicture` and `FromNoise`; add-ons
-    those of `FromAddOns`, and the LoRAs that the prompt asks for.
+    those of `FromAddOns`, and the LoRAs that the prompt asks for; what changes in the UNet those of `FromInside`.
 
     prompt: as it is read, wildcards chosen. scale: of classifier-free guidance; None beside a rule without one number.
     guidance: the rule as text, "" for none. width, height: None for the model's own. model, dtype: the pipeline's name
@@ -96,6 +97,7 @@ class Request(FromPicture, FromAddOns):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.read_doors()
+        self.check_inside()
         for name in ("prompt", "negative", "tags"):
             if getattr(self, name) is not None:
                 check_text(name, getattr(self, name))

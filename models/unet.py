@@ -1,6 +1,5 @@
 """The latent-diffusion UNet of Stable Diffusion 1.x, 2.x, XL and their relatives, with LDM's tensor names."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
