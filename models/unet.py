@@ -244,7 +244,9 @@ class UNet(Encoder):
         more = added(seen, latents, t, self.config) if seen.controls else None
         skips = []
         for n, stage in enumerate(self.input_blocks):
-            wider = math.prod([change.wider(n) for change in changes])  # a list: a generator breaks the graph
+            wider = 1
+            for change in changes:
+                wider *= change.wider(n)
             x = stage(x, emb, tokens, mask, patches, None, images, wider)
             x = x if more is None else more.inside(n, x)
             for change in changes:

@@ -162,7 +162,7 @@ class Style(AddOn):
     def cond(self, scenes: list[Scene], rng: random.Random) -> Condition:
         assert self.sd.t5 is not None and self.sd.clip is not None
         if rng.random() < 0.5:
-            return Constant(self.sd.clip(write(scenes, captions.tags, rng)))  # type: ignore[arg-type]
+            return Constant(self.sd.clip(write(scenes, captions.tags, rng)))
         return self.sd.t5(write(scenes, captions.dense, rng))
 
     def save(self, path: Path) -> None:
@@ -221,6 +221,7 @@ class Word(AddOn):
         self.tokenizer, self.model = sd.clip.tokenizer, copy.deepcopy(sd.clip.model)
         table = self.model.get_input_embeddings()
         self.known = table.num_embeddings
+        assert isinstance(table.weight, Tensor)
         self.learned = _Longer(table.weight, vectors)
         parametrize.register_parametrization(table, "weight", self.learned, unsafe=True)
 
