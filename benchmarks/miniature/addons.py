@@ -1,7 +1,7 @@
 """Add-ons of the miniature, trained in minutes and written as the files that people share.
 
-    python -m benchmarks.miniature.addons --out runs/addons    # all of them, one after another
-    python -m benchmarks.miniature.addons --only striped       # one, over the bundled file
+    python -m benchmarks.miniature.addons                    # all of them, one after another, into runs/addons
+    python -m benchmarks.miniature.addons --only striped     # one
 
 The miniature stays as it is; what learns is a LoRA's factors, a word's vectors, a ControlNet or a T2I-Adapter. The
 same seed gives the same files on the same machine, with one thread.
@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import click
 import torch
@@ -221,8 +222,7 @@ class Word(AddOn):
         self.tokenizer, self.model = sd.clip.tokenizer, copy.deepcopy(sd.clip.model)
         table = self.model.get_input_embeddings()
         self.known = table.num_embeddings
-        assert isinstance(table.weight, Tensor)
-        self.learned = _Longer(table.weight, vectors)
+        self.learned = _Longer(cast(Tensor, table.weight), vectors)
         parametrize.register_parametrization(table, "weight", self.learned, unsafe=True)
 
     def scenes(self, rng: random.Random, batch: int) -> list[Scene]:
@@ -326,7 +326,8 @@ def build(name: str, sd: Pipeline) -> AddOn:
 
 @click.command(help=__doc__)
 @click.option("--only", "names", type=click.Choice(tuple(BUDGETS)), multiple=True, help="Again for more.  [all]")
-@click.option("--out", type=click.Path(path_type=Path), default=BUNDLED, help="Where the files go.  [the bundled ones]")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/addons"), show_default=True,
+              help="Where the files go; the bundled ones are in models/miniature/addons.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True)
 def main(names: tuple[str, ...], out: Path, seed: int) -> None:
     torch.set_num_threads(1)
