@@ -1,5 +1,6 @@
 """The blocks of the latent-diffusion UNet."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from ella_kd.models.attention import attend
 from ella_kd.models.network import Patches
 from ella_kd.models.parameters import zero_init
+from ella_kd.models.partial import take
 
 if TYPE_CHECKING:
+    from ella_kd.models.image_prompts import ImagePrompt
     from ella_kd.models.patches import Patch
 
 
@@ -46,7 +49,13 @@ class Attention(nn.Module):
         self.attend = attend
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.to_out(self.attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, mask))
+        q = self.to_q(x)
+        return self.finish(q, self.attend(q, self.to_k(context), self.to_v(context), self.heads, mask))
+
+    def finish(self, q: Tensor, found: Tensor) -> Tensor:
+        """What queries [B, L, channels] found, as it is added; `models.image_prompts` adds what they find in pictures.
+        """
+        return self.to_out(found)
 
 
 class GEGLU(nn.Module):
@@ -82,7 +91,10 @@ class TransformerBlock(nn.Module):
 
     The three methods return what is added, [B, L, channels] as x is: a Patch puts a block together anew from them.
     cross_only: the first attention looks at the text tokens too, and there is no self-attention (the x4 upscaler).
+    number: which of its UNet's blocks it is, by which image prompts find it.
     """
+
+    number = 0
 
     def __init__(self, channels: int, context_dim: int, heads: int, cross_only: bool = False) -> None:
         super().__init__()
@@ -126,24 +138,25 @@ class SpatialTransformer(nn.Module):
                                                  for _ in range(depth)])
         self.proj_out = zero_init(nn.Linear(channels, channels) if linear_proj else nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, patches: Patches = ()) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, patches: Patches = (),
+                images: "Sequence[ImagePrompt]" = ()) -> Tensor:
         h = self.norm(x)
         h = self.proj_in(_tokens(h)) if self.linear_proj else _tokens(self.proj_in(h))
-        patched = any(patch is not None and self.place in patch.places for _, patch in patches)
+        patched = any(patch is not None and patch.of_place(self.place) is not None for _, patch in patches)
         for block in self.transformer_blocks:
             if patched:
-                h = self._patched(block, h, context, mask, patches, (x.shape[2], x.shape[3]))
+                h = self._patched(block, h, context, mask, patches, (x.shape[2], x.shape[3]), images)
             else:
-                h = block(h, context, mask)
+                h = _seeing(block, images)(h, context, mask)
         h = _image(self.proj_out(h), x) if self.linear_proj else self.proj_out(_image(h, x))
         return x + h
 
     def _patched(self, block: Any, x: Tensor, context: Tensor, mask: Tensor | None, patches: Patches,
-                 size: tuple[int, int]) -> Tensor:
+                 size: tuple[int, int], images: "Sequence[ImagePrompt]") -> Tensor:
         """A block over x [B, h * w, C], where each row goes through its patch; neighbours that agree go together."""
         here: list[tuple[Patch | None, int]] = []
         for rows, patch in patches:
-            patch = patch if patch is not None and self.place in patch.places else None
+            patch = patch and patch.of_place(self.place)
             if here and here[-1][0] is patch:
                 rows += here.pop()[1]
             here.append((patch, rows))
@@ -152,11 +165,13 @@ class SpatialTransformer(nn.Module):
         for patch, rows in here:
             part = slice(start, start := start + rows)
             args = x[part], context[part], None if mask is None else mask[part]
-            done.append(block(*args) if patch is None else patch(block, *args, size))
+            shown: Any = take(images, range(part.start, part.stop)) if images else None
+            seeing = _seeing(block, shown or ())
+            done.append(seeing(*args) if patch is None else patch(seeing, *args, size))
             if done[-1].shape != x[part].shape:
                 raise ValueError(f"a patch must return the shape of its x {list(x[part].shape)}: {patch} returned "
                                  f"{list(done[-1].shape)}")
-        return torch.cat(done)
+        return torch.cat(done) if len(done) > 1 else done[0]
 
 
 class Downsample(nn.Module):
@@ -181,17 +196,32 @@ class Layers(nn.Sequential):
     """Layers in a row, each given what it takes beside x; size: what an Upsample must reach."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None,  # type: ignore[override]
-                patches: Patches = (), size: torch.Size | None = None) -> Tensor:
+                patches: Patches = (), size: torch.Size | None = None,
+                images: "Sequence[ImagePrompt]" = ()) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context, mask, patches)
+                x = layer(x, context, mask, patches, images)
             elif isinstance(layer, Upsample):
                 x = layer(x, size)
             else:
                 x = layer(x)
         return x
+
+
+def _seeing(block: Any, images: "Sequence[ImagePrompt]") -> Any:
+    """The block, whose cross-attention sees these pictures too."""
+    if not images:
+        return block
+    from ella_kd.models.image_prompts import Seeing
+
+    return Seeing(block, images)
+
+
+def resized(x: Tensor, like: Tensor) -> Tensor:
+    """x [B, C, h, w] at the height and width of `like`, bicubic; itself where it has them."""
+    return x if x.shape[2:] == like.shape[2:] else F.interpolate(x, like.shape[2:], mode="bicubic")
 
 
 def _tokens(x: Tensor) -> Tensor:

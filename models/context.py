@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ella_kd.models.partial import Box, ForRows, join, rows_of, take
+
 
 def the_only(what: str, found: list[Tensor]) -> Tensor:
     """The one input that parts of a conditioning have. Raises ValueError if there are several."""
@@ -33,6 +35,11 @@ def per_row(what: str, beside: Callable[[str, list[Tensor]], Tensor] = the_only,
     return field(default=None, metadata={"what": what, "beside": beside, "exact": exact})
 
 
+def for_some(what: str) -> Any:
+    """A field of a Context that some rows have and others have not: a tuple of `models.partial.ForRows`, or None."""
+    return field(default=None, metadata={"what": what, "some": True, "exact": False})
+
+
 @dataclass(frozen=True, eq=False)
 class Context:
     """What the network takes beside x and t, a row per sample.
@@ -44,6 +51,9 @@ class Context:
     width, crop top and left, target height and width in pixels; None: the size of x, not cropped. score [B]: SDXL's
     refiner's aesthetic score; None: 6. label [B] int64: a class (the x4 upscaler: how noisy its picture is). guidance
     [B]: the guidance scale, of networks that are told it (LCM). Of several parts of one conditioning the first's hold.
+
+    controls: ControlNets and T2I-Adapters with their pictures (`models.controls`). images: image prompts
+    (`models.image_prompts`). Each is for some of the rows; those of several parts add up.
     """
 
     tokens: Tensor
@@ -54,15 +64,35 @@ class Context:
     score: Tensor | None = per_row("a score", the_first, exact=True)  # noqa: RUF009
     label: Tensor | None = per_row("a label", the_first, exact=True)  # noqa: RUF009
     guidance: Tensor | None = per_row("a guidance scale", the_first, exact=True)  # noqa: RUF009
+    controls: Any = for_some("a ControlNet or T2I-Adapter")  # noqa: RUF009
+    images: Any = for_some("an image prompt")  # noqa: RUF009
 
     @classmethod
     def of(cls, seen: "Context | Tensor") -> "Context":
         """A context as it is; bare tokens [B, L, D] as one."""
         return Context(seen) if isinstance(seen, Tensor) else seen
 
-    def take(self, rows: Tensor) -> Self:
-        """These rows, int64 [n], of everything."""
-        return self._with(lambda x: x[rows])
+    def take(self, rows: Sequence[int] | Tensor) -> Self:
+        """These rows of everything; their numbers are known to the host."""
+        numbers = rows.tolist() if isinstance(rows, Tensor) else rows
+        return self._with(lambda x: rows_of(x, numbers), lambda some: take(some, numbers))
+
+    def weighed(self, factor: float) -> Self:
+        """The same with all that some rows have `factor` times as strong; 0 leaves it out."""
+        return self._with(lambda x: x, lambda some: tuple(each.weighed(factor) for each in some) if factor else None)
+
+    def crop(self, box: Box, canvas: tuple[int, int]) -> Self:
+        """What is seen of a part of the picture: channels and controls are cut; canvas: the whole's size, in latents.
+
+        Raises ValueError for channels of another size.
+        """
+        top, left, height, width = box
+        if self.channels is not None and self.channels.shape[2:] != canvas:
+            raise ValueError(f"channels must be as large as the latents, {list(canvas)}, got "
+                             f"{list(self.channels.shape[2:])}")
+        cut = self._with(lambda x: x, lambda some: tuple(each.crop(box, canvas) for each in some))
+        channels = None if self.channels is None else self.channels[..., top:top + height, left:left + width]
+        return replace(cut, channels=channels)
 
     def to(self, dtype: torch.dtype) -> Self:
         """Everything that is a float in this dtype, but for the mask and numbers like sizes: 1027 is none in bf16."""
@@ -70,8 +100,10 @@ class Context:
         cast = self._with(lambda x: x.to(dtype) if x.is_floating_point() else x)
         return replace(cast, mask=self.mask, **exact)
 
-    def _with(self, f: Callable[[Tensor], Tensor]) -> Self:
-        return replace(self, **{name: f(x) for name, x in vars(self).items() if x is not None})
+    def _with(self, f: Callable[[Tensor], Tensor], g: Callable[[tuple[ForRows, ...]], Any] = tuple) -> Self:
+        """f of everything, g of what some rows have."""
+        return replace(self, **{name: f(x) if isinstance(x, Tensor) else g(x) for name, x in vars(self).items()
+                                if x is not None})
 
     def beside_x(self, x: Tensor) -> Tensor:
         """x [B, C, h, w] with the channels after its own."""
@@ -92,7 +124,8 @@ class Context:
                                  "(for channels zeros where there is no image)")
             return torch.cat(found)
 
-        return _joined(contexts, *pile(contexts), lambda own: whole)
+        starts = [sum(len(context.tokens) for context in contexts[:i]) for i in range(len(contexts))]
+        return _joined(contexts, *pile(contexts), lambda own: whole, starts)
 
     @staticmethod
     def beside(contexts: "Sequence[Context]") -> "Context":
@@ -106,18 +139,25 @@ class Context:
                              f"{[context.tokens.shape[2] for context in shown]}")
         seen = None if all(c.mask is None for c in shown) else torch.cat([mask_of(c) for c in shown], 1)
         return _joined(contexts, torch.cat([context.tokens for context in shown], 1), seen,
-                       lambda own: own.metadata["beside"])
+                       lambda own: own.metadata["beside"], [0] * len(contexts))
 
 
-def _joined(contexts: Sequence[Context], tokens: Tensor, mask: Tensor | None, how: Any) -> Context:
-    """A context of these tokens, every other input joined from those that have it; how: of a field, its way to join."""
+def _joined(contexts: Sequence[Context], tokens: Tensor, mask: Tensor | None, how: Any,
+            starts: Sequence[int]) -> Context:
+    """A context of these tokens, every other input joined from those that have it; how: of a field, its way to join.
+
+    starts: the row of the new context where each one's begin.
+    """
     kind = max((type(context) for context in contexts), key=lambda kind: len(fields(kind)))
     for other in {type(context) for context in contexts}:
         if not issubclass(kind, other):
             raise TypeError(f"{kind.__name__} and {other.__name__} are two contexts of their own, and one network sees "
                             "one: put the fields of both in one subclass")
-    inputs = {}
+    inputs: dict[str, Any] = {}
     for own in fields(kind)[2:]:
+        if own.metadata.get("some"):
+            inputs[own.name] = join([getattr(context, own.name, None) for context in contexts], starts)
+            continue
         found = [x for context in contexts if (x := getattr(context, own.name, None)) is not None]
         if found:
             inputs[own.name] = how(own)(own.metadata["what"], found)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,11 @@ Patches = Sequence[tuple[int, "Patch | None"]]
 """What rows of a batch do differently in one call: how many rows, and their patch, in the order of the batch."""
 Levels = tuple[float, ...]
 """The sigmas of a call, known to the host: one for the whole batch, or one per row."""
+
+
+def above(level: float, boundary: float) -> bool:
+    """level > boundary, both in fp32: a boundary written 0.1 is hit by the 0.1 of an fp32 run and of an fp64 one."""
+    return bool(np.float32(level) > np.float32(boundary))
 
 
 class Network(Protocol):

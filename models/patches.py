@@ -17,6 +17,7 @@ leaves nothing behind. `unet.places` lists the blocks it may name. One of your o
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ella_kd.models.attention import attend
 from ella_kd.models.blocks import Attention, TransformerBlock
+from ella_kd.models.network import Patches
 
 
 class Patch(ABC):
@@ -43,6 +45,10 @@ class Patch(ABC):
         context [b, L, D] and mask [b, L] or None are the text tokens of the same rows.
         """
 
+    def of_place(self, place: str) -> "Patch | None":
+        """What holds in the blocks of one place."""
+        return self if place in self.places else None
+
 
 class SelfAttentionPatch(Patch):
     """A patch that only replaces self-attention."""
@@ -56,6 +62,31 @@ class SelfAttentionPatch(Patch):
         x = x + self.attention(block.attn1, block.norm1(x), size)
         x = x + block.cross_attention(x, context, mask)
         return x + block.feed_forward(x)
+
+
+@dataclass(frozen=True)
+class Several(Patch):
+    """Several patches in one row; where two name the same place, the first of them holds there."""
+
+    patches: tuple[Patch, ...]
+
+    @property
+    def places(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(dict.fromkeys(place for patch in self.patches for place in patch.places))
+
+    def of_place(self, place: str) -> Patch | None:
+        return next((found for patch in self.patches if (found := patch.of_place(place)) is not None), None)
+
+    def __call__(self, block: TransformerBlock, x: Tensor, context: Tensor, mask: Tensor | None,
+                 size: tuple[int, int]) -> Tensor:
+        raise TypeError("which of several patches holds is a matter of the place: ask of_place(place)")
+
+
+def for_all(patches: Patches, more: Sequence[Patch], rows: int) -> Patches:
+    """The patches of a call of so many rows, where each row has these too; a row's own comes first."""
+    if not more:
+        return patches
+    return [(n, Several((*more,) if own is None else (own, *more))) for n, own in patches or [(rows, None)]]
 
 
 @dataclass(frozen=True)

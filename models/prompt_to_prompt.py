@@ -34,15 +34,16 @@ class SourceAttention(Patch):
                  size: tuple[int, int]) -> Tensor:
         x = x + block.self_attention(x)
         attn = block.attn2
+        queries = attn.to_q(block.norm2(x))
         q, k, v = (rearrange(y, "b l (h d) -> b h l d", h=attn.heads) for y in
-                   (attn.to_q(block.norm2(x)), attn.to_k(context), attn.to_v(context)))
+                   (queries, attn.to_k(context), attn.to_v(context)))
         precise = torch.promote_types(x.dtype, torch.float32)
         scores = q.to(precise) @ k.to(precise).mT / math.sqrt(q.shape[-1])
         if mask is not None:
             seen = mask.to(precise) if mask.dtype == torch.bool else mask
             scores = scores + log_weights(seen, precise)[:, None, None]
         maps = torch.cat([scores[:1].softmax(-1), self._edited(scores.softmax(-1))])
-        x = x + attn.to_out(rearrange(maps.to(v.dtype) @ v, "b h l d -> b l (h d)"))
+        x = x + attn.finish(queries, rearrange(maps.to(v.dtype) @ v, "b h l d -> b l (h d)"))
         return x + block.feed_forward(x)
 
     def _edited(self, maps: Tensor) -> Tensor:

@@ -2,19 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ella_kd.models.added import NEEDED, added_vector, refuse
-from ella_kd.models.attention import check_mask
-from ella_kd.models.blocks import Downsample, Layers, ResBlock, SpatialTransformer, Upsample
+from ella_kd.models.blocks import Layers, ResBlock, SpatialTransformer, TransformerBlock, Upsample, resized
 from ella_kd.models.context import Context
+from ella_kd.models.controls import added
+from ella_kd.models.encoder import Encoder, transformer
 from ella_kd.models.network import Levels, Patches
 from ella_kd.models.parameters import zero_init
+from ella_kd.models.patches import for_all
 from ella_kd.models.shapes import Shapes, count_of, shape_of
-from ella_kd.models.timestep import guidance_embedding, timestep_embedding
+
+if TYPE_CHECKING:
+    from ella_kd.models.inside import Change
 
 Depths = tuple[tuple[int, ...], ...]
 
@@ -91,8 +94,10 @@ class UNetConfig:
         return self.num_heads or channels // (self.head_dim or channels)
 
     @classmethod
-    def from_shapes(cls, shapes: Shapes, num_heads: int | None = None, head_dim: int | None = None) -> "UNetConfig":
-        """The configuration read off a checkpoint's shapes, names without `model.diffusion_model.`.
+    def from_shapes(cls, shapes: Shapes, num_heads: int | None = None, head_dim: int | None = None,
+                    whole: bool = True) -> "UNetConfig":
+        """The configuration read off a checkpoint's shapes, names without `model.diffusion_model.`; whole: False for a
+        ControlNet's, which has no way up.
 
         The heads are not in the shapes: without an argument, 8 heads if proj_in is a convolution (SD1.x) or labels are
         seen (the x4 upscaler), else heads of 64 channels. A level is `cross_only` if its first attention takes another
@@ -116,19 +121,19 @@ class UNetConfig:
         if not all(levels):
             raise ValueError("a level of input_blocks has no res block")
         widths = [shape_of(shapes, f"{level[0]}.0.out_layers.3.weight", 4)[0] for level in levels]
-        whole = len(levels[0]) + 1
-        up = [tuple(transformers(f"output_blocks.{whole * i + j}") for j in range(whole)) for i in range(len(levels))]
+        down, each = tuple(tuple(map(transformers, level)) for level in levels), len(levels[0]) + 1
+        up = [tuple(transformers(f"output_blocks.{each * i + j}") for j in range(each)) for i in range(len(levels))]
         deep = next((level[0] for level in levels if transformers(level[0])), "middle_block")
         linear_proj = len(shapes.get(f"{deep}.1.proj_in.weight", ())) == 2
         if num_heads is None and head_dim is None:
             num_heads, head_dim = (None, 64) if linear_proj and "label_emb.weight" not in shapes else (8, None)
         first = [width_of(f"{level[0]}.1.transformer_blocks.0.attn1.to_k.weight", 1) for level in levels]
         return cls(
-            in_channels, shape_of(shapes, "out.2.weight", 4)[0], model_channels,
-            tuple(width // model_channels for width in widths), len(levels[0]),
-            tuple(tuple(map(transformers, level)) for level in levels),
+            in_channels, shape_of(shapes, "out.2.weight", 4)[0] if whole else cls.out_channels, model_channels,
+            tuple(width // model_channels for width in widths), len(levels[0]), down,
             shape_of(shapes, f"{deep}.1.transformer_blocks.0.attn2.to_k.weight", 2)[1],
-            num_heads, head_dim, linear_proj, transformers("middle_block"), tuple(reversed(up)),
+            num_heads, head_dim, linear_proj, transformers("middle_block"),
+            tuple(reversed(up)) if whole else _mirrored(down),
             tuple(seen not in (None, width) for seen, width in zip(first, widths)),
             width_of("label_emb.0.0.weight", 1), width_of("label_emb.weight", 0),
             width_of("time_embed.cond_proj.weight", 1))
@@ -149,21 +154,7 @@ def _per_block(name: str, depth: Sequence[int | Sequence[int]], levels: Sequence
     return each
 
 
-class TimeEmbed(nn.Sequential):
-    """The sinusoid of t through two layers; what the guidance scale is told by is added to it first."""
-
-    def __init__(self, channels: int, emb: int, guidance_dim: int | None) -> None:
-        super().__init__(nn.Linear(channels, emb), nn.SiLU(), nn.Linear(emb, emb))
-        if guidance_dim is not None:
-            self.cond_proj = nn.Linear(guidance_dim, channels, bias=False)
-
-    def forward(self, sinusoid: Tensor, guidance: Tensor | None = None) -> Tensor:
-        if guidance is not None:
-            sinusoid = sinusoid + self.cond_proj(guidance)
-        return self[2](F.silu(self[0](sinusoid)))
-
-
-class UNet(nn.Module):
+class UNet(Encoder):
     """The denoising network of latent diffusion (Rombach et al. 2022, arXiv 2112.10752, section 3.2).
 
     `unet(x, t, context, patches=())`, a `models.network.Network`: x [B, in_channels, h, w], less the channels that the
@@ -172,52 +163,24 @@ class UNet(nn.Module):
     network's dtype, t stays fp32.
 
     patches: what rows of the batch do differently in this one call, `(rows, Patch or None)` in the order of the batch,
-    `models.patches`; a patch names its transformers, those in `places`. Nothing of it stays behind.
+    `models.patches`; a patch names its transformers, those in `places`. changes: what all rows do differently,
+    `models.inside`; where a row's patch names a place that a change patches too, the row's holds. Nothing of either
+    stays behind.
     Raises ValueError for a wrong shape, a place that does not exist, rows that are not the batch, an input that is
     needed and missing, or that this network does not know.
     """
 
     def __init__(self, config: UNetConfig = UNetConfig()) -> None:
-        super().__init__()
-        self.config = config
-        channels = config.model_channels
-        emb = channels * 4
-        down, up = config.depths
-
-        def transformer(ch: int, depth: int, cross_only: bool = False) -> list[SpatialTransformer]:
-            return [SpatialTransformer(ch, config.context_dim, config.heads(ch), config.linear_proj, depth,
-                                       cross_only)] if depth else []
-
-        self.time_embed = TimeEmbed(channels, emb, config.guidance_dim)
-        if config.vector_dim is not None:
-            self.label_emb: nn.Module = nn.Sequential(nn.Sequential(
-                nn.Linear(config.vector_dim, emb), nn.SiLU(), nn.Linear(emb, emb)))
-        elif config.classes is not None:
-            self.label_emb = nn.Embedding(config.classes, emb)
-
-        self.input_blocks = nn.ModuleList([Layers(nn.Conv2d(config.in_channels, channels, 3, padding=1))])
-        skips = [channels]
-        ch = channels
-        for level, mult in enumerate(config.channel_mult):
-            if level:
-                self.input_blocks.append(Layers(Downsample(ch)))
-                skips.append(ch)
-            for depth in down[level]:
-                block = ResBlock(ch, mult * channels, emb)
-                ch = mult * channels
-                self.input_blocks.append(Layers(block, *transformer(ch, depth, config.cross_only[level])))
-                skips.append(ch)
-
-        middle = transformer(ch, config.middle_depth)
-        self.middle_block = Layers(ResBlock(ch, ch, emb), *middle, *(ResBlock(ch, ch, emb) for _ in middle))
-
+        super().__init__(config)
+        channels, up = config.model_channels, config.depths[1]
+        ch, emb, skips = config.channel_mult[-1] * channels, channels * 4, list(self.skips)
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(config.channel_mult))):
             for i, depth in enumerate(up[level]):
                 block = ResBlock(ch + skips.pop(), mult * channels, emb)
                 ch = mult * channels
                 last = level and i == config.num_res_blocks
-                self.output_blocks.append(Layers(block, *transformer(ch, depth, config.cross_only[level]),
+                self.output_blocks.append(Layers(block, *transformer(config, ch, depth, config.cross_only[level]),
                                                 *([Upsample(ch)] if last else [])))
 
         self.out = nn.Sequential(nn.GroupNorm(32, ch), nn.SiLU(),
@@ -225,6 +188,8 @@ class UNet(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, SpatialTransformer):
                 module.place = name
+        for number, each in enumerate(self.cross_attentions):
+            each.number = number
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -236,8 +201,10 @@ class UNet(nn.Module):
                      if isinstance(module, SpatialTransformer) and not module.cross_only)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+    def cross_attentions(self) -> list[TransformerBlock]:
+        """The transformer blocks in the order of image prompts' weights: on the way down, on the way up, the middle."""
+        ways = (self.input_blocks, self.output_blocks, self.middle_block)
+        return [block for way in ways for block in way.modules() if isinstance(block, TransformerBlock)]
 
     @property
     def in_channels(self) -> int:
@@ -259,54 +226,38 @@ class UNet(nn.Module):
         """Itself: it is the same at every noise level."""
         return self
 
-    def forward(self, x: Tensor, t: Tensor, context: Context | Tensor, patches: Patches = ()) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Context | Tensor, patches: Patches = (),
+                changes: "Sequence[Change]" = ()) -> Tensor:
         seen = Context.of(context)
-        x, tokens, mask = seen.beside_x(x), seen.tokens, seen.mask
+        latents, x, tokens, mask = x, seen.beside_x(x), seen.tokens, seen.mask
         self._check(x, t, tokens, mask)
+        patches = for_all(patches, [patch for change in changes for patch in change.patches], len(x))
         if patches:
             self._check_patches(patches, len(x))
         emb = self._embedding(x, t, seen)
+        images = seen.images or ()
+        for prompt in images:
+            prompt.check(self)
+        more = added(seen, latents, t, self.config) if seen.controls else None
         skips = []
-        for stage in self.input_blocks:
-            x = stage(x, emb, tokens, mask, patches)
+        for n, stage in enumerate(self.input_blocks):
+            x = stage(x, emb, tokens, mask, patches, None, images)
+            x = x if more is None else more.inside(n, x)
+            for change in changes:
+                x = change.before_skip(n, x)
             skips.append(x)
-        x = self.middle_block(x, emb, tokens, mask, patches)
-        for stage in self.output_blocks:
-            x = torch.cat([x, skips.pop()], dim=1)
-            x = stage(x, emb, tokens, mask, patches, skips[-1].shape[2:] if skips else None)
+            for change in changes:
+                x = change.after_skip(n, x)
+        x = self.middle_block(x, emb, tokens, mask, patches, None, images)
+        x, skips = (x, skips) if more is None else more.outside(x, skips)
+        for n, stage in enumerate(self.output_blocks):
+            skip = skips.pop()
+            x = resized(x, skip)  # where a change made it smaller
+            for change in changes:
+                x, skip = change.joined(n, x, skip)
+            size = skips[-1].shape[2:] if skips else None
+            x = stage(torch.cat([x, skip], dim=1), emb, tokens, mask, patches, size, images)
         return self.out(x)
-
-    def _embedding(self, x: Tensor, t: Tensor, seen: Context) -> Tensor:
-        """[B, 4 * model_channels], what each res block adds: t, the guidance scale, the added vector or the label."""
-        config = self.config
-        known = {"vector": config.vector_dim, "label": config.classes, "guidance": config.guidance_dim}
-        for name, size in known.items():
-            given = getattr(seen, name)
-            if size is None:
-                refuse("this UNet does not know", {name: given})
-            elif given is None:
-                raise ValueError(f"this UNet needs {NEEDED[name]}: give it beside the tokens, With(cond, {name}=...)")
-            elif name != "vector" and given.shape != t.shape:
-                raise ValueError(f"{name} must be [{len(t)}], one per sample, got {list(given.shape)}")
-        guidance = seen.guidance
-        if guidance is not None:
-            guidance = guidance_embedding(guidance, config.guidance_dim or 0).to(self.dtype)
-        emb = self.time_embed(timestep_embedding(t, config.model_channels).to(self.dtype), guidance)
-        if config.vector_dim is not None:
-            return emb + self.label_emb(added_vector(seen, x, config.vector_dim).to(self.dtype))
-        refuse("this UNet does not know", {"sizes": seen.sizes, "score": seen.score})
-        return emb if seen.label is None else emb + self.label_emb(seen.label)
-
-    def _check(self, x: Tensor, t: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
-        config = self.config
-        if x.ndim != 4 or x.shape[1] != config.in_channels:
-            raise ValueError(f"the UNet takes x [B, {config.in_channels}, h, w], got {list(x.shape)}")
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"the UNet takes one timestep per sample: x has {x.shape[0]}, t has {list(t.shape)}")
-        if tokens.ndim != 3 or tokens.shape[0] != x.shape[0] or tokens.shape[2] != config.context_dim:
-            raise ValueError(f"the UNet takes context [{x.shape[0]}, L, {config.context_dim}], "
-                             f"got {list(tokens.shape)}")
-        check_mask(mask, tokens, read=False)
 
     def _check_patches(self, patches: Patches, batch: int) -> None:
         rows = [n for n, _ in patches]

@@ -5,14 +5,14 @@ conditionings combine into new ones: `Concat`, `Stack`, `Lerp`, `Switch`, `windo
 `Regions` combine what the network answers. They are values: nothing here changes an object after it was made.
 """
 
-from ella_kd.conditioning.base import Combination, Conditioning, above, levels_of
+from ella_kd.conditioning.base import Combination, Conditioning, levels_of
 from ella_kd.conditioning.combine import Channels, Concat, Lerp, Stack, With, lerp_features
 from ella_kd.conditioning.compose import And, Box, Composition, Mask, Regions
 from ella_kd.conditioning.leaves import ELLA, Constant, as_conditioning
 from ella_kd.conditioning.plan import Plan
 from ella_kd.conditioning.switch import Switch, window
 from ella_kd.models.context import Context
-from ella_kd.models.network import Levels
+from ella_kd.models.network import Levels, above
 
 __all__ = [
     "ELLA",

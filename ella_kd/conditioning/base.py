@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from typing import Any, Self
 
-import numpy as np
 from torch import Tensor
 
 from ella_kd.conditioning.plan import Plan
@@ -76,6 +75,35 @@ class Conditioning(ABC):
         """Of a leaf: the same function at the plan's noise levels only, evaluated with others in few large calls."""
         return self
 
+    def with_control(self, network: Any, picture: Any, strength: Any = 1.0, **how: Any) -> "Conditioning":
+        """The same with a ControlNet or T2I-Adapter that is shown a picture; several add up.
+
+        picture: a file, a PIL image, or numbers [3, H, W] (floats in [0, 1]), stretched to the canvas; or a list or
+        [B, 3, H, W], one per row. strength: a number, one per row, or a function of sigma; 0 is off, bitwise. Of a
+        composition (And, Regions) every part is steered. In `how`, all optional:
+        window: (hi, lo), where it acts: lo < sigma <= hi. guess: "ldm" or "diffusers", guess mode, weaker for the finer
+        features; then, and for a network that is pooled (shuffle), leave the uncond without. pooled: average the
+        network's outputs over the picture; None: as the network says. tokens: a conditioning that the network sees in
+        place of this one's, such as `sd.encode(prompt, "clip")`. preprocess: "canny", "depth" or a callable that makes
+        of a picture what the network was trained on.
+        Raises ValueError where the network meets a UNet of another kind, or latents on another device.
+        """
+        from ella_kd.conditioning.control import with_control
+
+        return with_control(self, network, picture, strength, **how)
+
+    def with_image(self, adapter: Any, pictures: Any, weight: Any = 1.0, **how: Any) -> "Conditioning":
+        """The same with pictures as prompts, by an IPAdapter: a picture, or several that are seen together.
+
+        Several calls add up, each with its weight: a number, one per row, or a function of sigma; 0 is off, bitwise.
+        pictures None: what the adapter makes of no picture, for the uncond, which needs it beside a cond with one.
+        window: (hi, lo), where it acts: lo < sigma <= hi. Of a composition (And, Regions) every part sees them.
+        Raises ValueError where the adapter meets a UNet of another kind, or on another device.
+        """
+        from ella_kd.conditioning.control import with_image
+
+        return with_image(self, adapter, pictures, weight, **how)
+
     def _with_parts(self, f: "Callable[[Conditioning], Conditioning]") -> "Conditioning":
         parts = tuple(map(f, self.parts))
         return self if all(new is old for new, old in zip(parts, self.parts)) else self.of(parts)
@@ -121,11 +149,6 @@ def levels_of(sigma: Tensor) -> Levels:
     """The noise levels of a call, read from its sigma [B]: each once if they are all the same."""
     levels = tuple(sigma.tolist())
     return levels[:1] if len(set(levels)) == 1 else levels
-
-
-def above(level: float, boundary: float) -> bool:
-    """level > boundary, both in fp32: a boundary written 0.1 is hit by the 0.1 of an fp32 run and of an fp64 one."""
-    return bool(np.float32(level) > np.float32(boundary))
 
 
 def to_batch(x: Tensor, batch: int) -> Tensor:

@@ -70,7 +70,8 @@ class Stack(Combination):
 class Lerp(Combination):
     """Tokens between two prompts, and their vectors, at every timestep: `(1 - weight) * a(t) + weight * b(t)`.
 
-    weight outside [0, 1] extrapolates. The tokens must have one shape and no mask, as ELLA's and CLIP's have.
+    weight outside [0, 1] extrapolates. The tokens must have one shape and no mask, as ELLA's and CLIP's have. Controls
+    and image prompts keep such a share of their strengths.
     `lerp_features` is the other meaning: the connector reads a mixture, instead of reading each prompt.
     """
 
@@ -91,7 +92,7 @@ class Lerp(Combination):
         if a.tokens.shape != b.tokens.shape or a.mask is not None or b.mask is not None:
             raise ValueError(f"Lerp needs tokens of one shape without a mask, got {list(a.tokens.shape)} and "
                              f"{list(b.tokens.shape)}, masks: {a.mask is not None} and {b.mask is not None}")
-        both = Context.beside([a, b])
+        both = Context.beside([a.weighed(1 - self.weight), b.weighed(self.weight)])
         vector = both.vector if a.vector is None or b.vector is None else torch.lerp(a.vector, b.vector, self.weight)
         return replace(both, tokens=torch.lerp(a.tokens, b.tokens, self.weight), vector=vector)
 
@@ -121,7 +122,7 @@ class With(Combination):
     inputs: dict[str, Tensor]
 
     def __init__(self, part: Conditioning, **inputs: Tensor) -> None:
-        known = [own.name for own in fields(self.context)[2:]]
+        known = [own.name for own in fields(self.context)[2:] if not own.metadata.get("some")]
         unknown = [name for name in inputs if name not in known]
         if unknown or not inputs:
             raise TypeError(f"{type(self).__name__} takes the inputs {', '.join(known)}, got {', '.join(unknown)}")

@@ -9,10 +9,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ella_kd.conditioning.base import Combination, Conditioning, above
+from ella_kd.conditioning.base import Combination, Conditioning
 from ella_kd.models.context import Context
-from ella_kd.models.devices import upload
-from ella_kd.models.network import Levels
+from ella_kd.models.network import Levels, above
 
 
 class Switch(Combination):
@@ -79,7 +78,7 @@ class _Chosen(Combination):
             raise ValueError(f"a switch was decided for {self.rows} rows, and the batch has {len(t)}")
         used = sorted(set(self.which))
         rows = [used.index(part) * len(t) + row for row, part in enumerate(self.which)]
-        return Context.stack([self.parts[part](t) for part in used]).take(upload(torch.tensor(rows), t.device))
+        return Context.stack([self.parts[part](t) for part in used]).take(rows)
 
 
 @dataclass(frozen=True, eq=False)

@@ -127,9 +127,13 @@ def load_checkpoint(path: File, *, vae: File | None = None, text_encoder: File |
 
 def unet_of(part: Part, kind: Kind) -> UNet:
     """A UNet of a file's shapes; the heads are in our metadata or in diffusers' configuration, else the family's."""
+    return UNet(UNetConfig.from_shapes(part.shapes, **heads_of(part)))
+
+
+def heads_of(part: Part) -> dict[str, Any]:
+    """num_heads or head_dim, as our metadata or diffusers' configuration say; {} where they do not."""
     own = config_of(part.weights)
-    heads: dict[str, int] = {key: own[key] for key in own if key in ("num_heads", "head_dim")} or _heads(part)
-    return UNet(UNetConfig.from_shapes(part.shapes, **heads))
+    return {key: own[key] for key in own if key in ("num_heads", "head_dim")} or _heads(part)
 
 
 def vae_of(part: Part, kind: Kind) -> AutoencoderKL:

@@ -1,0 +1,170 @@
+"""What changes inside a UNet by sigma: values that a UNet is given with each call. Nothing is patched in place.
+
+`Inside(unet, FreeU.sd15(), ToMe(0.5))` is a network as the UNet is, which shares its tensors; give it to a denoiser, or
+to a pipeline, `replace(sd, unet=Inside(sd.unet, ...))`. A change of your own is a frozen dataclass:
+
+    @dataclass(frozen=True)
+    class LouderSkips(Change):
+        factor: float = 1.1
+
+        def joined(self, n, x, skip):
+            return x, skip * self.factor
+
+    network = Inside(unet, LouderSkips(1.2, sigma_lo=1.0))
+"""
+
+import math
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ella_kd.models.context import Context
+from ella_kd.models.network import Levels, Patches, above
+from ella_kd.models.partial import rows_of
+from ella_kd.models.patches import Patch
+from ella_kd.models.unet import UNet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What all rows do differently where sigma_lo < sigma <= sigma_hi; a value, this one changes nothing.
+
+    Stages are numbered as the UNet's input_blocks and output_blocks are. Raises ValueError for an empty window.
+    """
+
+    sigma_hi: float = math.inf
+    sigma_lo: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sigma_lo < self.sigma_hi:
+            raise ValueError(f"a window needs 0 <= sigma_lo < sigma_hi, got {self.sigma_lo} and {self.sigma_hi}")
+
+    def on(self, unet: UNet) -> "Change":
+        """The same, with what it leaves to the UNet filled in. ValueError where the UNet has no place for it."""
+        return self
+
+    def at(self, level: float) -> "Change | None":
+        """What it is at a sigma; None where it changes nothing."""
+        return self if above(level, self.sigma_lo) and not above(level, self.sigma_hi) else None
+
+    @property
+    def patches(self) -> tuple[Patch, ...]:
+        """What the rows do in place of transformer blocks."""
+        return ()
+
+    def before_skip(self, n: int, x: Tensor) -> Tensor:
+        """x [B, C, h, w] after input_blocks[n], before it is kept for the way up: it may get another size."""
+        return x
+
+    def after_skip(self, n: int, x: Tensor) -> Tensor:
+        """x after input_blocks[n], once it is kept, so for the way down alone: it may get another size."""
+        return x
+
+    def joined(self, n: int, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        """x and the skip, of one size now, before output_blocks[n] sees them as one."""
+        return x, skip
+
+
+class Inside(nn.Module):
+    """A UNet with changes, a `models.network.Network`: `Inside(unet, FreeU(1.5, 1.6, 0.9, 0.2), ...)`.
+
+    At a sigma where none of the changes holds it is the UNet itself. Changes act in the order given; what a guidance
+    rule or a condition patches for rows of its own comes before them. The UNet may be compiled, or be `fast_on_cpu`,
+    before or after. Raises TypeError for another network, ValueError for two changes of one transformer at one sigma.
+    """
+
+    def __init__(self, unet: "UNet | Inside", *changes: Change) -> None:
+        super().__init__()
+        inner = unet.unet if isinstance(unet, Inside) else unet
+        if not isinstance(inner, UNet):
+            raise TypeError(f"Inside changes ella_kd's own UNet, got {type(unet).__name__}: put other networks around "
+                            "it, a diffusers pipeline's UNet is loaded by Pipeline.from_diffusers")
+        for change in changes:
+            if not isinstance(change, Change):
+                raise TypeError(f"Inside takes changes, such as FreeU(), got {type(change).__name__}")
+        self.unet = inner
+        before = unet.changes if isinstance(unet, Inside) else ()
+        self.changes = (*before, *(change.on(inner) for change in changes))
+        self._now: tuple[tuple[Change, ...], ...] = ()  # of each level of a call
+        for one, other in combinations(self.changes, 2):
+            both = set(_places(one)) & set(_places(other))
+            if both and max(one.sigma_lo, other.sigma_lo) < min(one.sigma_hi, other.sigma_hi):
+                raise ValueError(f"{type(one).__name__} and {type(other).__name__} both change {min(both)}: give them "
+                                 "windows of sigma that do not meet, or other places")
+
+    @property
+    def in_channels(self) -> int:
+        return self.unet.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self.unet.out_channels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return self.unet.places
+
+    @property
+    def config(self) -> Any:
+        return self.unet.config
+
+    @property
+    def vector_dim(self) -> int | None:
+        return self.unet.vector_dim
+
+    @property
+    def guidance_dim(self) -> int | None:
+        return self.unet.guidance_dim
+
+    def compile(self, **options: Any) -> None:
+        """Compile the UNet in place; each set of changes that holds at some sigma is a graph of its own."""
+        self.unet.compile(**options)
+
+    def at(self, levels: Levels) -> "UNet | Self":
+        now = tuple(tuple(found for change in self.changes if (found := change.at(level)) is not None)
+                    for level in levels)
+        if not any(now):
+            return self.unet
+        twin = copy(self)
+        twin._now = now[:1] if len(set(now)) == 1 else now
+        return twin
+
+    def forward(self, x: Tensor, t: Tensor, context: Context, patches: Patches = ()) -> Tensor:
+        if not self._now:
+            raise ValueError("what changes inside a UNet is decided by sigma, and t does not tell it: call "
+                             "network.at((sigma,))(x, t, context), as a denoiser does")
+        if len(self._now) == 1:
+            return self.unet(x, t, context, patches, self._now[0])
+        each = [self._now[row % len(self._now)] for row in range(len(x))]  # one answer's rows after another's
+        own = [patch for n, patch in patches or [(len(x), None)] for _ in range(n)]
+        groups = [[row for row in range(len(x)) if each[row] == changes] for changes in dict.fromkeys(each)]
+        done = []
+        for rows in groups:
+            part = (rows_of(x, rows), rows_of(t, rows), context.take(rows))
+            done.append(self.unet(*part, [(1, own[row]) for row in rows], each[rows[0]]))
+        order = [row for rows in groups for row in rows]
+        return rows_of(torch.cat(done), sorted(range(len(x)), key=order.__getitem__))
+
+
+def _places(change: Change) -> Sequence[str]:
+    return [place for patch in change.patches for place in patch.places]
+
+
+def finest(unet: UNet) -> tuple[str, ...]:
+    """The transformers that can be patched at the finest level that has some, from input to output."""
+    levels, blocks = len(unet.config.channel_mult), unet.config.num_res_blocks + 1
+
+    def level(place: str) -> int:
+        part, n = place.split(".")[:2]
+        return {"input_blocks": int(n) // blocks, "output_blocks": levels - 1 - int(n) // blocks}.get(part, levels)
+
+    return tuple(place for place in unet.places if level(place) == min(map(level, unet.places)))
