@@ -11,15 +11,26 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ella_kd.addon_words import FromAddOns, without_prefix
+from ella_kd.addon_words import AddOn, FromAddOns, without_prefix
 from ella_kd.addons import AddOns
 from ella_kd.conditioning import And, Concat, Conditioning, Switch
 from ella_kd.denoiser import Condition
-from ella_kd.drawing import begin_from, draw, innermost_scale, picture_size, refuse_unknown, seed_rows, several
+from ella_kd.drawing import (
+    begin_from,
+    check_multiples,
+    draw,
+    innermost_scale,
+    picture_size,
+    refuse_unknown,
+    seed_rows,
+    several,
+)
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import parse
 from ella_kd.images import Picture
 from ella_kd.models.added import NEGATIVE_SCORE, POSITIVE_SCORE
+from ella_kd.pictures.hires import Hires
+from ella_kd.pictures.hires_options import NO_SECOND, Enlargement, Size
 from ella_kd.pictures.inversion import load_latents
 from ella_kd.pictures.options import FromPicture
 from ella_kd.pipeline import Pipeline
@@ -83,6 +94,9 @@ def generate(
     lora=["style.safetensors:0.8"], embedding, control=["canny.safetensors:edges.png:0.8"] and image_prompt, in picture:
     add-ons, as `ella_kd.addon_words` spells them; `<lora:style:0.8>` in a prompt. models_dir: the folder where their
     names are looked up (`ella_kd.models.files.folders`).
+    hires="2:0.5", in picture: a second pass at strength 0.5 over the picture enlarged twice, width and height being the
+    first one's; ":0.5" where they are the picture's. hires_upscaler, hires_steps and others: the fields of
+    `ella_kd.pictures.hires_options.FromHires`.
     picture: the fields of `ella_kd.pictures.options.FromPicture`. start="room.jpg" (or a PIL image) is drawn over as
     far as strength says, 0.6, or where mask="lamp.png" is white; extend="left=64" draws on beyond its sides;
     strength_map, fill, crop_to_mask and others. eta, s_noise, s_churn, sigmas, variation, variation_seed: the noise.
@@ -90,7 +104,7 @@ def generate(
     Raises ValueError or TypeError for an argument that cannot be met (an unknown name comes with the nearest ones), and
     ValueError if a network returns NaN.
     """
-    known = {*FromPicture.names(), *FromAddOns.add_on_names()}
+    known = {*FromPicture.names(), *FromAddOns.add_on_names(), *NO_SECOND}
     refuse_unknown(generate, {name: picture[name] for name in picture if name not in known}, OTHER_WORDS)
     rule = parse(guidance) if isinstance(guidance, str) else guidance
     found = rows(prompts, negative, seeds, whole("count", count), wildcards)
@@ -148,7 +162,7 @@ def jobs(
         asked, dressed = replace(asked, hashes=shelf.hashes(add_ons)), shelf.dressed(pipeline, add_ons, asked)
         second = None if asked.refiner is None else refiner or load(asked.refiner)
         ready = _ready(dressed, asked, guidance or (parse(asked.guidance) if asked.guidance else None), second,
-                       partial(shelf.steered, pipeline, add_ons))
+                       partial(shelf.steered, pipeline, add_ons), partial(shelf.dressed, pipeline))
         left = iter(group)
         while batch := list(islice(left, size)):
             yield ready(batch, callback=callback, progress=progress)
@@ -163,7 +177,8 @@ def _loaded_beside(pipeline: Pipeline, file: str) -> Pipeline:
 
 
 def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: Pipeline | None,
-           steered: Callable[..., tuple[Condition, Condition]]) -> Callable[..., Job]:
+           steered: Callable[..., tuple[Condition, Condition]],
+           dressed: Callable[[Sequence[AddOn], Request], Pipeline]) -> Callable[..., Job]:
     """What makes a job of requests that are like `asked` in all but prompt, negative and seed."""
     guidance = rule if rule is not None else SCALE if asked.scale is None else asked.scale
     sigmas = None if asked.sigmas is None else torch.tensor(asked.sigmas)
@@ -173,11 +188,11 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
     if asked.start is None:
         width, height = picture_size(pipeline, asked.width, asked.height)
         sigmas = get_schedule(asked.schedule).sigmas(asked.steps, pipeline.denoiser()) if sigmas is None else sigmas
-        size: dict[str, Any] = {"width": width, "height": height}
         if asked.latents is not None:
             latents = load_latents(asked.latents, float(sigmas[0]))
             height, width = (side * pipeline.vae.factor for side in latents.shape[2:])
-            size = {}
+        asked, (width, height), larger = _sizes(pipeline, asked, (width, height))
+        size: dict[str, Any] = {"width": width, "height": height} if latents is None else {}
     else:
         begun = begin_from(pipeline, asked, asked.schedule, asked.steps, asked.width, asked.height, sigmas)
         (width, height), sigmas, size = begun.canvas.size, begun.sigmas, {}
@@ -186,18 +201,54 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
     read = _reader(pipeline, asked, levels)
     own = replace(asked, mode="clip", negative_mode=None) if refiner is not None and refiner.tsc is None else asked
     read_again = None if refiner is None else _reader(refiner, own, levels)
+    again = None if asked.hires is None else _second(asked, rule, larger, steered, dressed)
 
     def ready(batch: list[Request], **shown: Any) -> Job:
         cond, uncond = steered(*read(batch))
         start: dict[str, Any] = {} if latents is None else {"latents": latents.expand(len(batch), -1, -1, -1)}
         if refiner is not None and read_again is not None:
             start["refiner"] = Refiner(refiner, *read_again(batch), at=asked.refiner_at)
+        if again is not None:
+            start["hires"] = again(batch)
         call = partial(draw, pipeline, cond, uncond=uncond, guidance=guidance, sampler=asked.sampler, sigmas=sigmas,
                        seeds=[r.seed for r in batch], **size, **more, **start, **shown)
-        return Job([replace(r, width=width, height=height, model=pipeline.name, version=VERSION, hashes=asked.hashes,
+        found = {"width": width, "height": height, "hashes": asked.hashes,
+                 **{name: getattr(asked, name) for name in NO_SECOND}}
+        return Job([replace(r, **found, model=pipeline.name, version=VERSION,
                             dtype=str(pipeline.dtype).removeprefix("torch.")) for r in batch], call)
 
     return ready
+
+
+def _sizes(pipeline: Pipeline, asked: Request, given: Size) -> tuple[Request, Size, Size]:
+    """The request with the size of its second pass, and the sizes of both; without one where the first is as large."""
+    if asked.hires is None:
+        return asked, given, given
+    how = Enlargement.read(asked.hires)
+    first, larger = how.sizes(given, picture_size(pipeline, None, None), pipeline.vae.factor)
+    check_multiples(*larger, pipeline.vae.factor)
+    if how.scale is None and how.size is None:
+        own = NO_SECOND if first == larger else {"hires": str(replace(how, size=larger))}
+        asked = replace(asked, **own)
+    return asked, first, larger
+
+
+def _second(asked: Request, rule: Guidance | None, size: Size, steered: Callable[..., tuple[Condition, Condition]],
+            dressed: Callable[[Sequence[AddOn], Request], Pipeline]) -> Callable[[list[Request]], Hires]:
+    """What makes of a batch its second pass, whose prompts are read for its own noise levels."""
+    later = asked.second_pass()
+    pipeline = dressed(later.add_ons, later)
+    own = rule if asked.hires_scale is None and rule is not None else SCALE if later.scale is None else later.scale
+    how = Hires(size, Enlargement.read(asked.hires).strength, asked.hires_upscaler, later.sampler, later.schedule,
+                later.steps, own, network=lambda _: pipeline.unet)
+    levels = how.sigmas(pipeline, later.schedule, later.steps).tolist() if later.syntax else None
+    read = _reader(pipeline, later, levels)
+
+    def again(batch: list[Request]) -> Hires:
+        cond, uncond = steered(*read([r.second_pass() for r in batch]))
+        return replace(how, cond=cond, uncond=uncond)
+
+    return again
 
 
 def _reader(pipeline: Pipeline, asked: Request,

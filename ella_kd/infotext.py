@@ -15,6 +15,7 @@ from PIL import Image
 
 from ella_kd.addon_words import FromAddOns, in_prompt, in_text, without
 from ella_kd.addon_words import read as read_door
+from ella_kd.pictures import hires_options
 from ella_kd.pictures.options import FromPicture
 from ella_kd.samplers.names import a1111_sampler, a1111_schedule, sampler_named, schedule_named
 from ella_kd.samplers.registry import COMPATIBLE_SCHEDULES
@@ -49,6 +50,7 @@ def write(values: Mapping[str, Any]) -> str:
         "Refiner": values["refiner"],
         "Refiner switch at": None if values["refiner"] is None else values["refiner_at"],
         **{label: said(values[each.name]) for label, each in PICTURE.items() if values[each.name] != each.default},
+        **hires_options.write(values),
         **_add_ons(values),
         **{label: json.dumps(values[name], ensure_ascii=False) for label, name in DOORS.items() if values[name]},
         "Version": f"ella_kd {values['version']}",
@@ -126,6 +128,7 @@ def read(text: str) -> tuple[dict[str, Any], list[str]]:
             found[name] = kind(given.pop(key))
     if ours and "Refiner" in given:
         found |= {"refiner": given.pop("Refiner"), "refiner_at": float(given.pop("Refiner switch at"))}
+    found |= hires_options.read(given)
     for label, each in PICTURE.items() if ours else ():
         if label in given:
             value = given.pop(label)
@@ -156,6 +159,8 @@ def said(value: object) -> str:
     """An option as text: a switch, noise levels, a picture that is no file."""
     if isinstance(value, Image.Image):
         return f"a picture of {value.width}x{value.height} that is no file"
+    if callable(value):
+        return hires_options.upscaler_said(value)
     if isinstance(value, tuple):
         return ",".join(map(repr, value))
     return "on" if value is True else str(value)

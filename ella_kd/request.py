@@ -8,7 +8,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from operator import index
 from pathlib import Path
@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from ella_kd import infotext
 from ella_kd.addon_words import AddOn, FromAddOns, in_prompt, words_in
 from ella_kd.models import emphasis
+from ella_kd.pictures.hires_options import NO_SECOND, FromHires
 from ella_kd.pictures.options import FromPicture
 from ella_kd.prompt_editing import edits
 from ella_kd.prompts import check_text, split_and
@@ -46,12 +47,12 @@ def mode_named(mode: object) -> Mode:
 
 
 @dataclass(frozen=True)
-class Request(FromPicture, FromAddOns):
+class Request(FromPicture, FromHires, FromAddOns):
     """Everything that decides a picture: with the same model and the same request it comes out the same.
 
     A field with metadata is an option that a user chooses: what the command says of it, its smallest value (`least`).
     A start picture and what is asked of it, and of the noise, are the fields of `FromPicture` and `FromNoise`; add-ons
-    those of `FromAddOns`, and the LoRAs that the prompt asks for.
+    those of `FromAddOns`, and the LoRAs that the prompt asks for; a second pass those of `FromHires`.
 
     prompt: as it is read, wildcards chosen. scale: of classifier-free guidance; None beside a rule without one number.
     guidance: the rule as text, "" for none. width, height: None for the model's own. model, dtype: the pipeline's name
@@ -96,7 +97,8 @@ class Request(FromPicture, FromAddOns):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.read_doors()
-        for name in ("prompt", "negative", "tags"):
+        self.check_hires()
+        for name in ("prompt", "negative", "tags", "hires_prompt", "hires_negative"):
             if getattr(self, name) is not None:
                 check_text(name, getattr(self, name))
         for each in fields(self):
@@ -120,6 +122,8 @@ class Request(FromPicture, FromAddOns):
             for text in (*(text for text, _ in split_and(self.text)), self.negative, self.tags or ""):
                 for said in set(edits(text, self.steps)):
                     emphasis.parse(said)
+        if self.hires is not None:
+            self.second_pass()
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -137,6 +141,12 @@ class Request(FromPicture, FromAddOns):
         texts = (self.prompt, self.negative, self.tags or "")
         return (*asked, *dict.fromkeys(word for text in texts for word in words_in(text, known)))
 
+    def second_pass(self) -> "Request":
+        """What its second pass asks for, a request of its own; without one, the request itself."""
+        own = self.second()
+        rule = {"guidance": ""} if "scale" in own else {}
+        return replace(self, **{**own, **rule, "sigmas": None, "latents": None, **NO_SECOND})
+
     def arguments(self) -> dict[str, Any]:
         """What `generate` takes to draw the picture again: `generate(pipeline, **request.arguments())`."""
         kept = {each.name: getattr(self, each.name) for each in fields(self) if "help" in each.metadata}
@@ -149,11 +159,11 @@ class Request(FromPicture, FromAddOns):
 
     def parameters(self) -> str:
         """The text that other tools read: prompt, `Negative prompt:`, a line of `Key: value`."""
-        return infotext.write(asdict(self))
+        return infotext.write(vars(self))
 
     def json(self) -> str:
         """The request itself, as `from_picture` reads it back."""
-        return json.dumps(asdict(self), ensure_ascii=False, default=infotext.said)
+        return json.dumps(vars(self), ensure_ascii=False, default=infotext.said)
 
     @classmethod
     def from_json(cls, text: str) -> "Request":
