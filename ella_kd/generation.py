@@ -55,7 +55,7 @@ def generate(
     tags: str | None = Request.tags,
     syntax: bool = Request.syntax,
     wildcards: str | Path | None = None,
-    models_dir: str | Path | None = None,
+    models_dir: str | Path | AddOns | None = None,
     clip_skip: int = Request.clip_skip,
     sampler: str = Request.sampler,
     schedule: str = Request.schedule,
@@ -93,7 +93,7 @@ def generate(
     callback: called by the sampler at every step, as in k-diffusion. progress: show a bar.
     lora=["style.safetensors:0.8"], embedding, control=["canny.safetensors:edges.png:0.8"] and image_prompt, in picture:
     add-ons, as `ella_kd.addon_words` spells them; `<lora:style:0.8>` in a prompt. models_dir: the folder where their
-    names are looked up (`ella_kd.models.files.folders`).
+    names are looked up (`ella_kd.models.files.folders`), or `AddOns(folder)`, whose files later calls need not read.
     hires="2:0.5", in picture: a second pass at strength 0.5 over the picture enlarged twice, width and height being the
     first one's; ":0.5" where they are the picture's. hires_upscaler, hires_steps and others: the fields of
     `ella_kd.pictures.hires_options.FromHires`.
@@ -138,7 +138,7 @@ def jobs(
     *,
     guidance: Guidance | None = None,
     refiner: Pipeline | None = None,
-    models_dir: str | Path | None = None,
+    models_dir: str | Path | AddOns | None = None,
     batch_size: int = 8,
     callback: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
@@ -154,7 +154,7 @@ def jobs(
     of add-ons are looked up. callback and progress as in `generate`, and the errors too.
     """
     size, load = whole("batch_size", batch_size), lru_cache(1)(partial(_loaded_beside, pipeline))
-    shelf = AddOns(models_dir)
+    shelf = models_dir if isinstance(models_dir, AddOns) else AddOns(models_dir)
     groups = groupby(requests, lambda r: (replace(r, prompt="", negative="", seed=0), r.add_ons,
                                           _weights(r.text) if r.syntax else ()))
     for (asked, add_ons, _), group in groups:

@@ -367,6 +367,29 @@ def test_the_command_draws_with_everything(run: Callable[..., Result], files: Pa
         assert image.tobytes() == wanted
 
 
+def test_the_command_compares_fast_and_offloaded_with_them(run: Callable[..., Result], files: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three columns, each file read once; fast and offloaded networks wear them as others do."""
+    read_, load = list[Any](), LoRA.load
+
+    def spy(*args: Any) -> LoRA:
+        read_.append(args)
+        return load(*args)
+
+    monkeypatch.setattr(addons.LoRA, "load", spy)
+    Path("list.txt").write_text(f"{PROMPT} zz <lora:style:0.3>")
+    words = ["--embedding", "zz.safetensors", "--control", "edges.safetensors:room.png:0.8", "--models-dir", "."]
+    sheets = []
+    for more in ([], ["--fast"], ["--offload"]):
+        done = run("compare", "list.txt", *words, *more)
+        assert done.exit_code == 0, done.output
+        assert len(read_) == 1
+        read_.clear()
+        with Image.open("compare.png") as sheet:
+            sheets.append(np.asarray(sheet, int))
+    assert all(np.abs(sheet - sheets[0]).max() <= 1 for sheet in sheets)
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--lora", "gone"], "no lora at gone: lora takes a file, org/repo:file on the hub, or a name"),
     (["--lora", "stile", "--models-dir", "."], "no lora stile in .: there is style"),

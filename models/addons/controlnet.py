@@ -72,6 +72,7 @@ class ControlNet(Encoder):
     def check(self, unet: UNetConfig) -> None:
         own = self.config
         alike = ("context_dim", "model_channels", "channel_mult", "num_res_blocks", "vector_dim")
+        alike = alike if own.context_dim else alike[1:]  # one without transformers sees no text
         other = [name for name in alike if getattr(own, name) != getattr(unet, name)]
         if other:
             kinds = [FAMILIES.get(each.context_dim, "another family") for each in (own, unet)]
