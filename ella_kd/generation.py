@@ -57,6 +57,7 @@ def generate(
     wildcards: str | Path | None = None,
     models_dir: str | Path | AddOns | None = None,
     clip_skip: int = Request.clip_skip,
+    tiling: bool = Request.tiling,
     sampler: str = Request.sampler,
     schedule: str = Request.schedule,
     steps: int = Request.steps,
@@ -81,7 +82,8 @@ def generate(
     whose tokens follow ELLA's (trigger words, styles). syntax: read `(phrase:1.3)`, `[phrase]`, `[from:to:when]` and
     `[a|b]` in every text, and `AND` in prompts, as A1111's web UI does (`ella_kd.models.emphasis`, `.prompt_editing`).
     wildcards: a folder of text files; `__name__` in a prompt becomes a line of name.txt, chosen by the picture's seed.
-    clip_skip: the layer of CLIP, 1 the one that the model was trained with, 2 that before.
+    clip_skip: the layer of CLIP, 1 the one that the model was trained with, 2 that before. tiling: a texture that meets
+    itself at its edges.
     sampler, schedule: names in `ella_kd.samplers.SAMPLERS` and `SCHEDULES`. scale: of classifier-free guidance; lambda
     for a sampler in `_cfg_pp`. guidance: a rule in its place, `Rescale(CFG(7), 0.7)`, or its text.
     width, height: pixels; by default the size the model was trained on. seeds: a number s gives every prompt the seeds
@@ -113,7 +115,7 @@ def generate(
     asked = Request(found[0][0], "", mode, sampler, schedule, steps, scale if rule is None else innermost_scale(rule),
                     width=width, height=height, guidance="" if rule is None else repr(rule),
                     negative_mode=negative_mode, tags=tags, syntax=syntax, clip_skip=clip_skip,
-                    refiner=name, refiner_at=refiner_at, **picture)
+                    refiner=name, refiner_at=refiner_at, tiling=tiling, **picture)
     requests = [replace(asked, prompt=prompt, negative=negative, seed=seed) for prompt, negative, seed in found]
     pictures: list[Picture] = []
     with tqdm(total=len(requests), unit="picture", disable=not progress or len(requests) <= batch_size) as bar:
@@ -155,14 +157,19 @@ def jobs(
     """
     size, load = whole("batch_size", batch_size), lru_cache(1)(partial(_loaded_beside, pipeline))
     shelf = models_dir if isinstance(models_dir, AddOns) else AddOns(models_dir)
+
+    def dress(add_ons: Sequence[AddOn], asked: Request) -> Pipeline:
+        dressed = shelf.dressed(pipeline, add_ons, asked)
+        return dressed.seamless() if asked.tiling else dressed
+
     groups = groupby(requests, lambda r: (replace(r, prompt="", negative="", seed=0), r.add_ons,
                                           _weights(r.text) if r.syntax else ()))
     for (asked, add_ons, _), group in groups:
         shelf.check(add_ons, asked.hashes)
-        asked, dressed = replace(asked, hashes=shelf.hashes(add_ons)), shelf.dressed(pipeline, add_ons, asked)
+        asked, dressed = replace(asked, hashes=shelf.hashes(add_ons)), dress(add_ons, asked)
         second = None if asked.refiner is None else refiner or load(asked.refiner)
         ready = _ready(dressed, asked, guidance or (parse(asked.guidance) if asked.guidance else None), second,
-                       partial(shelf.steered, pipeline, add_ons), partial(shelf.dressed, pipeline))
+                       partial(shelf.steered, pipeline, add_ons), dress)
         left = iter(group)
         while batch := list(islice(left, size)):
             yield ready(batch, callback=callback, progress=progress)

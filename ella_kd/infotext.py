@@ -42,6 +42,7 @@ def write(values: Mapping[str, Any]) -> str:
         "Size": f"{values['width']}x{values['height']}" if values["width"] and values["height"] else None,
         "Model": values["model"] or None,
         "Clip skip": values["clip_skip"] if values["clip_skip"] != 1 else None,
+        "Tiling": values["tiling"] or None,
         "ELLA": values["mode"],
         "ELLA negative": values["negative_mode"],
         "ELLA syntax": "on" if values["syntax"] else None,
@@ -119,6 +120,8 @@ def read(text: str) -> tuple[dict[str, Any], list[str]]:
             name = schedule_named(label)
             theirs = f"{name}_a1111"  # the curve that the web UI means by this label, where it is not ours
             found["schedule"] = theirs if not ours and theirs in COMPATIBLE_SCHEDULES else name
+    if given.get("Tiling") in ("True", "False"):
+        found["tiling"] = given.pop("Tiling") == "True"
     if "Size" in given and re.fullmatch(r"\d+x\d+", given["Size"]):
         found["width"], found["height"] = map(int, given.pop("Size").split("x"))
     for key, name, kind in (("Steps", "steps", int), ("CFG scale", "scale", float), ("Seed", "seed", int),

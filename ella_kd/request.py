@@ -89,6 +89,8 @@ class Request(FromPicture, FromHires, FromAddOns):
     clip_skip: int = field(default=1, metadata={
         "help": "CLIP's layer: 1 the one that the model was trained with, 2 that before.", "metavar": "N", "least": 1})
     dtype: str = ""
+    tiling: bool = field(default=False, kw_only=True, metadata={
+        "help": "Draw a texture that meets itself at its edges, to be laid side by side."})
     refiner: str | None = field(default=None, kw_only=True, metadata={
         "help": "Another checkpoint, such as SDXL's refiner, that takes over on the way.", "metavar": "FILE"})
     refiner_at: float = field(default=0.8, kw_only=True, metadata={
