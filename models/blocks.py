@@ -179,8 +179,11 @@ class Downsample(nn.Module):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+    def forward(self, x: Tensor, wider: int = 1) -> Tensor:
+        """wider: how many times stride, padding and dilation are what they are otherwise."""
+        if wider == 1:
+            return self.op(x)
+        return F.conv2d(x, self.op.weight, self.op.bias, 2 * wider, wider, wider)
 
 
 class Upsample(nn.Module):
@@ -193,11 +196,11 @@ class Upsample(nn.Module):
 
 
 class Layers(nn.Sequential):
-    """Layers in a row, each given what it takes beside x; size: what an Upsample must reach."""
+    """Layers in a row, each given what it takes beside x; size: what an Upsample must reach; wider: a Downsample."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None,  # type: ignore[override]
-                patches: Patches = (), size: torch.Size | None = None,
-                images: "Sequence[Seen]" = ()) -> Tensor:
+                patches: Patches = (), size: torch.Size | None = None, images: "Sequence[Seen]" = (),
+                wider: int = 1) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -205,6 +208,8 @@ class Layers(nn.Sequential):
                 x = layer(x, context, mask, patches, images)
             elif isinstance(layer, Upsample):
                 x = layer(x, size)
+            elif isinstance(layer, Downsample):
+                x = layer(x, wider)
             else:
                 x = layer(x)
         return x

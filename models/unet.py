@@ -1,5 +1,6 @@
 """The latent-diffusion UNet of Stable Diffusion 1.x, 2.x, XL and their relatives, with LDM's tensor names."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -244,7 +245,8 @@ class UNet(Encoder):
         more = added(seen, latents, t, self.config) if seen.controls else None
         skips = []
         for n, stage in enumerate(self.input_blocks):
-            x = stage(x, emb, tokens, mask, patches, None, images)
+            wider = math.prod(change.wider(n) for change in changes)
+            x = stage(x, emb, tokens, mask, patches, None, images, wider)
             x = x if more is None else more.inside(n, x)
             for change in changes:
                 x = change.before_skip(n, x)
