@@ -1,7 +1,7 @@
 """Prompts to pictures: what a prompt may say, which picture gets which seed, and the request each one keeps."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ella_kd.addon_words import AddOn, FromAddOns, without_prefix
+from ella_kd.addon_words import AddOn, without_prefix
 from ella_kd.addons import AddOns
 from ella_kd.conditioning import And, Concat, Conditioning, Switch
 from ella_kd.denoiser import Condition
@@ -28,12 +28,10 @@ from ella_kd.drawing import (
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import parse
 from ella_kd.images import Picture
-from ella_kd.inside import FromInside
 from ella_kd.models.added import NEGATIVE_SCORE, POSITIVE_SCORE
 from ella_kd.pictures.hires import Hires
 from ella_kd.pictures.hires_options import NO_SECOND, Enlargement, Size
 from ella_kd.pictures.inversion import load_latents
-from ella_kd.pictures.options import FromPicture
 from ella_kd.pipeline import Pipeline
 from ella_kd.placement import Placement
 from ella_kd.prompt_editing import edits
@@ -108,8 +106,8 @@ def generate(
     Raises ValueError or TypeError for an argument that cannot be met (an unknown name comes with the nearest ones), and
     ValueError if a network returns NaN.
     """
-    known = {*FromPicture.names(), *FromAddOns.add_on_names(), *FromInside.inside_names(), *NO_SECOND}
-    refuse_unknown(generate, {name: picture[name] for name in picture if name not in known}, OTHER_WORDS)
+    known = [each.name for each in fields(Request) if each.kw_only]
+    refuse_unknown(generate, {name: picture[name] for name in picture if name not in known}, OTHER_WORDS, known)
     rule = parse(guidance) if isinstance(guidance, str) else guidance
     found = rows(prompts, negative, seeds, whole("count", count), wildcards)
     second = refiner if isinstance(refiner, Pipeline) else None

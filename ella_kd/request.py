@@ -53,8 +53,8 @@ class Request(FromPicture, FromHires, FromAddOns, FromInside):
 
     A field with metadata is an option that a user chooses: what the command says of it, its smallest value (`least`).
     A start picture and what is asked of it, and of the noise, are the fields of `FromPicture` and `FromNoise`; add-ons
-    those of `FromAddOns`, and the LoRAs that the prompt asks for; a second pass those of `FromHires`; what changes in the
-    UNet those of `FromInside`.
+    those of `FromAddOns`, and the LoRAs that the prompt asks for; a second pass those of `FromHires`; what changes in
+    the UNet those of `FromInside`.
 
     prompt: as it is read, wildcards chosen. scale: of classifier-free guidance; None beside a rule without one number.
     guidance: the rule as text, "" for none. width, height: None for the model's own. model, dtype: the pipeline's name
