@@ -7,7 +7,9 @@ steered, as the pipelines of diffusers do; the ways take turns.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
+from time import process_time
 from typing import Any
 
 import click
@@ -26,6 +28,19 @@ from ella_kd.models.addons.controlnet import ControlNet
 from ella_kd.samplers import sample_euler
 
 SCALE, STRENGTH = 7.0, 0.8
+
+
+def counted(run: Callable[[], Tensor]) -> tuple[Callable[[], Tensor], list[float]]:
+    """The same, and the processor seconds of every call: what other work on the machine takes is none of them."""
+    seconds: list[float] = []
+
+    def measured() -> Tensor:
+        begin = process_time()
+        answer = run()
+        seconds.append(process_time() - begin)
+        return answer
+
+    return measured, seconds
 
 
 def networks(at: torch.device, dtype: torch.dtype) -> tuple[UNet, ControlNet, Any, Any]:
@@ -91,11 +106,19 @@ def ways(latents: int, steps: int, at: torch.device, dtype: torch.dtype) -> list
 @writes("control")
 def main(results: Results, latents: int, steps: int, rounds: int, dtype: str, at: torch.device) -> None:
     chosen = ways(latents, steps, at, getattr(torch, dtype))
+    taken: list[list[float]] = []
+    for i, way in enumerate(chosen):
+        run, seconds = counted(way.run)
+        chosen[i] = replace(way, run=run)
+        taken.append(seconds)
     found, _ = interleave(chosen, rounds, at, getattr(torch, dtype), click.echo)
-    lines = ["| | plain, s a step | with a ControlNet | ControlNet over plain | the spread of the rounds |",
+    if at.type != "cpu":
+        taken = [[0.0, *each.seconds] for each in found]
+    unit = "processor s" if at.type == "cpu" else "s"
+    lines = [f"| | plain, {unit} a step | with a ControlNet | ControlNet over plain | the spread of the rounds |",
              "|---|---|---|---|---|"]
     for i in (0, 2):
-        plain, steered = found[i].seconds, found[i + 1].seconds
+        plain, steered = taken[i][1:], taken[i + 1][1:]  # without the first, which warms up
         over = sorted(b / a for a, b in zip(plain, steered))
         lines.append(f"| {chosen[i].name.partition(',')[0]} | {median(plain) / steps:.2f} | "
                      f"{median(steered) / steps:.2f} | {median(over):.3f} x | {over[0]:.3f} to {over[-1]:.3f} |")

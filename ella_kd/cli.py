@@ -244,7 +244,8 @@ def check(texts: Sequence[str], seed: int, options: dict[str, Any]) -> tuple[Req
     for name in SOURCES:
         if options[name]:
             read_picture(options[name])
-    rule, shelf = parse(options["guidance"]) if options["guidance"] else None, AddOns(options["models_dir"])
+    rule = parse(options["guidance"]) if options["guidance"] else None
+    shelf = options["models_dir"] = AddOns(options["models_dir"])  # what is read to be checked is not read again
     asked = {each.name: options[each.name] for each in fields(Request) if each.name in options}
     if rule is not None:
         asked |= {"guidance": repr(rule), "scale": innermost_scale(rule)}

@@ -22,6 +22,7 @@ from ella_kd.models.files.kinds import RELIT
 from ella_kd.models.network import as_network
 from ella_kd.pictures.beginning import Beginning, has_channels, seen_beside
 from ella_kd.pictures.canvas import Canvas
+from ella_kd.pictures.hires import Hires
 from ella_kd.pictures.options import SHOWN, FromPicture
 from ella_kd.pictures.reading import Source
 from ella_kd.pictures.segments import sample_in_segments
@@ -53,6 +54,7 @@ def draw(
     latents: Tensor | None = None,
     sigmas: Tensor | Sequence[float] | None = None,
     refiner: Refiner | None = None,
+    hires: Hires | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
     **more: Any,
@@ -65,14 +67,15 @@ def draw(
     noise [B, C, h, w], fp32 or fp64: a start of unit variance in place of the seeds' own. latents, of that shape: x at
     sigmas[0], as it is. Beside either, one number as seeds is that of the first row. sigmas [n + 1]: the noise levels
     themselves, in place of schedule and steps: `draw(sd, cond, latents=x, sigmas=sigmas[8:])` goes on from x.
-    refiner: a system that takes over on the way, `Refiner(pipeline, cond, uncond, at=0.8)`.
+    refiner: a system that takes over on the way, `Refiner(pipeline, cond, uncond, at=0.8)`. hires: a second pass over
+    what was drawn, enlarged, `Hires((1024, 1024), strength=0.5)`, with noise of its own from the same seeds.
     more: conditions, and the fields of `ella_kd.pictures.options.FromPicture`: `draw(sd, cond, start="room.jpg",
     mask="lamp.png")`; start may be a `Beginning` too. A network that sees a picture beside x (inpainting,
     InstructPix2Pix) is shown it.
     Raises ValueError or TypeError for an argument that cannot be met, and ValueError if a network returns NaN.
     """
     asked, begun, conditions = _asked(more)
-    refuse_unknown(draw, conditions, OTHER_WORDS, _is_condition)
+    refuse_unknown(draw, conditions, OTHER_WORDS, FromPicture.names(), _is_condition)
     sampler, schedule = method_named(sampler, schedule)
     check_method_options(sampler, asked.of_method)
     rule, given = plain_scale(guidance, get_sampler(sampler).cfg_pp), start_given(noise, latents)
@@ -81,6 +84,11 @@ def draw(
     sigmas = None if sigmas is None else torch.as_tensor(sigmas)
     if asked.start is not None:
         begun = begin_from(pipeline, asked, schedule, steps, width, height, sigmas)
+    if hires is not None:
+        if begun is not None:
+            raise ValueError("hires draws over what was drawn from noise: a start picture is enlarged by width, height")
+        check_multiples(*hires.size, pipeline.vae.factor)
+        check_method_options(hires.sampler or sampler, asked.of_method)
     if begun is None:
         shape = latent_shape(pipeline, width, height, len(rows), given)
     elif latents is not None:
@@ -110,6 +118,12 @@ def draw(
             at_work.enter_context(system.at_work("unet", "tsc"))
         latents = sample(model, latents.to(pipeline.device), sigmas, extra_args=extra_args, callback=callback,
                          disable=not progress, seeds=rows, **asked.of_method)
+    if hires is not None:
+        again = {"uncond": uncond, "guidance": guidance, "sampler": sampler, **more, **hires.said()}
+        sigmas = hires.sigmas(pipeline, schedule, steps)
+        latents, rows = hires.start(pipeline, latents, sigmas[0], rows)
+        return draw(hires.pipeline(pipeline), again.pop("cond", cond), latents=latents, sigmas=sigmas, seeds=rows,
+                    refiner=refiner, callback=callback, progress=progress, **again)
     with pipeline.at_work("vae"):
         images = to_images(pipeline.vae.decode(latents.to(pipeline.vae.dtype)))
     return images if begun is None else [begun.canvas.back(image) for image in images]
@@ -283,11 +297,11 @@ def check_multiples(width: int, height: int, multiple: int) -> None:
 
 
 def refuse_unknown(function: Callable[..., Any], given: Mapping[str, Any], other_words: Mapping[str, str],
-                   allowed: Callable[[object], bool] = lambda value: False) -> None:
+                   more: Sequence[str], allowed: Callable[[object], bool] = lambda value: False) -> None:
     """TypeError for a keyword that the function does not have and whose value is not allowed there, with the nearest
-    that it has."""
+    that it has; more: what it takes beside its own."""
     names = [name for name, each in inspect.signature(function).parameters.items() if each.kind != each.VAR_KEYWORD]
-    names += FromPicture.names()
+    names += more
     for name, value in given.items():
         near = [other_words[name]] if name in other_words else get_close_matches(name, names, 3, 0.6)
         if near or not allowed(value):

@@ -16,6 +16,7 @@ from PIL import Image
 from ella_kd.addon_words import FromAddOns, in_prompt, in_text, without
 from ella_kd.addon_words import read as read_door
 from ella_kd.inside import FromInside
+from ella_kd.pictures import hires_options
 from ella_kd.pictures.options import FromPicture
 from ella_kd.samplers.names import a1111_sampler, a1111_schedule, sampler_named, schedule_named
 from ella_kd.samplers.registry import COMPATIBLE_SCHEDULES
@@ -43,6 +44,7 @@ def write(values: Mapping[str, Any]) -> str:
         "Size": f"{values['width']}x{values['height']}" if values["width"] and values["height"] else None,
         "Model": values["model"] or None,
         "Clip skip": values["clip_skip"] if values["clip_skip"] != 1 else None,
+        "Tiling": values["tiling"] or None,
         "ELLA": values["mode"],
         "ELLA negative": values["negative_mode"],
         "ELLA syntax": "on" if values["syntax"] else None,
@@ -51,6 +53,7 @@ def write(values: Mapping[str, Any]) -> str:
         "Refiner": values["refiner"],
         "Refiner switch at": None if values["refiner"] is None else values["refiner_at"],
         **{label: said(values[each.name]) for label, each in PICTURE.items() if values[each.name] != each.default},
+        **hires_options.write(values),
         **_add_ons(values),
         **{label: json.dumps(values[name], ensure_ascii=False) for label, name in DOORS.items() if values[name]},
         "Version": f"ella_kd {values['version']}",
@@ -119,6 +122,8 @@ def read(text: str) -> tuple[dict[str, Any], list[str]]:
             name = schedule_named(label)
             theirs = f"{name}_a1111"  # the curve that the web UI means by this label, where it is not ours
             found["schedule"] = theirs if not ours and theirs in COMPATIBLE_SCHEDULES else name
+    if given.get("Tiling") in ("True", "False"):
+        found["tiling"] = given.pop("Tiling") == "True"
     if "Size" in given and re.fullmatch(r"\d+x\d+", given["Size"]):
         found["width"], found["height"] = map(int, given.pop("Size").split("x"))
     for key, name, kind in (("Steps", "steps", int), ("CFG scale", "scale", float), ("Seed", "seed", int),
@@ -128,6 +133,7 @@ def read(text: str) -> tuple[dict[str, Any], list[str]]:
             found[name] = kind(given.pop(key))
     if ours and "Refiner" in given:
         found |= {"refiner": given.pop("Refiner"), "refiner_at": float(given.pop("Refiner switch at"))}
+    found |= hires_options.read(given)
     for label, each in PICTURE.items() if ours else ():
         if label in given:
             value = given.pop(label)
@@ -158,6 +164,8 @@ def said(value: object) -> str:
     """An option as text: a switch, noise levels, a picture that is no file."""
     if isinstance(value, Image.Image):
         return f"a picture of {value.width}x{value.height} that is no file"
+    if callable(value):
+        return hires_options.upscaler_said(value)
     if isinstance(value, tuple):
         return ",".join(map(repr, value))
     return "on" if value is True else str(value)

@@ -1,7 +1,7 @@
 """What is asked of the inside of the UNet: the part of a `Request` that is about it."""
 
 import warnings
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ella_kd.models.freeu import FreeU
@@ -35,10 +35,6 @@ class FromInside:
         if self.hidiffusion and (self.tome or self.deep_shrink):
             raise ValueError("hidiffusion changes the finest self-attention, as tome does, and the deeper features, as "
                              "deep_shrink does: choose one")
-
-    @classmethod
-    def inside_names(cls) -> tuple[str, ...]:
-        return tuple(each.name for each in fields(FromInside))
 
     def changed(self, pipeline: "Pipeline", width: int, height: int, from_text: bool = True) -> "Pipeline":
         """The pipeline with these changes, for pictures of this size; itself without any.

@@ -28,6 +28,7 @@ from ella_kd.models.files.metadata import size_of
 from ella_kd.models.files.saving import save
 from ella_kd.models.noise_schedule import EDMSchedule, PredictionType
 from ella_kd.models.parameters import moved
+from ella_kd.models.seamless import seamless
 from ella_kd.models.t5 import T5TextEncoder
 from ella_kd.models.tokenizers import published_clip_tokenizer
 from ella_kd.models.winograd import WinogradConv2d
@@ -208,6 +209,10 @@ class Pipeline:
         new = {id(network): twins[part] for part, network in networks.items()}
         return replace(self, unet=twins["unet"], clip=self.clip and self.clip.moved(lambda model: new[id(model)]),
                        text_models=tuple(model and new[id(model)] for model in self.text_models))
+
+    def seamless(self) -> "Pipeline":
+        """The same system for textures that meet themselves: `models.seamless` of the UNet and the autoencoder."""
+        return replace(self, unet=seamless(self.unet), vae=seamless(self.vae))
 
     def denoiser(self, guidance: Guidance | Scale | None = None) -> GuidedDenoiser:
         """The denoiser that belongs to the files, their noise schedule and prediction type (eps or v) included.

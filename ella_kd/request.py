@@ -8,7 +8,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from operator import index
 from pathlib import Path
@@ -20,6 +20,7 @@ from ella_kd import infotext
 from ella_kd.addon_words import AddOn, FromAddOns, in_prompt, words_in
 from ella_kd.inside import FromInside
 from ella_kd.models import emphasis
+from ella_kd.pictures.hires_options import NO_SECOND, FromHires
 from ella_kd.pictures.options import FromPicture
 from ella_kd.prompt_editing import edits
 from ella_kd.prompts import check_text, split_and
@@ -47,12 +48,13 @@ def mode_named(mode: object) -> Mode:
 
 
 @dataclass(frozen=True)
-class Request(FromPicture, FromAddOns, FromInside):
+class Request(FromPicture, FromHires, FromAddOns, FromInside):
     """Everything that decides a picture: with the same model and the same request it comes out the same.
 
     A field with metadata is an option that a user chooses: what the command says of it, its smallest value (`least`).
     A start picture and what is asked of it, and of the noise, are the fields of `FromPicture` and `FromNoise`; add-ons
-    those of `FromAddOns`, and the LoRAs that the prompt asks for; what changes in the UNet those of `FromInside`.
+    those of `FromAddOns`, and the LoRAs that the prompt asks for; a second pass those of `FromHires`; what changes in
+    the UNet those of `FromInside`.
 
     prompt: as it is read, wildcards chosen. scale: of classifier-free guidance; None beside a rule without one number.
     guidance: the rule as text, "" for none. width, height: None for the model's own. model, dtype: the pipeline's name
@@ -89,6 +91,8 @@ class Request(FromPicture, FromAddOns, FromInside):
     clip_skip: int = field(default=1, metadata={
         "help": "CLIP's layer: 1 the one that the model was trained with, 2 that before.", "metavar": "N", "least": 1})
     dtype: str = ""
+    tiling: bool = field(default=False, kw_only=True, metadata={
+        "help": "Draw a texture that meets itself at its edges, to be laid side by side."})
     refiner: str | None = field(default=None, kw_only=True, metadata={
         "help": "Another checkpoint, such as SDXL's refiner, that takes over on the way.", "metavar": "FILE"})
     refiner_at: float = field(default=0.8, kw_only=True, metadata={
@@ -98,7 +102,8 @@ class Request(FromPicture, FromAddOns, FromInside):
         super().__post_init__()
         self.read_doors()
         self.check_inside()
-        for name in ("prompt", "negative", "tags"):
+        self.check_hires()
+        for name in ("prompt", "negative", "tags", "hires_prompt", "hires_negative"):
             if getattr(self, name) is not None:
                 check_text(name, getattr(self, name))
         for each in fields(self):
@@ -122,6 +127,8 @@ class Request(FromPicture, FromAddOns, FromInside):
             for text in (*(text for text, _ in split_and(self.text)), self.negative, self.tags or ""):
                 for said in set(edits(text, self.steps)):
                     emphasis.parse(said)
+        if self.hires is not None:
+            self.second_pass()
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -139,6 +146,12 @@ class Request(FromPicture, FromAddOns, FromInside):
         texts = (self.prompt, self.negative, self.tags or "")
         return (*asked, *dict.fromkeys(word for text in texts for word in words_in(text, known)))
 
+    def second_pass(self) -> "Request":
+        """What its second pass asks for, a request of its own; without one, the request itself."""
+        own = self.second()
+        rule = {"guidance": ""} if "scale" in own else {}
+        return replace(self, **{**own, **rule, "sigmas": None, "latents": None, **NO_SECOND})
+
     def arguments(self) -> dict[str, Any]:
         """What `generate` takes to draw the picture again: `generate(pipeline, **request.arguments())`."""
         kept = {each.name: getattr(self, each.name) for each in fields(self) if "help" in each.metadata}
@@ -151,11 +164,11 @@ class Request(FromPicture, FromAddOns, FromInside):
 
     def parameters(self) -> str:
         """The text that other tools read: prompt, `Negative prompt:`, a line of `Key: value`."""
-        return infotext.write(asdict(self))
+        return infotext.write(vars(self))
 
     def json(self) -> str:
         """The request itself, as `from_picture` reads it back."""
-        return json.dumps(asdict(self), ensure_ascii=False, default=infotext.said)
+        return json.dumps(vars(self), ensure_ascii=False, default=infotext.said)
 
     @classmethod
     def from_json(cls, text: str) -> "Request":

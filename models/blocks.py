@@ -14,7 +14,7 @@ from ella_kd.models.parameters import zero_init
 from ella_kd.models.partial import take
 
 if TYPE_CHECKING:
-    from ella_kd.models.image_prompts import ImagePrompt
+    from ella_kd.models.image_prompts import Seen
     from ella_kd.models.patches import Patch
 
 
@@ -139,7 +139,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_init(nn.Linear(channels, channels) if linear_proj else nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, patches: Patches = (),
-                images: "Sequence[ImagePrompt]" = ()) -> Tensor:
+                images: "Sequence[Seen]" = ()) -> Tensor:
         h = self.norm(x)
         h = self.proj_in(_tokens(h)) if self.linear_proj else _tokens(self.proj_in(h))
         patched = any(patch is not None and patch.of_place(self.place) is not None for _, patch in patches)
@@ -152,7 +152,7 @@ class SpatialTransformer(nn.Module):
         return x + h
 
     def _patched(self, block: Any, x: Tensor, context: Tensor, mask: Tensor | None, patches: Patches,
-                 size: tuple[int, int], images: "Sequence[ImagePrompt]") -> Tensor:
+                 size: tuple[int, int], images: "Sequence[Seen]") -> Tensor:
         """A block over x [B, h * w, C], where each row goes through its patch; plain neighbours go together."""
         here: list[tuple[Patch | None, int]] = []
         for rows, patch in patches:
@@ -199,7 +199,7 @@ class Layers(nn.Sequential):
     """Layers in a row, each given what it takes beside x; size: what an Upsample must reach; wider: a Downsample."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None,  # type: ignore[override]
-                patches: Patches = (), size: torch.Size | None = None, images: "Sequence[ImagePrompt]" = (),
+                patches: Patches = (), size: torch.Size | None = None, images: "Sequence[Seen]" = (),
                 wider: int = 1) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
@@ -215,7 +215,7 @@ class Layers(nn.Sequential):
         return x
 
 
-def _seeing(block: Any, images: "Sequence[ImagePrompt]") -> Any:
+def _seeing(block: Any, images: "Sequence[Seen]") -> Any:
     """The block, whose cross-attention sees these pictures too."""
     if not images:
         return block

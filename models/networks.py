@@ -162,7 +162,7 @@ class ByRow(Several):
         for wanted in rows.values():
             index = upload(torch.tensor(wanted), x.device)
             some = [(len(list(run)), patch) for patch, run in groupby(each[row] for row in wanted)] if each else []
-            parts.append(self.networks[wanted[0] % own](x[index], t[index], seen.take(index), some))
+            parts.append(self.networks[wanted[0] % own](x[index], t[index], seen.take(wanted), some))
         order = [row for wanted in rows.values() for row in wanted]
         back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
         return torch.cat(parts)[upload(back, x.device)]

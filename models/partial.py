@@ -1,7 +1,7 @@
 """Inputs that some rows of a call have and others have not, and the algebra of their rows, known to the host."""
 
 from abc import ABC
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -18,21 +18,21 @@ Box = tuple[int, int, int, int]
 class ForRows(ABC):
     """What these rows of a context have: a ControlNet's picture, an image prompt.
 
-    rows: their numbers. strengths: how much it counts in each. columns: the fields with an entry per row: a tuple, a
-    tensor or a Context; None for none. What agrees in all other fields, and in which columns are None, is joined where
-    contexts are stacked: it is one call.
+    rows: their numbers. strengths: how much it counts in each, a tuple of numbers. columns: the fields with an entry
+    per row: a tuple, a tensor or a Context; None for none. What agrees in all other fields, and in which columns are
+    None, is joined where contexts are stacked: it is one call.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("strengths",)
     rows: tuple[int, ...]
-    strengths: tuple[float, ...]
+    strengths: Any
 
     def weighed(self, factor: float) -> Self:
         """The same, `factor` times as strong."""
         return replace(self, strengths=tuple(factor * strength for strength in self.strengths))
 
     @property
-    def key(self) -> Hashable:
+    def key(self) -> tuple[Any, ...]:
         """What those that go together have in common."""
         shared = (getattr(self, own.name) for own in fields(self) if own.name not in ("rows", *self.columns))
         return type(self), *shared, *(getattr(self, name) is None for name in self.columns)
@@ -95,6 +95,14 @@ def add_to_rows(x: Tensor, rows: Sequence[int], more: Tensor) -> Tensor:
         done += [x[start:part.start], x[part] + more[taken:taken + count]]
         start, taken = part.stop, taken + count
     return torch.cat([*done, x[start:]])
+
+
+def cut(x: Tensor, box: Box) -> Tensor:
+    """The box of x [..., h, w]; one that goes beyond an edge goes on at the opposite one."""
+    top, left, height, width = box
+    if top + height > x.shape[-2] or left + width > x.shape[-1]:
+        x, top, left = x.roll((-top, -left), (-2, -1)), 0, 0
+    return x[..., top:top + height, left:left + width]
 
 
 def scaled(x: Tensor, amounts: Sequence[float]) -> Tensor:

@@ -19,13 +19,12 @@ from ella_kd.models.patches import SelfAttentionPatch, Several
 class Reference(ForRows):
     """Another picture that some rows of a context look at.
 
-    latents [n, C, h, w]: one per row, of any size, at the noise level of the call and times c_in, as x is. weights: how
-    much of the answer with the picture a row takes; the rest is of the answer without.
+    latents [n, C, h, w]: one per row, of any size, at the noise level of the call and times c_in, as x is. strengths:
+    how much of the answer with the picture a row takes; the rest is of the answer without.
     """
 
-    columns: ClassVar[tuple[str, ...]] = ("latents", "weights")
+    columns: ClassVar[tuple[str, ...]] = ("strengths", "latents")
     latents: Tensor
-    weights: tuple[float, ...]
 
     @property
     def key(self) -> Any:
@@ -74,13 +73,13 @@ def beside_references(unet: Any, t: Tensor, seen: Context, patches: Patches, cha
         if beside.keys() & set(rows):
             raise ValueError("a row looks at one reference, and here at two: give them to different prompts, or put "
                              "both pictures side by side")
-        beside |= {row: (keep, i, weight) for i, (row, weight) in enumerate(zip(rows, reference.weights))}
+        beside |= {row: (keep, i, weight) for i, (row, weight) in enumerate(zip(rows, reference.strengths))}
     own = [patch for n, patch in patches or [(len(t), None)] for _ in range(n)]
 
     def alike(row: int) -> tuple[int, int]:
         return id(own[row]), id(beside[row][0]) if row in beside else 0
 
-    found = []
+    found: list[tuple[int, Any]] = []
     for _, group in groupby(range(len(own)), alike):
         several = list(group)
         first = own[several[0]]

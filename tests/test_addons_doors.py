@@ -107,6 +107,7 @@ def test_what_no_door_takes_is_refused(place: Any, text: str, message: str) -> N
     ("<lora:x> a <lyco:y z:.5> cat", "a cat", [AddOn("lora", "x"), AddOn("lora", "y z", weight=0.5)]),
     ("a AND b <LORA:x:0:1> :0.7", "a AND b :0.7", [AddOn("lora", "x", options=(("unet", "1"), ("text", "0")))]),
     ("[a <lora:x:te=.5:unet=.5>:b:0.5]", "[a:b:0.5]", [AddOn("lora", "x", weight=0.5)]),
+    ("a <lora:x:te=.2:unet=.7>", "a", [AddOn("lora", "x", options=(("unet", ".7"), ("text", ".2")))]),
     (r"a \<lora:x:1> b", "a <lora:x:1> b", []),
     ("a <b:c> <lora> d", "a <b:c> <lora> d", []),
 ])
@@ -365,6 +366,29 @@ def test_the_command_draws_with_everything(run: Callable[..., Result], files: Pa
                     control="edges.safetensors:room.png:0.8", models_dir=files)
     with Image.open(path) as image:
         assert image.tobytes() == wanted
+
+
+def test_the_command_compares_fast_and_offloaded_with_them(run: Callable[..., Result], files: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three columns, each file read once; fast and offloaded networks wear them as others do."""
+    read_, load = list[Any](), LoRA.load
+
+    def spy(*args: Any) -> LoRA:
+        read_.append(args)
+        return load(*args)
+
+    monkeypatch.setattr(addons.LoRA, "load", spy)
+    Path("list.txt").write_text(f"{PROMPT} zz <lora:style:0.3>")
+    words = ["--embedding", "zz.safetensors", "--control", "edges.safetensors:room.png:0.8", "--models-dir", "."]
+    sheets = []
+    for more in ([], ["--fast"], ["--offload"]):
+        done = run("compare", "list.txt", *words, *more)
+        assert done.exit_code == 0, done.output
+        assert len(read_) == 1
+        read_.clear()
+        with Image.open("compare.png") as sheet:
+            sheets.append(np.asarray(sheet, int))
+    assert all(np.abs(sheet - sheets[0]).max() <= 1 for sheet in sheets)
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -14,6 +14,7 @@ from ella_kd.denoiser import LDMDenoiser
 from ella_kd.guidance import GuidedDenoiser
 from ella_kd.models import fast_on_cpu
 from ella_kd.models.addons.lora import LoRA, Strength, with_lora
+from ella_kd.models.blocks import FeedForward
 from ella_kd.models.freeu import FreeU
 from ella_kd.models.inside import Inside
 from ella_kd.models.networks import ByRow, BySigma
@@ -73,6 +74,7 @@ def test_fast_compiled_moved_and_lora_in_any_order() -> None:
     fast = fast_on_cpu(unet)
     for twin in (fast_on_cpu(with_lora(unet, lora)), with_lora(fast, lora), with_lora(with_lora(fast, lora), [])):
         assert relative(twin(x, t, context), want) < 2e-5
+        assert any(module.at_once for module in twin.modules() if isinstance(module, FeedForward)), "it is fast too"
     assert relative(fast(x, t, context), unet(x, t, context)) < 2e-5
     compiled = tiny_unet()
     compiled.compile(backend="eager")
@@ -119,7 +121,7 @@ def test_a_network_by_sigma_is_the_one_that_holds() -> None:
     unet = tiny_unet()
     twin = with_lora(unet, style(unet, 1))
     network = BySigma(unet, twin, unet, at=(7.0, 0.5))
-    x, sigma = noise(4, 4, 8, 8), torch.tensor([9.0, 7.0, 0.5, 3.0])
+    x, sigma = noise(4, 4, 8, 8), torch.tensor([7.0005, 7.0, 0.5, 3.0])
     one = planned(LDMDenoiser(network), x, sigma, cond=conds(4)["cond"]).denoised
     at_once = LDMDenoiser(network)(x, sigma, conds(4)["cond"])  # rows at four sigmas, in two calls
     assert relative(at_once, one) < 1e-5

@@ -93,7 +93,7 @@ def test_a_twin_shares_every_tensor(clip: CLIPTextEncoder) -> None:
     assert half(text).tokens.dtype == torch.float64 and error(half(text).tokens, both(text).tokens.double()) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["emb_params", "a1111", "diffusers", "bare", "one vector"])
+@pytest.mark.parametrize("kind", ["emb_params", "a1111", "diffusers", "bare", "one vector", "first"])
 def test_every_kind_of_file(tmp_path: Path, kind: str) -> None:
     found = vectors(1 if kind == "one vector" else 3, 768)
     path = tmp_path / ("my style.safetensors" if kind in ("emb_params", "one vector") else "my style.pt")
@@ -104,6 +104,8 @@ def test_every_kind_of_file(tmp_path: Path, kind: str) -> None:
     else:
         torch.save({"a1111": {"string_to_token": {"*": 265}, "string_to_param": {"*": found.requires_grad_()},
                               "name": "other", "step": 500, "sd_checkpoint": "abc"},
+                    "first": {"string_to_token": {"*": torch.tensor(265)},
+                              "string_to_param": torch.nn.ParameterDict({"*": found})},
                     "diffusers": {"<cat>": found}, "bare": found}[kind], path)
     read = Embedding.load(path)
     assert read.name == "my style" and torch.equal(read.vectors[""], found) and len(read) == len(found)

@@ -35,7 +35,8 @@ def test_a_door_draws_what_the_values_draw_and_a_png_remembers(name: str, tmp_pa
     [picture] = generate(sd, PROMPT, **how, **given)
     [want] = generate(replace(sd, unet=Inside(sd.unet, *changes)), PROMPT, **how)  # type: ignore[arg-type]
     [plain] = generate(sd, PROMPT, **how)
-    assert np.array_equal(picture.image, want.image) and not np.array_equal(picture.image, plain.image)
+    drawn, same, other = (np.asarray(each.image) for each in (picture, want, plain))
+    assert np.array_equal(drawn, same) and not np.array_equal(drawn, other)
     read = Request.from_text(picture.settings.parameters())
     assert all(getattr(read, each) == value for each, value in given.items())
     size = ["--width", str(side), "--height", str(side)]
@@ -49,8 +50,8 @@ def test_a_door_draws_what_the_values_draw_and_a_png_remembers(name: str, tmp_pa
 def test_a_lora_by_sigma_is_changed_in_each_of_its_networks() -> None:
     sd = Pipeline.miniature()
     request = Request(PROMPT, tome=0.5)
-    twin = replace(sd, unet=BySigma(sd.unet, sd.unet, at=1.0))  # type: ignore[arg-type]
-    networks = request.changed(twin, 32, 32).unet.networks
+    twin = replace(sd, unet=BySigma(sd.unet, sd.unet, at=1.0))
+    networks: Any = request.changed(twin, 32, 32).unet.networks
     assert all(isinstance(network, Inside) for network in networks) and networks[0] is networks[1]
     assert Request(PROMPT).changed(sd, 64, 64) is sd
 

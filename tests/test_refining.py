@@ -57,7 +57,8 @@ def test_sdxl_and_its_refiner_are_diffusers(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("more", [
     {}, {"sampler": "dpmpp_2m_cfg_pp", "scale": 0.6}, {"sampler": "dpm_adaptive"}, {"sampler": "euler_ancestral"},
     {"start": speckled(16, 16), "strength": 0.9}, {"mask": Image.new("L", (16, 16), 255), "start": speckled(16, 16)},
-    {"guidance": "Rescale(CFG(3), 0.7)", "scale": 7.0}], ids=["plain", "cfg_pp", "adaptive", "ancestral", "start", "mask", "rule"])
+    {"guidance": "Rescale(CFG(3), 0.7)", "scale": 7.0}],
+    ids=["plain", "cfg_pp", "adaptive", "ancestral", "start", "mask", "rule"])
 def test_a_model_that_refines_itself_draws_what_it_draws_alone(pipeline: Pipeline, other: Pipeline,
                                                                more: dict[str, Any]) -> None:
     """But for what a method remembers over the hand-over, dpmpp_2m's; another draws another picture, in its steps."""

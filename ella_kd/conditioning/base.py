@@ -78,6 +78,7 @@ class Conditioning(ABC):
     def with_control(self, network: Any, picture: Any, strength: Any = 1.0, **how: Any) -> "Conditioning":
         """The same with a ControlNet or T2I-Adapter that is shown a picture; several add up.
 
+        network: on the device of the latents, in any dtype; it stays as it was loaded when a pipeline is moved.
         picture: a file, a PIL image, or numbers [3, H, W] (floats in [0, 1]), stretched to the canvas; or a list or
         [B, 3, H, W], one per row. strength: a number, one per row, or a function of sigma; 0 is off, bitwise. Of a
         composition (And, Regions) every part is steered. In `how`, all optional:

@@ -51,7 +51,7 @@ class Looks(Steering):
                              "conditioning.at((sigma,))(t), as a denoiser does")
         levels = [self.levels[row % len(self.levels)] for row in rows["rows"]]
         latents = torch.cat([thing.at(level, self.sigma_data) for thing, level in zip(things, levels, strict=True)])
-        return {"references": (Reference(rows["rows"], latents, rows["strengths"]),)}
+        return {"references": (Reference(rows["rows"], rows["strengths"], latents),)}
 
     def __call__(self, t: Tensor) -> Context:
         things = tuple(Noised(*(upload(x, t.device) for x in thing)) for thing in self.things)
