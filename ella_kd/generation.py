@@ -211,7 +211,8 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
         (width, height), sigmas, size = begun.canvas.size, begun.sigmas, {}
         more["start"], steered = begun, partial(steered, part=begun.canvas.part)
     drawn = (width, height) if asked.start is None else begun.canvas.image.size
-    pipeline = asked.changed(pipeline, *drawn, from_text=asked.mask is None and not asked.extend)
+    pipeline = asked.changed(pipeline, *drawn, from_text=asked.mask is None and not asked.extend,
+                             first=asked.hires is not None)
     levels = sigmas.tolist() if asked.syntax else None
     read = _reader(pipeline, asked, levels)
     own = replace(asked, mode="clip", negative_mode=None) if refiner is not None and refiner.tsc is None else asked
@@ -252,7 +253,7 @@ def _second(asked: Request, rule: Guidance | None, size: Size, steered: Callable
             dressed: Callable[[Sequence[AddOn], Request], Pipeline]) -> Callable[[list[Request]], Hires]:
     """What makes of a batch its second pass, whose prompts are read for its own noise levels."""
     later = asked.second_pass()
-    pipeline = dressed(later.add_ons, later)
+    pipeline = later.changed(dressed(later.add_ons, later), *size)
     own = rule if asked.hires_scale is None and rule is not None else SCALE if later.scale is None else later.scale
     how = Hires(size, Enlargement.read(asked.hires).strength, asked.hires_upscaler, later.sampler, later.schedule,
                 later.steps, own, network=lambda _: pipeline.unet)

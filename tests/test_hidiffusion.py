@@ -16,6 +16,7 @@ from ella_kd import CFG, PAG, SLG, GuidedDenoiser, LDMDenoiser
 from ella_kd.bound import Branch
 from ella_kd.conditioning import Constant
 from ella_kd.models import NoiseSchedule, TextFeatures, UNet, UNetConfig, fast_on_cpu
+from ella_kd.models.blocks import Downsample
 from ella_kd.models.context import Context
 from ella_kd.models.freeu import FreeU
 from ella_kd.models.hidiffusion import (
@@ -31,6 +32,7 @@ from ella_kd.models.hidiffusion import (
     hidiffusion,
 )
 from ella_kd.models.inside import Change, Inside, finest
+from ella_kd.models.seamless import around
 from ella_kd.models.tome import ToMe
 from ella_kd.samplers import sample_dpmpp_2m
 from tiny import WIDTH, noise, randomised, relative, tiny_unet
@@ -234,6 +236,12 @@ def test_rules_that_patch_rows_stand_beside(rule: Any) -> None:
 
     away = answer() - answer(patch=rule.perturbation())
     assert relative(got, plain + rule.scale * away) < 1e-5
+
+
+def test_a_seamless_downsampler_stays_seamless() -> None:
+    down = around(randomised(Downsample(8), 0).double())
+    x = noise(1, 8, 16, 12, dtype=torch.float64)
+    assert relative(down(x.roll((4, 8), (2, 3)), 2), down(x, 2).roll((1, 2), (2, 3))) < 1e-14
 
 
 def test_what_cannot_be() -> None:
