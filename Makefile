@@ -59,7 +59,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("ella_kd needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another with make PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
-	$(PY) -m pip install --quiet --no-deps k-diffusion==0.1.1.post1
+	$(PY) -m pip install --quiet --no-deps k-diffusion==0.1.1.post1 spandrel==0.4.2
 	@touch $@
 
 clean:

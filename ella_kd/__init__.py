@@ -40,6 +40,7 @@ from ella_kd.guidance import Prediction as Prediction
 from ella_kd.images import Picture as Picture
 from ella_kd.models.noise_schedule import NoiseSchedule as NoiseSchedule
 from ella_kd.pipeline import Pipeline
+from ella_kd.refining import Refiner
 from ella_kd.request import VERSION as __version__
 from ella_kd.request import Request, read_settings
 from ella_kd.upsample import CaptionUpsampler
@@ -70,6 +71,7 @@ __all__ = [
     "Mask",
     "MimicScale",
     "Pipeline",
+    "Refiner",
     "Regions",
     "Request",
     "Rescale",

@@ -6,6 +6,7 @@ What depends on sigma is decided on the host, from the levels as numbers; nothin
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ella_kd.conditioning import Conditioning, Levels, Plan
 from ella_kd.conditioning.base import Weight
+from ella_kd.digests import digest
 from ella_kd.models.context import Context
 from ella_kd.models.devices import upload
 from ella_kd.models.network import as_network
@@ -132,6 +134,11 @@ class BoundRun:
         self._found: dict[bool, tuple[dict[Preconditioned, Moments], Plans]] = {True: ({}, {}), False: ({}, {})}
         self._works: dict[tuple[Branch, ...], Work] = {}
         self._repeated: dict[Conditioning, Conditioning] = {}
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """What the run is made with, by name: `samplers.model.digests`."""
+        return {name: digest(condition) for name, condition in self.conditions.items()}
 
     def prepare(self, levels: Levels) -> None:
         """Works out, before the loop, what the run asks at these of its levels. Raises what the evaluation would."""

@@ -16,6 +16,7 @@ from huggingface_hub.utils import enable_progress_bars
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from ella_kd.addons import AddOns
 from ella_kd.commands.convert import convert
 from ella_kd.commands.download import download
 from ella_kd.commands.inspect import inspect as inspect_files
@@ -27,12 +28,13 @@ from ella_kd.generation import jobs
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import known, parse
 from ella_kd.images import Picture, contact_sheet, save_image
-from ella_kd.options import check_folder, load, model_options, read_prompts, request_options
+from ella_kd.options import check_folder, load, model_options, read_prompts, request_options, use_presets
 from ella_kd.pictures.options import SOURCES
 from ella_kd.pictures.reading import read_picture
 from ella_kd.prompts import check_wildcards, expand_wildcards
 from ella_kd.request import Mode, Request, seed_number
 from ella_kd.samplers import SAMPLERS, SCHEDULES
+from ella_kd.texts import FORMATS, QUALITY, format_of
 
 COLUMNS: dict[Mode, str] = {"clip": "plain SD", "fixed": "ELLA fixed", "flexible": "ELLA flexible"}
 OUT_OF_MEMORY = "the device is out of memory: try a smaller --batch, --width or --height"
@@ -122,14 +124,18 @@ main.add_command(invert)
               help="Where the pictures go; made if need be, nothing in it is overwritten.")
 @click.option("--enlarge", type=click.IntRange(1, 64), default=1, show_default=True, metavar="N",
               help="Save every pixel as N x N equal ones; the miniature's pictures are 48 px: try 6.")
+@click.option("--format", "ending", type=click.Choice(["png", "jpeg", "webp"]), default="png", show_default=True,
+              help="What the pictures are saved as.")
+@click.option("--quality", type=click.IntRange(1, 100), default=QUALITY, show_default=True,
+              help="Of JPEG and WebP; at 100 a WebP is lossless.")
 @request_options()
 @model_options
-def generate(prompts: tuple[str, ...], file: str | None, count: int, out: Path, enlarge: int, batch: int,
-             seed: int | None, **options: Any) -> None:
-    """Draw one or more prompts and save them as PNG, each batch as soon as it is drawn.
+def generate(prompts: tuple[str, ...], file: str | None, count: int, out: Path, enlarge: int, ending: str,
+             quality: int, batch: int, seed: int | None, **options: Any) -> None:
+    """Draw one or more prompts and save them, each batch as soon as it is drawn.
 
-    Each PNG says how it was made: in the `parameters` text that the AUTOMATIC1111 web UI and others read, and as JSON
-    in the text `ella_kd`.
+    Each picture says how it was made: in the `parameters` text that the AUTOMATIC1111 web UI and others read (in EXIF
+    for JPEG and WebP), and as JSON beside it.
 
     \b
     Examples:
@@ -158,9 +164,9 @@ def generate(prompts: tuple[str, ...], file: str | None, count: int, out: Path, 
     saved = 0
     try:
         with tqdm(total=total, unit="picture", disable=total <= batch) as bar:
-            for job in jobs(pipeline, requests(), guidance=rule, batch_size=batch):
+            for job in jobs(pipeline, requests(), guidance=rule, models_dir=options["models_dir"], batch_size=batch):
                 for picture in map(Picture, job.draw(), job.requests):
-                    number, path = save(picture, out, number, enlarge)
+                    number, path = save(picture, out, number, ending, enlarge=enlarge, quality=quality)
                     saved += 1
                     bar.update()
                     tqdm.write(click.format_filename(path), file=sys.stdout)
@@ -172,7 +178,7 @@ def generate(prompts: tuple[str, ...], file: str | None, count: int, out: Path, 
 @click.argument("prompts_file")
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Of every picture.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("compare.png"), show_default=True,
-              metavar="FILE", help="The contact sheet, a PNG; one that is there is replaced.")
+              metavar="FILE", help="The contact sheet, .png, .jpg or .webp; one that is there is replaced.")
 @request_options("mode", "negative_mode", "tags")
 @model_options
 def compare(prompts_file: str, out: Path, batch: int, seed: int, **options: Any) -> None:
@@ -188,6 +194,7 @@ def compare(prompts_file: str, out: Path, batch: int, seed: int, **options: Any)
     _, rule = check(texts, seed, options)
     if out.is_dir():
         raise ValueError(f"--out takes the file of the sheet, and {out} is a folder: try {out / 'compare.png'}")
+    format_of(out)
     check_folder(out.parent)
     pipeline = load(options, ((f"the column {COLUMNS[mode]}", mode) for mode in COLUMNS))
     options |= {"seeds": seed, "batch_size": batch, "guidance": rule}
@@ -233,10 +240,12 @@ def _signature(rule: type) -> str:
 def check(texts: Sequence[str], seed: int, options: dict[str, Any]) -> tuple[Request, Guidance | None]:
     """What is asked of every picture, and its rule, if each prompt can be read and every option be met, as far as no
     weight is needed to tell."""
+    use_presets(options)
     for name in SOURCES:
         if options[name]:
             read_picture(options[name])
     rule = parse(options["guidance"]) if options["guidance"] else None
+    shelf = options["models_dir"] = AddOns(options["models_dir"])  # what is read to be checked is not read again
     asked = {each.name: options[each.name] for each in fields(Request) if each.name in options}
     if rule is not None:
         asked |= {"guidance": repr(rule), "scale": innermost_scale(rule)}
@@ -245,23 +254,25 @@ def check(texts: Sequence[str], seed: int, options: dict[str, Any]) -> tuple[Req
             check_wildcards(text, options["wildcards"])
             text = expand_wildcards(text, options["wildcards"], seed)
         request = Request(text, **asked)
+        shelf.check(request.add_ons)
     return request, rule
 
 
-def save(picture: Picture, folder: Path, number: int, enlarge: int) -> tuple[int, Path]:
+def save(picture: Picture, folder: Path, number: int, ending: str, **how: Any) -> tuple[int, Path]:
     """Write a picture under the next number that is free, whoever else writes there; the number and the path."""
     while True:
         number += 1
-        path = folder / f"{number:05d}-{picture.settings.seed}-{slug(picture.settings.prompt)}.png"
+        path = folder / f"{number:05d}-{picture.settings.seed}-{slug(picture.settings.prompt)}.{ending}"
         try:
-            picture.save(path, enlarge=enlarge)
+            picture.save(path, **how)
             return number, path
         except FileExistsError:
             number = max(number, last_number(folder))
 
 
 def last_number(folder: Path) -> int:
-    return max((int(found[0]) for path in folder.glob("*.png") if (found := re.match(r"\d+", path.name))), default=0)
+    return max((int(found[0]) for path in folder.iterdir() if path.suffix and path.suffix.lower() in FORMATS
+                and (found := re.match(r"\d+", path.name))), default=0)
 
 
 def slug(prompt: str) -> str:

@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
@@ -13,18 +14,24 @@ from PIL import Image
 from torch import Tensor
 
 from ella_kd.conditioning import Composition, Conditioning, With, as_conditioning
-from ella_kd.denoiser import Condition
+from ella_kd.denoiser import Condition, Denoiser
 from ella_kd.guidance import CFG, Guidance
 from ella_kd.images import to_images
 from ella_kd.models import TextFeatures
+from ella_kd.models.files.kinds import RELIT
 from ella_kd.models.network import as_network
 from ella_kd.pictures.beginning import Beginning, has_channels, seen_beside
 from ella_kd.pictures.canvas import Canvas
-from ella_kd.pictures.options import FromPicture
+from ella_kd.pictures.hires import Hires
+from ella_kd.pictures.options import SHOWN, FromPicture
+from ella_kd.pictures.reading import Source
+from ella_kd.pictures.segments import sample_in_segments
 from ella_kd.pictures.start import slerp
 from ella_kd.pipeline import Pipeline
+from ella_kd.refining import HandOver, Refiner
 from ella_kd.request import SCALE, Request, check_method_options, method_named, seed_number, whole
 from ella_kd.samplers import get_sampler, get_schedule, randn
+from ella_kd.samplers.registry import RANGE_SAMPLERS
 
 OTHER_WORDS = {"scale": "guidance", "cond_scale": "guidance", "cfg_scale": "guidance", "negative": "uncond",
                "prompt": "cond", "num_inference_steps": "steps", "guidance_scale": "guidance"}
@@ -46,6 +53,8 @@ def draw(
     noise: Tensor | None = None,
     latents: Tensor | None = None,
     sigmas: Tensor | Sequence[float] | None = None,
+    refiner: Refiner | None = None,
+    hires: Hires | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
     **more: Any,
@@ -58,13 +67,15 @@ def draw(
     noise [B, C, h, w], fp32 or fp64: a start of unit variance in place of the seeds' own. latents, of that shape: x at
     sigmas[0], as it is. Beside either, one number as seeds is that of the first row. sigmas [n + 1]: the noise levels
     themselves, in place of schedule and steps: `draw(sd, cond, latents=x, sigmas=sigmas[8:])` goes on from x.
+    refiner: a system that takes over on the way, `Refiner(pipeline, cond, uncond, at=0.8)`. hires: a second pass over
+    what was drawn, enlarged, `Hires((1024, 1024), strength=0.5)`, with noise of its own from the same seeds.
     more: conditions, and the fields of `ella_kd.pictures.options.FromPicture`: `draw(sd, cond, start="room.jpg",
     mask="lamp.png")`; start may be a `Beginning` too. A network that sees a picture beside x (inpainting,
     InstructPix2Pix) is shown it.
     Raises ValueError or TypeError for an argument that cannot be met, and ValueError if a network returns NaN.
     """
     asked, begun, conditions = _asked(more)
-    refuse_unknown(draw, conditions, OTHER_WORDS, _is_condition)
+    refuse_unknown(draw, conditions, OTHER_WORDS, FromPicture.names(), _is_condition)
     sampler, schedule = method_named(sampler, schedule)
     check_method_options(sampler, asked.of_method)
     rule, given = plain_scale(guidance, get_sampler(sampler).cfg_pp), start_given(noise, latents)
@@ -73,6 +84,11 @@ def draw(
     sigmas = None if sigmas is None else torch.as_tensor(sigmas)
     if asked.start is not None:
         begun = begin_from(pipeline, asked, schedule, steps, width, height, sigmas)
+    if hires is not None:
+        if begun is not None:
+            raise ValueError("hires draws over what was drawn from noise: a start picture is enlarged by width, height")
+        check_multiples(*hires.size, pipeline.vae.factor)
+        check_method_options(hires.sampler or sampler, asked.of_method)
     if begun is None:
         shape = latent_shape(pipeline, width, height, len(rows), given)
     elif latents is not None:
@@ -87,37 +103,82 @@ def draw(
     beside = as_network(pipeline.unet).in_channels - shape[1]
     if beside and not any(map(has_channels, extra_args.values())):
         with pipeline.at_work("vae"):
-            extra_args = seen_beside(beside, begun, pipeline.vae, shape[2:], denoiser.inner_model.lift, extra_args)
-        begun = begun and begun.unkept() if beside > shape[1] else begun
-    if not isinstance(rule, Guidance):
-        if getattr(pipeline.unet, "guidance_dim", None) and not get_sampler(sampler).cfg_pp:
-            told = torch.tensor([float(rule)], device=pipeline.device)  # the network guides itself (LCM)
-            extra_args = {name: each and as_conditioning(each).map(lambda leaf: With(leaf, guidance=told))
-                          for name, each in extra_args.items()}
-            rule = 1.0
-        extra_args["cond_scale"] = rule
-    if noise is None and latents is None:
-        noise = randn(shape, rows)
-        if asked.variation:
-            noise = slerp(noise, randn(shape, [asked.variation_seed] * len(rows)), asked.variation)
-    if noise is not None:
-        noise = noise.to(pipeline.device)
+            extra_args = seen_beside(beside, begun, pipeline.vae, shape[2:], denoiser.inner_model.lift, extra_args,
+                                     shown_to(pipeline, asked))
+        begun = begun and begun.unkept() if beside == shape[1] + 1 and refiner is None else begun
+    elif asked.shown and not beside:
+        raise ValueError("a foreground is for a network that relights: load the pipeline with IC-Light's file, offset=")
+    if latents is None:
+        noise = (_noise(asked, shape, rows) if noise is None else noise).to(pipeline.device)
         latents = noise * sigmas[0] if begun is None else begun.x(noise, rows)
-    assert latents is not None
-    sample = get_sampler(sampler).function if begun is None else partial(begun.sample, sampler)
-    with pipeline.at_work("unet", "tsc"):
-        latents = sample(denoiser, latents.to(pipeline.device), sigmas, extra_args=extra_args, callback=callback,
+    model, extra_args, fresh = _model(pipeline, refiner, rule, get_sampler(sampler).cfg_pp, extra_args, sigmas)
+    sample = _way(sampler, begun, fresh)
+    with ExitStack() as at_work:
+        for system in [pipeline] if refiner is None else [pipeline, refiner.pipeline]:
+            at_work.enter_context(system.at_work("unet", "tsc"))
+        latents = sample(model, latents.to(pipeline.device), sigmas, extra_args=extra_args, callback=callback,
                          disable=not progress, seeds=rows, **asked.of_method)
+    if hires is not None:
+        again = {"uncond": uncond, "guidance": guidance, "sampler": sampler, **more, **hires.said()}
+        sigmas = hires.sigmas(pipeline, schedule, steps)
+        latents, rows = hires.start(pipeline, latents, sigmas[0], rows)
+        return draw(hires.pipeline(pipeline), again.pop("cond", cond), latents=latents, sigmas=sigmas, seeds=rows,
+                    refiner=refiner, callback=callback, progress=progress, **again)
     with pipeline.at_work("vae"):
         images = to_images(pipeline.vae.decode(latents.to(pipeline.vae.dtype)))
     return images if begun is None else [begun.canvas.back(image) for image in images]
+
+
+def _noise(asked: FromPicture, shape: tuple[int, int, int, int], seeds: Sequence[int]) -> Tensor:
+    noise = randn(shape, seeds)
+    if not asked.variation:
+        return noise
+    return slerp(noise, randn(shape, [asked.variation_seed] * len(seeds)), asked.variation)
+
+
+def _model(pipeline: Pipeline, refiner: Refiner | None, rule: Guidance | float, cfg_pp: bool,
+           conditions: Mapping[str, Condition | None], sigmas: Tensor) -> tuple[Denoiser, dict[str, Any], list[int]]:
+    """What is sampled: the pipeline's denoiser, or with a refiner both of them; what it is called with; the steps that
+    begin without what a method remembers."""
+    own, args = rule if isinstance(rule, Guidance) else None, guided(pipeline, conditions, rule, cfg_pp)
+    model = pipeline.denoiser(own)
+    if refiner is None:
+        return model, args, []
+    refiner.check_latents(pipeline.vae)
+    theirs = guided(refiner.pipeline, {"cond": refiner.cond, "uncond": refiner.uncond}, rule, cfg_pp)
+    both = HandOver(model, refiner.pipeline.denoiser(own), refiner.sigma(model), theirs)
+    return both, args, both.changes(sigmas.tolist())
+
+
+def _way(sampler: str, begun: Beginning | None, fresh: list[int]) -> Callable[..., Tensor]:
+    """The sampler, in segments where some steps begin anew."""
+    if begun is not None:
+        return partial(begun.sample, sampler, fresh=fresh)
+    if fresh and sampler not in RANGE_SAMPLERS:
+        return partial(sample_in_segments, sampler, fresh=fresh)
+    return get_sampler(sampler).function
+
+
+def guided(pipeline: Pipeline, conditions: Mapping[str, Condition | None], rule: Guidance | float,
+           cfg_pp: bool) -> dict[str, Any]:
+    """What the pipeline's denoiser is called with: the conditions and, where no rule has it, the scale.
+
+    A network that is told the scale (LCM) guides itself: its conditions say it, and its own scale is 1.
+    """
+    if isinstance(rule, Guidance):
+        return dict(conditions)
+    if not getattr(pipeline.unet, "guidance_dim", None) or cfg_pp:
+        return {**conditions, "cond_scale": rule}
+    told = torch.tensor([float(rule)], device=pipeline.device)
+    return {"cond_scale": 1.0, **{name: each and as_conditioning(each).map(lambda leaf: With(leaf, guidance=told))
+                                  for name, each in conditions.items()}}
 
 
 def begin_from(pipeline: Pipeline, asked: FromPicture, schedule: str, steps: int, width: int | None,
                height: int | None, sigmas: Tensor | None = None) -> Beginning:
     """Where a run from the start picture begins. width, height: None for the picture's own (`Canvas.of`)."""
     given = None if (width, height) == (None, None) else picture_size(pipeline, width, height)
-    if asked.strength is None and edits(pipeline):
+    if asked.strength is None and edits(pipeline) and not asked.shown:
         asked = replace(asked, strength=1.0)
     canvas = Canvas.of(asked, given, picture_size(pipeline, None, None), pipeline.vae.factor)
     with pipeline.at_work("vae"):
@@ -126,7 +187,15 @@ def begin_from(pipeline: Pipeline, asked: FromPicture, schedule: str, steps: int
 
 def edits(pipeline: Pipeline) -> bool:
     """Whether the network sees a whole picture beside x, to edit it (InstructPix2Pix)."""
-    return as_network(pipeline.unet).in_channels == 2 * pipeline.vae.config.latent_channels
+    own = 2 * pipeline.vae.config.latent_channels
+    return pipeline.purpose != RELIT and as_network(pipeline.unet).in_channels == own
+
+
+def shown_to(pipeline: Pipeline, asked: FromPicture) -> list[Source]:
+    """The pictures for a network that relights. ValueError where one that is known to do so is given none."""
+    if pipeline.purpose == RELIT and not asked.shown:
+        raise ValueError("this network relights a picture: give it as foreground, best transparent around the thing")
+    return list(asked.shown.values())
 
 
 def _asked(more: Mapping[str, Any]) -> tuple[FromPicture, Beginning | None, dict[str, Any]]:
@@ -134,7 +203,8 @@ def _asked(more: Mapping[str, Any]) -> tuple[FromPicture, Beginning | None, dict
     given = {name: value for name, value in more.items() if name in FromPicture.names()}
     rest = {name: value for name, value in more.items() if name not in given}
     begun = given.pop("start") if isinstance(given.get("start"), Beginning) else None
-    if begun is not None and (twice := given.keys() - {"eta", "s_noise", "s_churn", "variation", "variation_seed"}):
+    allowed = {"eta", "s_noise", "s_churn", "variation", "variation_seed", *SHOWN}
+    if begun is not None and (twice := given.keys() - allowed):
         raise ValueError(f"{min(twice)} was said when the beginning was made")
     return FromPicture(**given), begun, rest
 
@@ -227,11 +297,11 @@ def check_multiples(width: int, height: int, multiple: int) -> None:
 
 
 def refuse_unknown(function: Callable[..., Any], given: Mapping[str, Any], other_words: Mapping[str, str],
-                   allowed: Callable[[object], bool] = lambda value: False) -> None:
+                   more: Sequence[str], allowed: Callable[[object], bool] = lambda value: False) -> None:
     """TypeError for a keyword that the function does not have and whose value is not allowed there, with the nearest
-    that it has."""
+    that it has; more: what it takes beside its own."""
     names = [name for name, each in inspect.signature(function).parameters.items() if each.kind != each.VAR_KEYWORD]
-    names += FromPicture.names()
+    names += more
     for name, value in given.items():
         near = [other_words[name]] if name in other_words else get_close_matches(name, names, 3, 0.6)
         if near or not allowed(value):

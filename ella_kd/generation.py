@@ -1,7 +1,7 @@
 """Prompts to pictures: what a prompt may say, which picture gets which seed, and the request each one keeps."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -11,18 +11,32 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ella_kd.addon_words import AddOn, without_prefix
+from ella_kd.addons import AddOns
 from ella_kd.conditioning import And, Concat, Conditioning, Switch
 from ella_kd.denoiser import Condition
-from ella_kd.drawing import begin_from, draw, innermost_scale, picture_size, refuse_unknown, seed_rows, several
+from ella_kd.drawing import (
+    begin_from,
+    check_multiples,
+    draw,
+    innermost_scale,
+    picture_size,
+    refuse_unknown,
+    seed_rows,
+    several,
+)
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import parse
 from ella_kd.images import Picture
 from ella_kd.models.added import NEGATIVE_SCORE, POSITIVE_SCORE
+from ella_kd.pictures.hires import Hires
+from ella_kd.pictures.hires_options import NO_SECOND, Enlargement, Size
 from ella_kd.pictures.inversion import load_latents
-from ella_kd.pictures.options import FromPicture
 from ella_kd.pipeline import Pipeline
+from ella_kd.placement import Placement
 from ella_kd.prompt_editing import edits
 from ella_kd.prompts import check_wildcards, expand_wildcards, split_and
+from ella_kd.refining import Refiner
 from ella_kd.request import SCALE, VERSION, Mode, Request, whole
 from ella_kd.samplers import get_schedule
 
@@ -40,7 +54,9 @@ def generate(
     tags: str | None = Request.tags,
     syntax: bool = Request.syntax,
     wildcards: str | Path | None = None,
+    models_dir: str | Path | AddOns | None = None,
     clip_skip: int = Request.clip_skip,
+    tiling: bool = Request.tiling,
     sampler: str = Request.sampler,
     schedule: str = Request.schedule,
     steps: int = Request.steps,
@@ -51,6 +67,8 @@ def generate(
     seeds: int | Sequence[int] | None = None,
     count: int = 1,
     batch_size: int = 8,
+    refiner: Pipeline | str | Path | None = None,
+    refiner_at: float = Request.refiner_at,
     callback: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
     **picture: Any,
@@ -63,14 +81,24 @@ def generate(
     whose tokens follow ELLA's (trigger words, styles). syntax: read `(phrase:1.3)`, `[phrase]`, `[from:to:when]` and
     `[a|b]` in every text, and `AND` in prompts, as A1111's web UI does (`ella_kd.models.emphasis`, `.prompt_editing`).
     wildcards: a folder of text files; `__name__` in a prompt becomes a line of name.txt, chosen by the picture's seed.
-    clip_skip: the layer of CLIP, 1 the one that the model was trained with, 2 that before.
+    clip_skip: the layer of CLIP, 1 the one that the model was trained with, 2 that before. tiling: a texture that meets
+    itself at its edges.
     sampler, schedule: names in `ella_kd.samplers.SAMPLERS` and `SCHEDULES`. scale: of classifier-free guidance; lambda
     for a sampler in `_cfg_pp`. guidance: a rule in its place, `Rescale(CFG(7), 0.7)`, or its text.
     width, height: pixels; by default the size the model was trained on. seeds: a number s gives every prompt the seeds
     s, s + 1, ...; a sequence names one per picture; None draws them from torch's global generator. A picture depends on
     its own seed, not on those it is drawn with (to one of 255 grey levels in fp32 and fp16, three in bf16): batch_size,
     the pictures drawn at once, is a matter of memory.
+    refiner: another system, or its file, that takes over when the share refiner_at of the timesteps is done, with the
+    same prompts read by its own encoders (`ella_kd.refining.Refiner`); its latents must be of the same family.
     callback: called by the sampler at every step, as in k-diffusion. progress: show a bar.
+    lora=["style.safetensors:0.8"], embedding, control=["canny.safetensors:edges.png:0.8"] and image_prompt, in picture:
+    add-ons, as `ella_kd.addon_words` spells them; `<lora:style:0.8>` in a prompt. models_dir: the folder where their
+    names are looked up (`ella_kd.models.files.folders`), or `AddOns(folder)`, whose files later calls need not read.
+    freeu, tome=0.5, hidiffusion, deep_shrink: what changes in the UNet (`ella_kd.inside.FromInside`).
+    hires="2:0.5", in picture: a second pass at strength 0.5 over the picture enlarged twice, width and height being the
+    first one's; ":0.5" where they are the picture's. hires_upscaler, hires_steps and others: the fields of
+    `ella_kd.pictures.hires_options.FromHires`.
     picture: the fields of `ella_kd.pictures.options.FromPicture`. start="room.jpg" (or a PIL image) is drawn over as
     far as strength says, 0.6, or where mask="lamp.png" is white; extend="left=64" draws on beyond its sides;
     strength_map, fill, crop_to_mask and others. eta, s_noise, s_churn, sigmas, variation, variation_seed: the noise.
@@ -78,16 +106,21 @@ def generate(
     Raises ValueError or TypeError for an argument that cannot be met (an unknown name comes with the nearest ones), and
     ValueError if a network returns NaN.
     """
-    refuse_unknown(generate, {name: picture[name] for name in picture if name not in FromPicture.names()}, OTHER_WORDS)
+    known = [each.name for each in fields(Request) if each.kw_only]
+    refuse_unknown(generate, {name: picture[name] for name in picture if name not in known}, OTHER_WORDS, known)
     rule = parse(guidance) if isinstance(guidance, str) else guidance
     found = rows(prompts, negative, seeds, whole("count", count), wildcards)
+    second = refiner if isinstance(refiner, Pipeline) else None
+    name = None if refiner is None else str(refiner) if second is None else second.name or "a refiner that is no file"
     asked = Request(found[0][0], "", mode, sampler, schedule, steps, scale if rule is None else innermost_scale(rule),
                     width=width, height=height, guidance="" if rule is None else repr(rule),
-                    negative_mode=negative_mode, tags=tags, syntax=syntax, clip_skip=clip_skip, **picture)
+                    negative_mode=negative_mode, tags=tags, syntax=syntax, clip_skip=clip_skip,
+                    refiner=name, refiner_at=refiner_at, tiling=tiling, **picture)
     requests = [replace(asked, prompt=prompt, negative=negative, seed=seed) for prompt, negative, seed in found]
     pictures: list[Picture] = []
     with tqdm(total=len(requests), unit="picture", disable=not progress or len(requests) <= batch_size) as bar:
-        for job in jobs(pipeline, requests, guidance=rule, batch_size=batch_size, callback=callback, progress=progress):
+        for job in jobs(pipeline, requests, guidance=rule, refiner=second, models_dir=models_dir, batch_size=batch_size,
+                        callback=callback, progress=progress):
             pictures += map(Picture, job.draw(), job.requests)
             bar.update(len(job.requests))
     return pictures
@@ -106,6 +139,8 @@ def jobs(
     requests: Iterable[Request],
     *,
     guidance: Guidance | None = None,
+    refiner: Pipeline | None = None,
+    models_dir: str | Path | AddOns | None = None,
     batch_size: int = 8,
     callback: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
@@ -115,43 +150,124 @@ def jobs(
         for job in jobs(pipeline, requests):
             pictures = map(Picture, job.draw(), job.requests)
 
-    Neighbours that differ in prompt, negative and seed only are drawn together, up to batch_size at once. What was
-    encoded for a batch serves the next one if it says the same. guidance: a rule that no text can name, for all of
-    them. callback and progress as in `generate`, and the errors too.
+    Neighbours that differ in prompt, negative and seed only, and ask for the same add-ons, are drawn together, up to
+    batch_size at once. What was encoded for a batch serves the next one if it says the same. guidance: a rule that no
+    text can name, for all of them; refiner: a system in place of the file that they name; models_dir: where the names
+    of add-ons are looked up. callback and progress as in `generate`, and the errors too.
     """
-    size = whole("batch_size", batch_size)
-    groups = groupby(requests, lambda r: (replace(r, prompt="", negative="", seed=0),
-                                          _weights(r.prompt) if r.syntax else ()))
-    for (asked, _), group in groups:
-        ready = _ready(pipeline, asked, guidance or (parse(asked.guidance) if asked.guidance else None))
+    size, load = whole("batch_size", batch_size), lru_cache(1)(partial(_loaded_beside, pipeline))
+    shelf = models_dir if isinstance(models_dir, AddOns) else AddOns(models_dir)
+
+    def dress(add_ons: Sequence[AddOn], asked: Request) -> Pipeline:
+        dressed = shelf.dressed(pipeline, add_ons, asked)
+        return dressed.seamless() if asked.tiling else dressed
+
+    groups = groupby(requests, lambda r: (replace(r, prompt="", negative="", seed=0), r.add_ons,
+                                          _weights(r.text) if r.syntax else ()))
+    for (asked, add_ons, _), group in groups:
+        shelf.check(add_ons, asked.hashes)
+        asked, dressed = replace(asked, hashes=shelf.hashes(add_ons)), dress(add_ons, asked)
+        second = None if asked.refiner is None else refiner or load(asked.refiner)
+        ready = _ready(dressed, asked, guidance or (parse(asked.guidance) if asked.guidance else None), second,
+                       partial(shelf.steered, pipeline, add_ons), dress)
         left = iter(group)
         while batch := list(islice(left, size)):
             yield ready(batch, callback=callback, progress=progress)
 
 
-def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callable[..., Job]:
+def _loaded_beside(pipeline: Pipeline, file: str) -> Pipeline:
+    """A refiner's file, where the pipeline is; a single file's CLIP reads with the pipeline's tokenizer."""
+    clip = getattr(pipeline.clip, "first", pipeline.clip)
+    folder = Path(getattr(getattr(clip, "tokenizer", None), "name_or_path", "") or "-")
+    return Pipeline.load(file, clip_tokenizer=folder if folder.is_dir() and not Path(file).is_dir() else None,
+                         placement=pipeline.placement or Placement(pipeline.device, pipeline.dtype))
+
+
+def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: Pipeline | None,
+           steered: Callable[..., tuple[Condition, Condition]],
+           dressed: Callable[[Sequence[AddOn], Request], Pipeline]) -> Callable[..., Job]:
     """What makes a job of requests that are like `asked` in all but prompt, negative and seed."""
     guidance = rule if rule is not None else SCALE if asked.scale is None else asked.scale
     sigmas = None if asked.sigmas is None else torch.tensor(asked.sigmas)
     latents: torch.Tensor | None = None
-    more: dict[str, Any] = {"variation": asked.variation, "variation_seed": asked.variation_seed, **asked.of_method}
+    more: dict[str, Any] = {"variation": asked.variation, "variation_seed": asked.variation_seed, **asked.of_method,
+                            **asked.shown}
     if asked.start is None:
         width, height = picture_size(pipeline, asked.width, asked.height)
         sigmas = get_schedule(asked.schedule).sigmas(asked.steps, pipeline.denoiser()) if sigmas is None else sigmas
-        size: dict[str, Any] = {"width": width, "height": height}
         if asked.latents is not None:
             latents = load_latents(asked.latents, float(sigmas[0]))
             height, width = (side * pipeline.vae.factor for side in latents.shape[2:])
-            size = {}
+        asked, (width, height), larger = _sizes(pipeline, asked, (width, height))
+        size: dict[str, Any] = {"width": width, "height": height} if latents is None else {}
     else:
         begun = begin_from(pipeline, asked, asked.schedule, asked.steps, asked.width, asked.height, sigmas)
         (width, height), sigmas, size = begun.canvas.size, begun.sigmas, {}
-        more["start"] = begun
+        more["start"], steered = begun, partial(steered, part=begun.canvas.part)
+    drawn = (width, height) if asked.start is None else begun.canvas.image.size
+    pipeline = asked.changed(pipeline, *drawn, from_text=asked.mask is None and not asked.extend)
     levels = sigmas.tolist() if asked.syntax else None
+    read = _reader(pipeline, asked, levels)
+    own = replace(asked, mode="clip", negative_mode=None) if refiner is not None and refiner.tsc is None else asked
+    read_again = None if refiner is None else _reader(refiner, own, levels)
+    again = None if asked.hires is None else _second(asked, rule, larger, steered, dressed)
+
+    def ready(batch: list[Request], **shown: Any) -> Job:
+        cond, uncond = steered(*read(batch))
+        start: dict[str, Any] = {} if latents is None else {"latents": latents.expand(len(batch), -1, -1, -1)}
+        if refiner is not None and read_again is not None:
+            start["refiner"] = Refiner(refiner, *read_again(batch), at=asked.refiner_at)
+        if again is not None:
+            start["hires"] = again(batch)
+        call = partial(draw, pipeline, cond, uncond=uncond, guidance=guidance, sampler=asked.sampler, sigmas=sigmas,
+                       seeds=[r.seed for r in batch], **size, **more, **start, **shown)
+        found = {"width": width, "height": height, "hashes": asked.hashes,
+                 **{name: getattr(asked, name) for name in NO_SECOND}}
+        return Job([replace(r, **found, model=pipeline.name, version=VERSION,
+                            dtype=str(pipeline.dtype).removeprefix("torch.")) for r in batch], call)
+
+    return ready
+
+
+def _sizes(pipeline: Pipeline, asked: Request, given: Size) -> tuple[Request, Size, Size]:
+    """The request with the size of its second pass, and the sizes of both; without one where the first is as large."""
+    if asked.hires is None:
+        return asked, given, given
+    how = Enlargement.read(asked.hires)
+    first, larger = how.sizes(given, picture_size(pipeline, None, None), pipeline.vae.factor)
+    check_multiples(*larger, pipeline.vae.factor)
+    if how.scale is None and how.size is None:
+        own = NO_SECOND if first == larger else {"hires": str(replace(how, size=larger))}
+        asked = replace(asked, **own)
+    return asked, first, larger
+
+
+def _second(asked: Request, rule: Guidance | None, size: Size, steered: Callable[..., tuple[Condition, Condition]],
+            dressed: Callable[[Sequence[AddOn], Request], Pipeline]) -> Callable[[list[Request]], Hires]:
+    """What makes of a batch its second pass, whose prompts are read for its own noise levels."""
+    later = asked.second_pass()
+    pipeline = dressed(later.add_ons, later)
+    own = rule if asked.hires_scale is None and rule is not None else SCALE if later.scale is None else later.scale
+    how = Hires(size, Enlargement.read(asked.hires).strength, asked.hires_upscaler, later.sampler, later.schedule,
+                later.steps, own, network=lambda _: pipeline.unet)
+    levels = how.sigmas(pipeline, later.schedule, later.steps).tolist() if later.syntax else None
+    read = _reader(pipeline, later, levels)
+
+    def again(batch: list[Request]) -> Hires:
+        cond, uncond = steered(*read([r.second_pass() for r in batch]))
+        return replace(how, cond=cond, uncond=uncond)
+
+    return again
+
+
+def _reader(pipeline: Pipeline, asked: Request,
+            levels: Sequence[float] | None) -> Callable[[list[Request]], tuple[Condition, Conditioning]]:
+    """What makes of a batch's prompts and negatives what they are to a pipeline."""
     # ELLA's tokens of "" and CLIP's of "" stand against ELLA's and the tags': the same kinds on both sides.
     no_tags = "" if asked.tags is not None and asked.negative_mode is None else None
 
     def encode(texts: Sequence[str], mode: Mode, extra: str | None, score: float = POSITIVE_SCORE) -> Conditioning:
+        texts = texts if mode == "clip" else tuple(map(without_prefix, texts))
         encoded = _over_steps(texts, lambda t: pipeline.encode(t, mode, weighted=asked.syntax, score=score,
                                                                clip_skip=asked.clip_skip), levels)
         return encoded if extra is None else Concat(encoded, encode([extra], "clip", None))
@@ -164,17 +280,12 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None) -> Callabl
     def uncond_of(negatives: tuple[str, ...]) -> Conditioning:
         return encode(negatives, asked.negative_mode or asked.mode, no_tags, NEGATIVE_SCORE)
 
-    def ready(batch: list[Request], **shown: Any) -> Job:
-        cond = cond_of(_one_if_equal(r.prompt for r in batch))
-        uncond = uncond_of(_one_if_equal(r.negative for r in batch))
+    def read(batch: list[Request]) -> tuple[Condition, Conditioning]:
+        found = cond_of(_one_if_equal(r.text for r in batch)), uncond_of(_one_if_equal(r.negative for r in batch))
         pipeline.rest()
-        start: dict[str, Any] = {} if latents is None else {"latents": latents.expand(len(batch), -1, -1, -1)}
-        call = partial(draw, pipeline, cond, uncond=uncond, guidance=guidance, sampler=asked.sampler, sigmas=sigmas,
-                       seeds=[r.seed for r in batch], **size, **more, **start, **shown)
-        return Job([replace(r, width=width, height=height, model=pipeline.name, version=VERSION,
-                            dtype=str(pipeline.dtype).removeprefix("torch.")) for r in batch], call)
+        return found
 
-    return ready
+    return read
 
 
 def rows(prompts: str | Sequence[str], negative: str | Sequence[str], seeds: int | Sequence[int] | None, count: int,

@@ -1,15 +1,15 @@
-"""Pictures on disk: PNGs that say how they were made, and contact sheets."""
+"""Pictures on disk, which say how they were made, and contact sheets."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ella_kd.files import writing
 from ella_kd.request import Request
+from ella_kd.texts import QUALITY, format_of, written
 
 Settings = Request  # its older name
 
@@ -23,21 +23,21 @@ class Picture:
     image: Image.Image
     settings: Request
 
-    def save(self, path: str | Path, *, enlarge: int = 1, overwrite: bool = False) -> None:
-        """Write the PNG, whole or not at all, and not over another file unless told to.
+    def save(self, path: str | Path, *, enlarge: int = 1, quality: int = QUALITY, overwrite: bool = False) -> None:
+        """Write the picture, a PNG, JPEG or WebP by the name's ending, whole or not at all, and not over another file
+        unless told to.
 
         It carries two texts: `parameters`, as the AUTOMATIC1111 web UI writes and reads it, and `ella_kd`, the request
         itself as JSON, which `ella_kd.read_settings` gives back to `generate`. enlarge: every pixel becomes enlarge x
-        enlarge equal ones.
-        Raises OSError naming the file if it cannot be written, FileExistsError if there is one.
+        enlarge equal ones. quality: of JPEG and WebP, 1 to 100, which is lossless for WebP.
+        Raises OSError naming the file if it cannot be written, FileExistsError if there is one, ValueError for another
+        ending or quality.
         """
-        info = PngInfo()
-        info.add_text("parameters", self.settings.parameters())
-        info.add_text("ella_kd", self.settings.json())
+        texts = {"parameters": self.settings.parameters(), "ella_kd": self.settings.json()}
         image = self.image
         if enlarge != 1:
             image = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
-        save_image(image, path, info, overwrite=overwrite)
+        save_image(image, path, texts, quality=quality, overwrite=overwrite)
 
 
 def save_png(picture: Picture, path: str | Path, enlarge: int = 1) -> None:
@@ -45,10 +45,14 @@ def save_png(picture: Picture, path: str | Path, enlarge: int = 1) -> None:
     picture.save(path, enlarge=enlarge, overwrite=True)
 
 
-def save_image(image: Image.Image, path: str | Path, info: PngInfo | None = None, *, overwrite: bool = True) -> None:
-    """Write an image as PNG, whole or not at all. Raises OSError naming the file."""
+def save_image(image: Image.Image, path: str | Path, texts: Mapping[str, str] | None = None, *,
+               quality: int = QUALITY, overwrite: bool = True) -> None:
+    """Write an image as its name's ending says, PNG without one, whole or not at all. Raises OSError naming the file,
+    ValueError for another ending."""
+    kind = format_of(path)
+    options = written(kind, texts or {}, quality)
     with writing(path, exclusive=not overwrite) as temporary, open(temporary, "wb") as file:
-        image.save(file, "PNG", pnginfo=info)
+        image.save(file, kind, **options)
 
 
 def to_images(decoded: Tensor) -> list[Image.Image]:

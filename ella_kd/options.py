@@ -7,22 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from ella_kd.addon_words import read
 from ella_kd.drawing import check_multiples
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.files.checkpoint import parts_at
 from ella_kd.models.files.connector import connector_file
-from ella_kd.models.files.hub import find_all, with_preset
+from ella_kd.models.files.hub import find, find_all, is_preset, with_preset
 from ella_kd.models.files.kinds import kind_of_path
+from ella_kd.models.files.metadata import size_of
 from ella_kd.models.files.presets import PRESETS, Part
 from ella_kd.models.shapes import count_of
 from ella_kd.models.tokenizers import BPE, find_clip_tokenizer
-from ella_kd.pipeline import MINIATURE, Pipeline, size_of
+from ella_kd.pipeline import MINIATURE, Pipeline
 from ella_kd.placement import Placement
 from ella_kd.request import MODES, Mode, Request, mode_named
 
 Command = Callable[..., Any]
 FILES: tuple[Part, ...] = ("checkpoint", "vae", "text_encoder", "tsc", "t5", "clip_tokenizer")
+NAMES = [name for name, preset in PRESETS.items() if {*preset.parts} <= {*FILES}]  # a LoRA is given as --lora
 WHAT = {"checkpoint": "a Stable Diffusion checkpoint", "vae": "an autoencoder", "tsc": "ELLA's connector"}
 
 
@@ -39,7 +43,7 @@ class ModeChoice(click.Choice[Any]):
 def model_options(command: Command) -> Command:
     """The model, its files, and where it runs."""
     for option in reversed([
-        click.option("--model", type=click.Choice(["miniature", *PRESETS]), default="miniature", show_default=True,
+        click.option("--model", type=click.Choice(["miniature", *NAMES]), default="miniature", show_default=True,
                      metavar="NAME", help="The files of a model by its name (ella-kd models), fetched if need be; "
                                           "those named below come first."),
         click.option("--checkpoint", metavar="FILE",
@@ -47,6 +51,8 @@ def model_options(command: Command) -> Command:
                           "org/repo:file on the Hugging Face hub."),
         click.option("--vae", metavar="FILE", help="An autoencoder instead of the checkpoint's: a file or a folder."),
         click.option("--text-encoder", metavar="FILE", help="CLIP's text model instead of the checkpoint's."),
+        click.option("--offset", metavar="FILE",
+                     help="Differences to add to the UNet: IC-Light's files, which relight a --foreground."),
         click.option("--tsc", metavar="FILE", help="ELLA's connector: ella-sd1.5-tsc-t5xl.safetensors."),
         click.option("--t5", metavar="DIR", help="The folder of flan-t5-xl: model and tokenizer."),
         click.option("--clip-tokenizer", metavar="DIR",
@@ -76,6 +82,8 @@ def request_options(*left_out: str) -> Callable[[Command], Command]:
               if "help" in each.metadata and each.name not in left_out),
             click.option("--wildcards", metavar="DIR",
                          help="A folder of text files: __name__ in a prompt becomes a line of name.txt, by the seed."),
+            click.option("--models-dir", metavar="DIR",
+                         help="A folder where the names of add-ons are looked up: flat, or A1111's or ComfyUI's."),
             click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True,
                          help="Pictures drawn at once; takes memory, and changes a picture by at most one grey level "
                               "of 255 (three in bfloat16)."),
@@ -91,6 +99,8 @@ def _option(each: Field[Any]) -> Callable[[Command], Command]:
     said = each.metadata
     how: dict[str, Any] = {"help": said["help"], "metavar": said.get("metavar"), "default": each.default}
     how["show_default"] = each.default not in (None, "", False)
+    if said.get("multiple"):
+        how |= {"multiple": True, "show_default": False}
     if each.type in (Mode, Mode | None):
         how |= {"type": ModeChoice(), "metavar": None}
     elif each.type is bool:
@@ -104,6 +114,15 @@ def _option(each: Field[Any]) -> Callable[[Command], Command]:
     elif isinstance(each.default, float):
         how["type"] = float
     return click.option(f"--{each.name.replace('_', '-')}", **how)
+
+
+def use_presets(options: dict[str, Any]) -> None:
+    """Draw with the settings of the few-step LoRAs that are named (lcm-sd15), but for what the user has said."""
+    given = click.get_current_context().get_parameter_source
+    for name in (read("lora", door).file for door in options["lora"]):
+        for option, value in (PRESETS[name].settings if is_preset(name) else {}).items():
+            if given(option) == ParameterSource.DEFAULT:
+                options[option] = value
 
 
 def read_prompts(file: str) -> list[str]:
@@ -139,12 +158,13 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
     model = options.pop("model")
     prediction, offload, keep_t5 = (options.pop(name) for name in ("prediction", "offload", "keep_t5"))
     dtype, fast, device = options.pop("dtype"), options.pop("fast"), check_device(options.pop("device"))
+    offset = options.pop("offset")
     specs = with_preset({name: options.pop(name) for name in FILES}, None if model == "miniature" else model)
     files: dict[str, Any] = {"checkpoint": MINIATURE / "sd.safetensors"}
     given = [name for name in FILES if specs[name]]
     own = model == "miniature" and not given
-    if not own and not specs["checkpoint"]:
-        raise ValueError(f"{_flag(given[0])} belongs to a checkpoint: name it with --checkpoint")
+    if not specs["checkpoint"] and (given or offset):
+        raise ValueError(f"{_flag(given[0] if given else 'offset')} belongs to a checkpoint: name it with --checkpoint")
     if not own:
         modes = [(said, mode_named(mode)) for said, mode in wanted if mode]
         if not specs["tsc"] and (said := next((said for said, mode in modes if mode != "clip"), None)):
@@ -153,6 +173,10 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
         if said := next((said for said, mode in modes if mode == "clip"), None):
             files["clip_tokenizer"] = files["clip_tokenizer"] or _clip_tokenizer(files["checkpoint"], said)
         _check_files(files)
+    if options.get("refiner"):
+        _check_kind("refiner", find(options["refiner"]), WHAT["checkpoint"], "checkpoint")
+    if offset:
+        _check_kind("offset", find(offset), "IC-Light's file", "offset")
     checkpoint = Path(files["checkpoint"])
     factor = _factor(Path(files.get("vae") or checkpoint))
     side = size_of(checkpoint, factor) or factor
@@ -161,7 +185,7 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
     if fast and (device.type != "cpu" or dtype == "float16"):
         raise ValueError(f"--fast is for float32 or bfloat16 on the CPU, got {dtype or numbers} on {device}")
     if not own:
-        pipeline = Pipeline.load(**files, prediction=prediction,
+        pipeline = Pipeline.load(**files, offset=offset, prediction=prediction,
                                  placement=Placement(device, numbers, keep_t5=keep_t5, offload=offload))
     else:
         pipeline = Pipeline.miniature(device=device, **({"dtype": numbers} if dtype else {}))
@@ -171,11 +195,7 @@ def load(options: dict[str, Any], wanted: Iterable[tuple[str, Mode | None]]) -> 
 def _check_files(files: dict[str, Any]) -> None:
     for name, what in WHAT.items():
         if path := files.get(name):
-            if not Path(path).exists():
-                raise FileNotFoundError(f"no {what.split()[-1]} at {path}: {_flag(name)} takes a file or a folder")
-            kind = kind_of_path(connector_file(Path(path)) if name == "tsc" else path)
-            if kind.what and kind.place != name:
-                raise ValueError(f"{_flag(name)} takes {what}, and {path} looks like {kind}")
+            _check_kind(name, path, what, name)
     if (files["tsc"] is None) != (files["t5"] is None):
         raise ValueError("ELLA takes both --tsc, the connector, and --t5, the folder of the T5 it was trained with")
     for name, what in (("t5", "config.json"), ("clip_tokenizer", "a tokenizer")):
@@ -183,6 +203,14 @@ def _check_files(files: dict[str, Any]) -> None:
         wanted = ("config.json",) if name == "t5" else ("tokenizer.json", "vocab.json", "spiece.model")
         if folder and folder.name != BPE and not any((folder / found).is_file() for found in wanted):
             raise FileNotFoundError(f"{_flag(name)} takes a folder that holds {what}, and {folder} does not")
+
+
+def _check_kind(name: str, path: str | Path, what: str, place: str) -> None:
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no {what.split()[-1]} at {path}: {_flag(name)} takes a file or a folder")
+    kind = kind_of_path(connector_file(Path(path)) if name == "tsc" else path)
+    if kind.what and kind.place != place:
+        raise ValueError(f"{_flag(name)} takes {what}, and {path} looks like {kind}")
 
 
 def _clip_tokenizer(checkpoint: Path, said: str) -> Path | None:

@@ -1,8 +1,7 @@
 """All the networks of one text-to-image system, loaded together."""
 
-import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -17,15 +16,19 @@ from ella_kd.denoiser import ELLADenoiser, LDMDenoiser
 from ella_kd.guidance import CFG, CFGDenoiser, Guidance, GuidedDenoiser
 from ella_kd.models import TSC, AutoencoderKL, Checkpoint, NoiseSchedule, UNet, fast_on_cpu, load_checkpoint, load_tsc
 from ella_kd.models.added import POSITIVE_SCORE, WIDTH
+from ella_kd.models.addons.embeddings import Embedding
+from ella_kd.models.addons.lora.merging import Given, as_list, merged
 from ella_kd.models.clip import CLIPTextEncoder, TwoTextEncoders
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.emphasis import escape
+from ella_kd.models.files.connector import check_connector
 from ella_kd.models.files.from_diffusers import from_modules
-from ella_kd.models.files.hub import find_all, with_preset
-from ella_kd.models.files.layout import json_in
+from ella_kd.models.files.hub import find, find_all, with_preset
+from ella_kd.models.files.metadata import size_of
 from ella_kd.models.files.saving import save
-from ella_kd.models.files.weights import SAFETENSORS, Weights
 from ella_kd.models.noise_schedule import EDMSchedule, PredictionType
+from ella_kd.models.parameters import moved
+from ella_kd.models.seamless import seamless
 from ella_kd.models.t5 import T5TextEncoder
 from ella_kd.models.tokenizers import published_clip_tokenizer
 from ella_kd.models.winograd import WinogradConv2d
@@ -57,6 +60,7 @@ class Pipeline:
     name: str = ""
     placement: Placement | None = None
     text_models: tuple[nn.Module | None, ...] = ()  # text encoders whose tokenizer is not known, for `save`
+    purpose: str = ""  # what the UNet is for, as `models.files.kinds` has it: "inpainting", "IC-Light"
 
     @classmethod
     def load(
@@ -67,6 +71,7 @@ class Pipeline:
         t5: File | None = None,
         vae: File | None = None,
         text_encoder: File | None = None,
+        offset: File | None = None,
         clip_tokenizer: File | None = None,
         prediction: PredictionType | None = None,
         device: str | torch.device | None = None,
@@ -78,10 +83,11 @@ class Pipeline:
 
         Each is a path, `org/repo:file` or `org/repo` on the Hugging Face hub, or the name of a preset that has it
         (`ella_kd.models.files.hub.find`); for a preset's name as checkpoint, its other parts need not be named:
-        `Pipeline.load("ella-sd15")`. vae, text_encoder: instead of the checkpoint's. clip_tokenizer: CLIP's tokenizer
-        folder; None: a diffusers folder's own, that of an installed open_clip or clip package, or of the hub's cache,
-        and where nothing is drawn without CLIP it is fetched. prediction: "eps" or "v", where the files do not say
-        which (`load_checkpoint`, which takes the networks from any files).
+        `Pipeline.load("ella-sd15")`. vae, text_encoder: instead of the checkpoint's. offset: differences to add
+        to its UNet (IC-Light's files). clip_tokenizer: CLIP's tokenizer folder; None: a diffusers folder's own, that of
+        an installed open_clip or clip package, or of the hub's cache, and where nothing is drawn without CLIP it is
+        fetched. prediction: "eps" or "v", where the files do not say which (`load_checkpoint`, which takes the networks
+        from any files).
         device None: cuda if there is one, else the CPU; dtype (torch.float16 or "float16") None: fp16 on a GPU, fp32 on
         a CPU. placement, instead of these two: the dtype of each part and where it is when (`Placement`; by default T5
         leaves once `generate` has encoded a batch). The size is the first number of `modelspec.resolution` in the
@@ -99,7 +105,7 @@ class Pipeline:
             raise ValueError("ELLA takes both the connector (tsc) and the T5 it was trained with (t5), "
                              f"got tsc={tsc} and t5={t5}")
         found = find_all(specs)
-        path = found["checkpoint"]
+        path, more = found["checkpoint"], None if offset is None else find(offset)
         assert path is not None
         waiting = at.rest or at.device
         with warnings.catch_warnings():
@@ -108,7 +114,7 @@ class Pipeline:
             parts = load_checkpoint(path, vae=found["vae"], text_encoder=found["text_encoder"], dtype=at.dtype,
                                     device=waiting, prediction=prediction,
                                     vae_dtype=lambda family: placement.of("vae", family).dtype,
-                                    clip_tokenizer=found["clip_tokenizer"])
+                                    clip_tokenizer=found["clip_tokenizer"], offset=more)
             connector = None if found["tsc"] is None else load_tsc(found["tsc"], dtype=at.dtype, device=waiting)
         if parts.clip_tokenizer is None and parts.text_model is not None:
             needed = found["tsc"] is None or parts.unet.config.vector_dim is not None
@@ -120,7 +126,8 @@ class Pipeline:
             encoder = T5TextEncoder.from_folder(found["t5"], dtype=t5_at.dtype, device=t5_at.device)
         usual = parts.kind.size(parts.noise_schedule.prediction) * parts.vae.factor // 8
         sided = size_of(path, parts.vae.factor) or usual
-        system = cls.of(parts, connector, encoder, sided, path.name if path.is_dir() else path.stem)
+        name = (path.name if path.is_dir() else path.stem) + (f" + {more.stem}" if more else "")
+        system = cls.of(parts, connector, encoder, sided, name)
         return replace(system, placement=placement)
 
     @classmethod
@@ -129,7 +136,8 @@ class Pipeline:
         """The system of what `load_checkpoint` read; CLIP is in it if its tokenizer is known."""
         clip = None if parts.clip_tokenizer is None or parts.text_model is None else parts.text_encoder
         texts = (parts.text_model, parts.text_model_2) if clip is None else ()
-        return cls(parts.unet, parts.vae, parts.noise_schedule, clip, tsc, t5, size, name, text_models=texts)
+        return cls(parts.unet, parts.vae, parts.noise_schedule, clip, tsc, t5, size, name, text_models=texts,
+                   purpose=parts.kind.purpose)
 
     @classmethod
     def from_diffusers(cls, pipe: Any, *, tsc: TSC | None = None, t5: T5TextEncoder | None = None) -> "Pipeline":
@@ -173,6 +181,38 @@ class Pipeline:
     def fast_on_cpu(self) -> "Pipeline":
         """The same system, faster on a CPU and larger in memory: `models.fast_on_cpu` of the UNet and the connector."""
         return replace(self, unet=fast_on_cpu(self.unet), tsc=None if self.tsc is None else fast_on_cpu(self.tsc))
+
+    def with_embeddings(self, embeddings: Iterable[Embedding | File]) -> "Pipeline":
+        """A twin whose CLIP knows these words too, `Embedding`s or their files; none gives the pipeline itself.
+
+        A word is the file's name without its ending, in texts that CLIP reads: `mode="clip"`, tags, SDXL's prompts.
+        Raises ValueError for a pipeline without CLIP and for another model's embedding.
+        """
+        words = [each if isinstance(each, Embedding) else Embedding.load(each) for each in embeddings]
+        if words and self.clip is None:
+            raise ValueError(f"the embedding {words[0].name} is CLIP's, and this pipeline lacks CLIP or its tokenizer: "
+                             "load it with clip_tokenizer=<folder>")
+        return replace(self, clip=self.clip.with_embeddings(words)) if words and self.clip is not None else self
+
+    def with_lora(self, loras: "Given | Sequence[Given]", *, partial: bool = False) -> "Pipeline":
+        """The same system with LoRAs in its UNet and its text encoders: `models.addons.lora.with_lora`.
+
+        A text encoder's part changes what CLIP says, so ELLA alone does not see it: mode "clip", or tags beside ELLA.
+        """
+        pairs = as_list(loras)
+        texts = list(self.text_models) if self.clip is None else _models(self.clip)
+        networks: dict[str, Any] = {"unet": self.unet}
+        for i, model in enumerate(texts):
+            if model is not None:
+                networks["text_2" if i or hasattr(model, "text_projection") else "text"] = model
+        twins = merged(networks, pairs, partial=partial)
+        new = {id(network): twins[part] for part, network in networks.items()}
+        return replace(self, unet=twins["unet"], clip=self.clip and self.clip.moved(lambda model: new[id(model)]),
+                       text_models=tuple(model and new[id(model)] for model in self.text_models))
+
+    def seamless(self) -> "Pipeline":
+        """The same system for textures that meet themselves: `models.seamless` of the UNet and the autoencoder."""
+        return replace(self, unet=seamless(self.unet), vae=seamless(self.vae))
 
     def denoiser(self, guidance: Guidance | Scale | None = None) -> GuidedDenoiser:
         """The denoiser that belongs to the files, their noise schedule and prediction type (eps or v) included.
@@ -292,48 +332,20 @@ class Pipeline:
         return next((x.dtype for x in self.unet.parameters() if x.is_floating_point()), torch.float32)
 
 
+def _models(clip: CLIPTextEncoder | TwoTextEncoders) -> list[nn.Module]:
+    return [clip.first.model, clip.second.model] if isinstance(clip, TwoTextEncoders) else [clip.model]
+
+
 def _moved(module: M, device: str | torch.device | None, dtype: torch.dtype | None) -> M:
     """A copy of the module there; tensors that need no change are shared, which stays below two copies in memory."""
     if dtype is not None and any(isinstance(part, WinogradConv2d) and part.into.dtype != dtype
                                  for part in module.modules()):
         raise ValueError(f"the filters of a network that is fast_on_cpu are rounded once: cast it to {dtype} first, "
                          "sd.to(dtype=...).fast_on_cpu()")
-
-    def there(x: torch.Tensor) -> torch.Tensor:
-        return x.to(device=device, dtype=dtype if x.is_floating_point() else None)
-
-    moved: dict[int, Any] = {id(x): nn.Parameter(there(x.data), x.requires_grad) for x in module.parameters()}
-    moved |= {id(x): there(x) for x in module.buffers()}
-    return copy.deepcopy(module, moved)
+    return moved(module, device, dtype)
 
 
 def _count(part: object) -> str:
     if not isinstance(part, nn.Module):
         return type(part).__name__
     return f"{sum(x.numel() for x in part.parameters()) / 1e6:.3g} M"
-
-
-def check_connector(tsc: TSC, file: File | None, width: int, t5: File) -> None:
-    """Raises ValueError for a connector that belongs to another UNet or to another T5."""
-    tokens = tsc.connector.latents.shape[1]
-    if tokens != width:
-        raise ValueError(f"the connector {file} makes tokens of width {tokens}, the checkpoint's UNet takes {width}: "
-                         "they belong to different models (ELLA's published one is Stable Diffusion 1.5's)")
-    known = json_in(Path(t5) / "config.json").get("d_model")
-    if type(known) is int and known != tsc.input_dim:
-        raise ValueError(f"the T5 in {t5} has width {known}, the connector {file} was trained on one of "
-                         f"{tsc.input_dim}" + " (flan-t5-xl)" * (tsc.input_dim == 2048))
-
-
-def size_of(path: Path, factor: int = 8) -> int | None:
-    """The side of pictures that a file's `modelspec.resolution` names, or the configuration of a folder's UNet.
-
-    factor: pixels per latent. Raises as `Weights` does.
-    """
-    if path.is_dir():
-        side = json_in(path / "unet" / "config.json").get("sample_size")
-        return factor * side if type(side) is int and side > 0 else None
-    if path.suffix.lower() not in SAFETENSORS:
-        return None
-    side = Weights(path).metadata.get("modelspec.resolution", "").partition("x")[0]
-    return int(side) if side.isdecimal() and 0 < int(side) < 100_000 else None

@@ -5,29 +5,27 @@ import re
 from difflib import get_close_matches
 from pathlib import Path
 
+from ella_kd.addon_words import in_prompt, without
+
 _AND = re.compile(r"\\AND\b|\\.|\bAND\b", re.DOTALL)
 _WEIGHT = re.compile(r"(?<!\\):\s*(?P<number>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))\s*$")
-_ADD_ON = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
 _WILDCARD = re.compile(r"__(?P<name>\w(?:[\w/-]*?\w)?)__")
 
 
 def check_text(name: str, text: object) -> str:
-    """A text that can be encoded and kept. TypeError for another type, ValueError for broken UTF-8 and for add-ons."""
+    """A text that can be encoded and kept. TypeError for another type, ValueError for broken UTF-8, and for
+    add-ons that cannot be read or stand beside the prompt."""
     if not isinstance(text, str):
         raise TypeError(f"{name} must be a string, got {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"the {name} is not valid UTF-8 text, at character {error.start}: {text[:60]!a}") from error
-    if add_on := _ADD_ON.search(text):
-        raise ValueError(f"the {name} asks for the add-on {add_on[0]}, and LoRA files are not read yet: without it the "
-                         "picture would be another one; take it out of the text to draw that")
+    asked = in_prompt(text)[1] if name == "prompt" else without(text)[1]
+    if asked and name != "prompt":
+        raise ValueError(f"the {name} asks for the add-on {asked[0]}: give it in the prompt, for the whole "
+                         "picture, or as lora (--lora)")
     return text
-
-
-def without_add_ons(text: str) -> tuple[str, list[str]]:
-    """A text of another program without the add-ons that it asks for, and these: ("a cat ", ["<lora:x:0.8>"])."""
-    return _ADD_ON.sub("", text), [found[0] for found in _ADD_ON.finditer(text)]
 
 
 def split_and(prompt: str) -> list[tuple[str, float]]:

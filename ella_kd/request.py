@@ -1,6 +1,6 @@
 """What is asked for: everything a picture depends on is one frozen value.
 
-`generate`, `draw`, the command and the texts in a PNG share it: an option's default, range and help stand here alone.
+`generate`, `draw`, the command and a picture's texts share it: an option's default, range and help stand here alone.
 """
 
 import inspect
@@ -8,7 +8,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from operator import index
 from pathlib import Path
@@ -17,11 +17,15 @@ from typing import Any, Literal
 from PIL import Image, UnidentifiedImageError
 
 from ella_kd import infotext
+from ella_kd.addon_words import AddOn, FromAddOns, in_prompt, words_in
+from ella_kd.inside import FromInside
 from ella_kd.models import emphasis
+from ella_kd.pictures.hires_options import NO_SECOND, FromHires
 from ella_kd.pictures.options import FromPicture
 from ella_kd.prompt_editing import edits
 from ella_kd.prompts import check_text, split_and
 from ella_kd.samplers.names import get_sampler, sampler_named, schedule_named
+from ella_kd.texts import texts_of
 
 Mode = Literal["flexible", "fixed", "clip", "plain"]
 MODES: tuple[Mode, ...] = ("flexible", "fixed", "clip")  # "plain" is an older word for "clip", taken everywhere
@@ -44,15 +48,18 @@ def mode_named(mode: object) -> Mode:
 
 
 @dataclass(frozen=True)
-class Request(FromPicture):
+class Request(FromPicture, FromHires, FromAddOns, FromInside):
     """Everything that decides a picture: with the same model and the same request it comes out the same.
 
     A field with metadata is an option that a user chooses: what the command says of it, its smallest value (`least`).
-    A start picture and what is asked of it, and of the noise, are the fields of `FromPicture` and `FromNoise`.
+    A start picture and what is asked of it, and of the noise, are the fields of `FromPicture` and `FromNoise`; add-ons
+    those of `FromAddOns`, and the LoRAs that the prompt asks for; a second pass those of `FromHires`; what changes in
+    the UNet those of `FromInside`.
 
     prompt: as it is read, wildcards chosen. scale: of classifier-free guidance; None beside a rule without one number.
     guidance: the rule as text, "" for none. width, height: None for the model's own. model, dtype: the pipeline's name
     and its networks' dtype; version: of ella_kd. Those three are for the record, "" where nobody said.
+    refiner: the file of another system, which takes over at refiner_at (`ella_kd.refining.Refiner`).
     Raises ValueError or TypeError for a value that no picture can have.
     """
 
@@ -84,10 +91,19 @@ class Request(FromPicture):
     clip_skip: int = field(default=1, metadata={
         "help": "CLIP's layer: 1 the one that the model was trained with, 2 that before.", "metavar": "N", "least": 1})
     dtype: str = ""
+    tiling: bool = field(default=False, kw_only=True, metadata={
+        "help": "Draw a texture that meets itself at its edges, to be laid side by side."})
+    refiner: str | None = field(default=None, kw_only=True, metadata={
+        "help": "Another checkpoint, such as SDXL's refiner, that takes over on the way.", "metavar": "FILE"})
+    refiner_at: float = field(default=0.8, kw_only=True, metadata={
+        "help": "When: the share of the timesteps done, whatever the schedule.", "metavar": "SHARE"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("prompt", "negative", "tags"):
+        self.read_doors()
+        self.check_inside()
+        self.check_hires()
+        for name in ("prompt", "negative", "tags", "hires_prompt", "hires_negative"):
             if getattr(self, name) is not None:
                 check_text(name, getattr(self, name))
         for each in fields(self):
@@ -106,30 +122,53 @@ class Request(FromPicture):
         check_method_options(sampler, self.of_method)
         if self.scale is not None:
             self._set("scale", _number("scale", self.scale))
-
+        self._set("refiner_at", refiner_share(self.refiner_at))
         if self.syntax:
-            for text in (*(text for text, _ in split_and(self.prompt)), self.negative, self.tags or ""):
+            for text in (*(text for text, _ in split_and(self.text)), self.negative, self.tags or ""):
                 for said in set(edits(text, self.steps)):
                     emphasis.parse(said)
+        if self.hires is not None:
+            self.second_pass()
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    @property
+    def text(self) -> str:
+        """The prompt without the add-ons that it asks for."""
+        return in_prompt(self.prompt)[0]
+
+    @property
+    def add_ons(self) -> tuple[AddOn, ...]:
+        """All that is asked for: by the doors, by the prompt, and by `embedding:name` in any text."""
+        asked = (*self.read_doors(), *in_prompt(self.prompt)[1])
+        known = [Path(each.file).stem for each in asked if each.place == "embedding"]
+        texts = (self.prompt, self.negative, self.tags or "")
+        return (*asked, *dict.fromkeys(word for text in texts for word in words_in(text, known)))
+
+    def second_pass(self) -> "Request":
+        """What its second pass asks for, a request of its own; without one, the request itself."""
+        own = self.second()
+        rule = {"guidance": ""} if "scale" in own else {}
+        return replace(self, **{**own, **rule, "sigmas": None, "latents": None, **NO_SECOND})
 
     def arguments(self) -> dict[str, Any]:
         """What `generate` takes to draw the picture again: `generate(pipeline, **request.arguments())`."""
         kept = {each.name: getattr(self, each.name) for each in fields(self) if "help" in each.metadata}
         kept |= {"prompts": self.prompt, "seeds": self.seed, "guidance": self.guidance or None}
+        if self.hashes:
+            kept["hashes"] = self.hashes
         if self.guidance or self.scale is None:
             del kept["scale"]  # the rule has it
         return kept
 
     def parameters(self) -> str:
         """The text that other tools read: prompt, `Negative prompt:`, a line of `Key: value`."""
-        return infotext.write(asdict(self))
+        return infotext.write(vars(self))
 
     def json(self) -> str:
-        """The request itself, as `from_png` reads it back."""
-        return json.dumps(asdict(self), ensure_ascii=False, default=infotext.said)
+        """The request itself, as `from_picture` reads it back."""
+        return json.dumps(vars(self), ensure_ascii=False, default=infotext.said)
 
     @classmethod
     def from_json(cls, text: str) -> "Request":
@@ -153,8 +192,8 @@ class Request(FromPicture):
         return cls(**values)
 
     @classmethod
-    def from_png(cls, path: str | Path) -> "Request":
-        """How a picture was made, from the text `ella_kd` in its PNG, else from `parameters`.
+    def from_picture(cls, path: str | Path) -> "Request":
+        """How a picture was made, from the text `ella_kd` in its PNG, JPEG or WebP, else from `parameters`.
 
         Warns of what is not understood and of another version of ella_kd, whose pictures may differ.
         Raises FileNotFoundError, or ValueError for a file that is no picture or carries no settings.
@@ -165,7 +204,7 @@ class Request(FromPicture):
         try:
             with Image.open(path) as image:
                 image.load()  # texts may come after the pixels
-                texts: Mapping[str, Any] = getattr(image, "text", image.info)
+                texts = texts_of(image)
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
             raise ValueError(f"{path} is not a whole picture: {error}") from error
         try:
@@ -174,7 +213,7 @@ class Request(FromPicture):
             elif "parameters" in texts:
                 request = cls.from_text(texts["parameters"])
             else:
-                raise ValueError("it carries no settings: expected a PNG with the text `ella_kd` or `parameters`")
+                raise ValueError("it carries no settings: expected a picture with the text `ella_kd` or `parameters`")
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
         if request.version not in ("", VERSION):
@@ -182,13 +221,15 @@ class Request(FromPicture):
                           stacklevel=2)
         return request
 
+    from_png = from_picture  # its older name
+
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The arguments of `generate` that drew a PNG: `generate(pipeline, **read_settings("out/00001-1-a-cat.png"))`.
+    """The arguments of `generate` that drew a picture: `generate(pipeline, **read_settings("out/00001-1-a-cat.png"))`.
 
-    Warns and raises as `Request.from_png` does, whose value also names the model and its dtype.
+    Warns and raises as `Request.from_picture` does, whose value also names the model and its dtype.
     """
-    return Request.from_png(path).arguments()
+    return Request.from_picture(path).arguments()
 
 
 def method_named(sampler: str, schedule: str) -> tuple[str, str]:
@@ -209,6 +250,13 @@ def check_method_options(sampler: str, given: Mapping[str, float]) -> None:
     for name in given:
         if name not in known and not hasattr(get_sampler(sampler).method, name):
             raise ValueError(f"{sampler} has no {name}: leave it out or choose another sampler")
+
+
+def refiner_share(at: object) -> float:
+    """The share of the timesteps before the refiner's. ValueError for one that leaves either model nothing."""
+    if isinstance(at, bool) or not isinstance(at, (int, float)) or not 0 < at < 1:
+        raise ValueError(f"refiner_at is the share of the timesteps before the refiner's, between 0 and 1, got {at!r}")
+    return float(at)
 
 
 def whole(name: str, number: object, least: int = 1) -> int:

@@ -14,7 +14,7 @@ from ella_kd.models.parameters import zero_init
 from ella_kd.models.partial import take
 
 if TYPE_CHECKING:
-    from ella_kd.models.image_prompts import ImagePrompt
+    from ella_kd.models.image_prompts import Seen
     from ella_kd.models.patches import Patch
 
 
@@ -139,7 +139,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_init(nn.Linear(channels, channels) if linear_proj else nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, patches: Patches = (),
-                images: "Sequence[ImagePrompt]" = ()) -> Tensor:
+                images: "Sequence[Seen]" = ()) -> Tensor:
         h = self.norm(x)
         h = self.proj_in(_tokens(h)) if self.linear_proj else _tokens(self.proj_in(h))
         patched = any(patch is not None and patch.of_place(self.place) is not None for _, patch in patches)
@@ -152,12 +152,12 @@ class SpatialTransformer(nn.Module):
         return x + h
 
     def _patched(self, block: Any, x: Tensor, context: Tensor, mask: Tensor | None, patches: Patches,
-                 size: tuple[int, int], images: "Sequence[ImagePrompt]") -> Tensor:
-        """A block over x [B, h * w, C], where each row goes through its patch; neighbours that agree go together."""
+                 size: tuple[int, int], images: "Sequence[Seen]") -> Tensor:
+        """A block over x [B, h * w, C], where each row goes through its patch; plain neighbours go together."""
         here: list[tuple[Patch | None, int]] = []
         for rows, patch in patches:
             patch = patch and patch.of_place(self.place)
-            if here and here[-1][0] is patch:
+            if patch is None and here and here[-1][0] is None:  # a patch may look from row to row of one condition
                 rows += here.pop()[1]
             here.append((patch, rows))
         done: list[Tensor] = []
@@ -179,8 +179,11 @@ class Downsample(nn.Module):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+    def forward(self, x: Tensor, wider: int = 1) -> Tensor:
+        """wider: how many times stride, padding and dilation are what they are otherwise."""
+        if wider == 1:
+            return self.op(x)
+        return F.conv2d(x, self.op.weight, self.op.bias, 2 * wider, wider, wider)
 
 
 class Upsample(nn.Module):
@@ -193,11 +196,11 @@ class Upsample(nn.Module):
 
 
 class Layers(nn.Sequential):
-    """Layers in a row, each given what it takes beside x; size: what an Upsample must reach."""
+    """Layers in a row, each given what it takes beside x; size: what an Upsample must reach; wider: a Downsample."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None,  # type: ignore[override]
-                patches: Patches = (), size: torch.Size | None = None,
-                images: "Sequence[ImagePrompt]" = ()) -> Tensor:
+                patches: Patches = (), size: torch.Size | None = None, images: "Sequence[Seen]" = (),
+                wider: int = 1) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -205,12 +208,14 @@ class Layers(nn.Sequential):
                 x = layer(x, context, mask, patches, images)
             elif isinstance(layer, Upsample):
                 x = layer(x, size)
+            elif isinstance(layer, Downsample):
+                x = layer(x, wider)
             else:
                 x = layer(x)
         return x
 
 
-def _seeing(block: Any, images: "Sequence[ImagePrompt]") -> Any:
+def _seeing(block: Any, images: "Sequence[Seen]") -> Any:
     """The block, whose cross-attention sees these pictures too."""
     if not images:
         return block

@@ -2,17 +2,19 @@
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from ella_kd.models.addons.embeddings import PAIR, Embedding
 from ella_kd.models.devices import place_of
 from ella_kd.models.emphasis import Piece, chunks
 from ella_kd.models.shapes import Shapes, count_of, shape_of
 from ella_kd.models.text import TextFeatures, as_list
-from ella_kd.models.tokenizers import token_ids, tokenize
+from ella_kd.models.tokenizers import cut, token_ids, tokenize
+from ella_kd.models.words import Word, units, with_vectors, word
 
 if TYPE_CHECKING:  # transformers takes seconds to import: it is loaded when a text encoder is
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
@@ -26,8 +28,10 @@ class CLIPTextEncoder:
     layer: the one whose hidden states are shown, counted from the last, 1; norm: after the final layer norm; pad: the
     token behind a prompt's end, None for the tokenizer's own; pooled: give the last layer at the end token too,
     projected, as the features' vector (the model is a CLIPTextModelWithProjection). As written, Stable Diffusion 1.x;
-    `sd2` and `big_g` are the others.
+    `sd2` and `big_g` are the others. words: those that it has learned (`with_embeddings`).
     """
+
+    words: tuple[Word, ...] = ()
 
     def __init__(self, model: "CLIPTextModel | CLIPTextModelWithProjection", tokenizer: "PreTrainedTokenizerBase", *,
                  layer: int = 1, norm: bool = True, pad: int | None = None, pooled: bool = False) -> None:
@@ -66,8 +70,14 @@ class CLIPTextEncoder:
         Padded to the model's positions (77); longer prompts are truncated with a warning: `weighted` has no limit.
         Raises TypeError or ValueError for bad prompts, ValueError for a layer that does not exist.
         """
-        batch = tokenize(self.tokenizer, as_list(prompts), self.model.config.max_position_embeddings)
-        ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, self.pad)
+        texts, length = as_list(prompts), self.model.config.max_position_embeddings
+        if self.words:
+            rows = [[token for unit in units(self.tokenizer, text, self.words) for token in unit] for text in texts]
+            rows = [cut(row, length - self._ends, text) for row, text in zip(rows, texts)]
+            ids = torch.tensor([[token for token, _ in self._chunk([(x, 1.0) for x in row])] for row in rows])
+        else:
+            batch = tokenize(self.tokenizer, texts, length)
+            ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, self.pad)
         hidden, vector = self._hidden(ids, clip_skip)
         return TextFeatures(hidden, vector=vector)
 
@@ -105,6 +115,38 @@ class CLIPTextEncoder:
         twin.model = move(self.model)
         return twin
 
+    def with_embeddings(self, embeddings: Iterable[Embedding], *halves: str) -> Self:
+        """A twin that knows these words beside its own; it shares every tensor. None: the encoder itself.
+
+        A word is called by its name in a text, in any case, or by `embedding:name`; its n vectors take the places of n
+        tokens, are never parted by a chunk's end, and have the weight of what calls them. halves: whose vectors of a
+        pair are taken. Raises ValueError for another model's embedding, two of one name, and more vectors than a chunk
+        has places.
+        """
+        new = list(embeddings)
+        if not new:
+            return self
+        table: Any = self.model.get_input_embeddings()
+        vectors = [each.fitting(table.embedding_dim, *(halves or ("", PAIR[1])[:1 + self.pooled])) for each in new]
+        room = self.model.config.max_position_embeddings - self._ends
+        words, first = list(self.words), table.num_embeddings + sum(len(each.ids) for each in self.words)
+        for each in new:
+            if each.name.lower() in {known.name.lower() for known in words}:
+                raise ValueError(f"there are two embeddings of the name {each.name}: rename one, its name is the word")
+            if len(each) > room:
+                raise ValueError(f"the embedding {each.name} has {len(each)} vectors: a chunk of this text encoder has "
+                                 f"places for {room}")
+            words.append(word(self.tokenizer, each.name, range(first, first + len(each))))
+            first += len(each)
+        twin = self.moved(lambda model: with_vectors(model, torch.cat([x.to(table.weight) for x in vectors])))
+        twin.words = tuple(words)
+        return twin
+
+    @property
+    def _ends(self) -> int:
+        """The tokens that begin and end every chunk."""
+        return len(token_ids(self.tokenizer, ""))
+
     @torch.no_grad()
     def _hidden(self, ids: Tensor, clip_skip: int) -> tuple[Tensor, Tensor | None]:
         """Token ids [N, L] -> hidden states [N, L, D], and the vector [N, P] of a pooled encoder."""
@@ -131,17 +173,23 @@ class CLIPTextEncoder:
 
     def _split(self, pieces: list[Piece]) -> list[list[tuple[int, float]]]:
         """Pieces -> the tokens of each chunk, none empty unless it is the only one."""
-        room = self.model.config.max_position_embeddings - len(token_ids(self.tokenizer, ""))
-        comma = token_ids(self.tokenizer, ",", special=False)
-        tokens = [(token, weight) for text, weight in pieces
-                  for token in token_ids(self.tokenizer, text, special=False)]
-        parts: list[list[tuple[int, float]]] = []
-        while len(tokens) > room:
-            commas = [i for i in range(max(room - COMMA_BACKTRACK, 0), room) if [tokens[i][0]] == comma]
-            end = commas[-1] + 1 if commas and [tokens[room][0]] != comma else room
-            parts.append(tokens[:end])
-            tokens = tokens[end:]
-        return [*parts, tokens]
+        room = self.model.config.max_position_embeddings - self._ends
+        comma = tuple(token_ids(self.tokenizer, ",", special=False))
+        parts: list[list[tuple[int, float]]] = [[]]
+        after = 0  # the place after the part's last comma, 0 without one
+        for unit, weight in ((unit, weight) for text, weight in pieces
+                             for unit in units(self.tokenizer, text, self.words)):
+            part = parts[-1]
+            if len(part) == room and unit != comma and after and room - after < COMMA_BACKTRACK:
+                parts.append(part[after:])
+                del part[after:]
+                after = 0
+            if len(parts[-1]) + len(unit) > room:
+                parts.append([])
+                after = 0
+            parts[-1] += [(token, weight) for token in unit]
+            after = len(parts[-1]) if unit == comma else after
+        return parts
 
     def _chunk(self, part: list[tuple[int, float]]) -> list[tuple[int, float]]:
         """With begin token, end token and padding, all of weight 1."""
@@ -186,6 +234,12 @@ class TwoTextEncoders:
     def moved(self, move: Callable[[Any], Any]) -> Self:
         """The same encoders around `move(model)`."""
         return type(self)(self.first.moved(move), self.second.moved(move))
+
+    def with_embeddings(self, embeddings: Iterable[Embedding]) -> Self:
+        """As of each: `CLIPTextEncoder.with_embeddings`; an embedding has vectors for both."""
+        new = list(embeddings)
+        halves = (each.with_embeddings(new, half) for each, half in zip((self.first, self.second), PAIR))
+        return type(self)(*halves) if new else self
 
 
 def clip_text_model(shapes: Shapes, act: str | None = None) -> "CLIPTextModel | CLIPTextModelWithProjection":

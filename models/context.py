@@ -53,7 +53,8 @@ class Context:
     [B]: the guidance scale, of networks that are told it (LCM). Of several parts of one conditioning the first's hold.
 
     controls: ControlNets and T2I-Adapters with their pictures (`models.controls`). images: image prompts
-    (`models.image_prompts`). Each is for some of the rows; those of several parts add up.
+    (`models.image_prompts`). references: pictures to look at (`models.reference`). Each is for some of the rows; those
+    of several parts add up.
     """
 
     tokens: Tensor
@@ -66,6 +67,7 @@ class Context:
     guidance: Tensor | None = per_row("a guidance scale", the_first, exact=True)  # noqa: RUF009
     controls: Any = for_some("a ControlNet or T2I-Adapter")  # noqa: RUF009
     images: Any = for_some("an image prompt")  # noqa: RUF009
+    references: Any = for_some("a reference")  # noqa: RUF009
 
     @classmethod
     def of(cls, seen: "Context | Tensor") -> "Context":

@@ -115,7 +115,7 @@ class Control(ForRows):
             raise ValueError(f"the control {self.network.name or type(self.network).__name__} is on {weight.device} "
                              f"and the latents on {x.device}: move it, net.to({str(x.device)!r})")
         self.network.check(unet)
-        rows = replace(seen, controls=None, images=None).take(self.rows)
+        rows = replace(seen, controls=None, images=None, references=None).take(self.rows)
         if self.own is not None:
             vector = rows.vector if self.own.vector is None else self.own.vector
             rows = replace(rows, tokens=self.own.tokens, mask=self.own.mask, vector=vector)

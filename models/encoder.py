@@ -92,7 +92,8 @@ class Encoder(nn.Module):
             raise ValueError(f"the UNet takes x [B, {config.in_channels}, h, w], got {list(x.shape)}")
         if t.shape != x.shape[:1]:
             raise ValueError(f"the UNet takes one timestep per sample: x has {x.shape[0]}, t has {list(t.shape)}")
-        if tokens.ndim != 3 or tokens.shape[0] != x.shape[0] or tokens.shape[2] != config.context_dim:
+        if tokens.ndim != 3 or tokens.shape[0] != x.shape[0] or (
+                config.context_dim and tokens.shape[2] != config.context_dim):
             raise ValueError(f"the UNet takes context [{x.shape[0]}, L, {config.context_dim}], "
                              f"got {list(tokens.shape)}")
         check_mask(mask, tokens, read=False)

@@ -1,6 +1,6 @@
 """Pictures that the UNet's cross-attentions see beside the text (IP-Adapter), for rows that want it, in one call."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ella_kd.models.blocks import Attention, TransformerBlock
-from ella_kd.models.partial import ForRows, add_to_rows, rows_of, scaled
+from ella_kd.models.devices import upload
+from ella_kd.models.partial import ForRows, add_to_rows, rows_of
 
 
 class KeysAndValues(Protocol):
@@ -43,7 +44,7 @@ class ImagePrompt(ForRows):
     tokens: tuple[Tensor, ...]
 
     @property
-    def key(self) -> Hashable:
+    def key(self) -> tuple[Any, ...]:
         return super().key, self.tokens[0].shape
 
     def check(self, unet: Any) -> None:
@@ -54,19 +55,39 @@ class ImagePrompt(ForRows):
                              f"adapter there, or move it before cond.with_image, adapter.to({str(there)!r})")
         self.adapter.check(unet)
 
-    def seen(self, q: Tensor, attn: Any, number: int) -> Tensor:
+
+@dataclass(frozen=True, eq=False)
+class Seen(ForRows):
+    """An image prompt made ready for a call of the UNet: tokens [n, L, D], and strengths [n, 1, 1], a tensor, so that
+    a compiled network is the same for all of them."""
+
+    columns: ClassVar[tuple[str, ...]] = ("strengths", "tokens")
+    adapter: ImageAdapter
+    tokens: Tensor
+
+    def found(self, q: Tensor, attn: Any, number: int) -> Tensor:
         """What the queries [n, l, C] of these rows find in their pictures."""
         layer = self.adapter.of_block(number)
-        alike = len({id(x) for x in self.tokens}) == 1
-        tokens = self.tokens[0][None] if alike else torch.stack(self.tokens)
-        k, v = (to(tokens).to(q.dtype).expand(len(q), -1, -1) for to in (layer.to_k_ip, layer.to_v_ip))
-        return scaled(attn.attend(q, k, v, attn.heads), self.strengths)
+        k, v = (to(self.tokens).to(q.dtype) for to in (layer.to_k_ip, layer.to_v_ip))
+        return attn.attend(q, k, v, attn.heads) * self.strengths
+
+
+@torch.compiler.disable
+def ready(images: Sequence[ImagePrompt], unet: Any) -> tuple[Seen, ...]:
+    """Image prompts as a UNet's blocks take them. Raises ValueError for one that does not fit the UNet."""
+    found = []
+    for image in images:
+        image.check(unet)
+        tokens = torch.stack(image.tokens)
+        strengths = upload(torch.tensor(image.strengths, dtype=unet.dtype)[:, None, None], tokens.device)
+        found.append(Seen(image.rows, strengths, image.adapter, tokens))
+    return tuple(found)
 
 
 class SeeingAttention:
     """A cross-attention that sees pictures too, for one call; all else is the attention's own."""
 
-    def __init__(self, attn: Attention, number: int, images: Sequence[ImagePrompt]) -> None:
+    def __init__(self, attn: Attention, number: int, images: Sequence[Seen]) -> None:
         self.attn, self.number, self.images = attn, number, images
 
     def __getattr__(self, name: str) -> Any:
@@ -74,7 +95,7 @@ class SeeingAttention:
 
     def finish(self, q: Tensor, found: Tensor) -> Tensor:
         for image in self.images:
-            found = add_to_rows(found, image.rows, image.seen(rows_of(q, image.rows), self.attn, self.number))
+            found = add_to_rows(found, image.rows, image.found(rows_of(q, image.rows), self.attn, self.number))
         return self.attn.to_out(found)
 
     def __call__(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -85,7 +106,7 @@ class SeeingAttention:
 class Seeing:
     """A transformer block whose cross-attention sees pictures too, for one call; it is what patches are given."""
 
-    def __init__(self, block: TransformerBlock, images: Sequence[ImagePrompt]) -> None:
+    def __init__(self, block: TransformerBlock, images: Sequence[Seen]) -> None:
         self.block, self.attn2 = block, SeeingAttention(block.attn2, block.number, images)
 
     def __getattr__(self, name: str) -> Any:

@@ -14,7 +14,7 @@ to a pipeline, `replace(sd, unet=Inside(sd.unet, ...))`. A change of your own is
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import combinations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ella_kd.models.context import Context
 from ella_kd.models.network import Levels, Patches, above
-from ella_kd.models.partial import rows_of
+from ella_kd.models.networks import ByRow, Several
 from ella_kd.models.patches import Patch
 from ella_kd.models.unet import UNet
 
@@ -57,6 +57,10 @@ class Change:
         """What the rows do in place of transformer blocks."""
         return ()
 
+    def wider(self, n: int) -> int:
+        """How many times wider the stride of input_blocks[n] is, which makes features smaller; 1 as it is."""
+        return 1
+
     def before_skip(self, n: int, x: Tensor) -> Tensor:
         """x [B, C, h, w] after input_blocks[n], before it is kept for the way up: it may get another size."""
         return x
@@ -78,19 +82,22 @@ class Inside(nn.Module):
     before or after. Raises TypeError for another network, ValueError for two changes of one transformer at one sigma.
     """
 
+    unet: UNet
+    changes: tuple[Change, ...]
+
     def __init__(self, unet: "UNet | Inside", *changes: Change) -> None:
         super().__init__()
         inner = unet.unet if isinstance(unet, Inside) else unet
         if not isinstance(inner, UNet):
             raise TypeError(f"Inside changes ella_kd's own UNet, got {type(unet).__name__}: put other networks around "
-                            "it, a diffusers pipeline's UNet is loaded by Pipeline.from_diffusers")
+                            "it, with_changes(network, ...) does so for networks by sigma and by row")
         for change in changes:
             if not isinstance(change, Change):
                 raise TypeError(f"Inside takes changes, such as FreeU(), got {type(change).__name__}")
         self.unet = inner
         before = unet.changes if isinstance(unet, Inside) else ()
         self.changes = (*before, *(change.on(inner) for change in changes))
-        self._now: tuple[tuple[Change, ...], ...] = ()  # of each level of a call
+        self.now: tuple[Change, ...] = ()  # what holds, once sigma is known
         for one, other in combinations(self.changes, 2):
             both = set(_places(one)) & set(_places(other))
             if both and max(one.sigma_lo, other.sigma_lo) < min(one.sigma_hi, other.sigma_hi):
@@ -125,38 +132,58 @@ class Inside(nn.Module):
     def guidance_dim(self) -> int | None:
         return self.unet.guidance_dim
 
+    @property
+    def networks(self) -> tuple[UNet, ...]:
+        """The UNet: what a LoRA changes (`models.networks.Several` has several)."""
+        return (self.unet,)
+
+    def each(self, f: Callable[[Any], Any]) -> "Inside":
+        """The same changes of f(the UNet)."""
+        return Inside(f(self.unet), *self.changes)
+
     def compile(self, **options: Any) -> None:
         """Compile the UNet in place; each set of changes that holds at some sigma is a graph of its own."""
         self.unet.compile(**options)
 
-    def at(self, levels: Levels) -> "UNet | Self":
-        now = tuple(tuple(found for change in self.changes if (found := change.at(level)) is not None)
-                    for level in levels)
-        if not any(now):
+    def at(self, levels: Levels) -> Any:
+        now = [tuple(found for change in self.changes if (found := change.at(level)) is not None) for level in levels]
+        networks = {changes: self._with(changes) for changes in now}
+        return ByRow([networks[changes] for changes in now]) if len(networks) > 1 else networks[now[0]]
+
+    def _with(self, changes: tuple[Change, ...]) -> "UNet | Self":
+        """With these changes at any sigma."""
+        if not changes:
             return self.unet
         twin = copy(self)
-        twin._now = now[:1] if len(set(now)) == 1 else now
+        twin.now = changes
         return twin
 
     def forward(self, x: Tensor, t: Tensor, context: Context, patches: Patches = ()) -> Tensor:
-        if not self._now:
+        if not self.now:
             raise ValueError("what changes inside a UNet is decided by sigma, and t does not tell it: call "
                              "network.at((sigma,))(x, t, context), as a denoiser does")
-        if len(self._now) == 1:
-            return self.unet(x, t, context, patches, self._now[0])
-        each = [self._now[row % len(self._now)] for row in range(len(x))]  # one answer's rows after another's
-        own = [patch for n, patch in patches or [(len(x), None)] for _ in range(n)]
-        groups = [[row for row in range(len(x)) if each[row] == changes] for changes in dict.fromkeys(each)]
-        done = []
-        for rows in groups:
-            part = (rows_of(x, rows), rows_of(t, rows), context.take(rows))
-            done.append(self.unet(*part, [(1, own[row]) for row in rows], each[rows[0]]))
-        order = [row for rows in groups for row in rows]
-        return rows_of(torch.cat(done), sorted(range(len(x)), key=order.__getitem__))
+        return self.unet(x, t, context, patches, self.now)
+
+
+def with_changes(network: Any, *changes: Change) -> Any:
+    """A network with changes in every UNet of it: of networks by sigma or by row, each."""
+    if not changes:
+        return network
+    return network.each(lambda one: with_changes(one, *changes)) if isinstance(network, Several) \
+        else Inside(network, *changes)
 
 
 def _places(change: Change) -> Sequence[str]:
     return [place for patch in change.patches for place in patch.places]
+
+
+def places_on(unet: UNet, places: Sequence[str]) -> tuple[str, ...]:
+    """These transformers of a UNet, or without any those of `finest`. ValueError for one that it has not."""
+    unknown = set(places) - set(unet.places)
+    if unknown or not unet.places:
+        raise ValueError(f"this UNet has no transformer {min(unknown, default='with self-attention')}: choose from "
+                         f"{', '.join(unet.places)}")
+    return tuple(places) or finest(unet)
 
 
 def finest(unet: UNet) -> tuple[str, ...]:
@@ -167,4 +194,5 @@ def finest(unet: UNet) -> tuple[str, ...]:
         part, n = place.split(".")[:2]
         return {"input_blocks": int(n) // blocks, "output_blocks": levels - 1 - int(n) // blocks}.get(part, levels)
 
-    return tuple(place for place in unet.places if level(place) == min(map(level, unet.places)))
+    levels_of = {place: level(place) for place in unet.places}
+    return tuple(place for place, found in levels_of.items() if found == min(levels_of.values()))

@@ -1,7 +1,7 @@
 """Inputs that some rows of a call have and others have not, and the algebra of their rows, known to the host."""
 
 from abc import ABC
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -18,21 +18,21 @@ Box = tuple[int, int, int, int]
 class ForRows(ABC):
     """What these rows of a context have: a ControlNet's picture, an image prompt.
 
-    rows: their numbers. strengths: how much it counts in each. columns: the fields with an entry per row: a tuple, a
-    tensor or a Context; None for none. What agrees in all other fields, and in which columns are None, is joined where
-    contexts are stacked: it is one call.
+    rows: their numbers. strengths: how much it counts in each, a tuple of numbers. columns: the fields with an entry
+    per row: a tuple, a tensor or a Context; None for none. What agrees in all other fields, and in which columns are
+    None, is joined where contexts are stacked: it is one call.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("strengths",)
     rows: tuple[int, ...]
-    strengths: tuple[float, ...]
+    strengths: Any
 
     def weighed(self, factor: float) -> Self:
         """The same, `factor` times as strong."""
         return replace(self, strengths=tuple(factor * strength for strength in self.strengths))
 
     @property
-    def key(self) -> Hashable:
+    def key(self) -> tuple[Any, ...]:
         """What those that go together have in common."""
         shared = (getattr(self, own.name) for own in fields(self) if own.name not in ("rows", *self.columns))
         return type(self), *shared, *(getattr(self, name) is None for name in self.columns)

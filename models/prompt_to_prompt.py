@@ -9,19 +9,22 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ella_kd.models.attention import log_weights
+from ella_kd.models.attention import attend, log_weights
 from ella_kd.models.blocks import TransformerBlock
 from ella_kd.models.patches import Patch
 
 
 @dataclass(frozen=True)
 class SourceAttention(Patch):
-    """Where the first row of a batch looks in its text, the others look in theirs; the first stays as it is.
+    """Where the first row of a batch looks in its text, and in itself, the others look in theirs; the first stays as it
+    is.
 
     tokens: of each token of the other rows, which of the first row's it stands for, -1 for none: it keeps its own
     attention (the paper's refinement, equation 4; `aligned` finds them). None: each for the one at its place
     (replacement; ELLA's tokens are no words, and stand for each other so). weights: a factor for the attention to each
-    token, 1 plain, 0 unseen (equation 5). own: keep their own attention, re-weighted alone.
+    token, 1 plain, 0 unseen (equation 5). own: keep their own attention to the text, re-weighted alone. pixels: their
+    self-attention is the first row's too where the feature map has at most so many, which holds the composition; the
+    paper's code has 16 * 16, a later one of its authors 32 * 32.
     Raises ValueError for rows whose tokens differ in number from these.
     """
 
@@ -29,10 +32,16 @@ class SourceAttention(Patch):
     tokens: tuple[int, ...] | None = None
     weights: tuple[float, ...] | None = None
     own: bool = False
+    pixels: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it changes nothing."""
+        return not self.places or (self.own and self.weights is None and not self.pixels)
 
     def __call__(self, block: TransformerBlock, x: Tensor, context: Tensor, mask: Tensor | None,
                  size: tuple[int, int]) -> Tensor:
-        x = x + block.self_attention(x)
+        x = x + (self._of_the_source(block, x) if size[0] * size[1] <= self.pixels else block.self_attention(x))
         attn = block.attn2
         queries = attn.to_q(block.norm2(x))
         q, k, v = (rearrange(y, "b l (h d) -> b h l d", h=attn.heads) for y in
@@ -45,6 +54,13 @@ class SourceAttention(Patch):
         maps = torch.cat([scores[:1].softmax(-1), self._edited(scores.softmax(-1))])
         x = x + attn.finish(queries, rearrange(maps.to(v.dtype) @ v, "b h l d -> b l (h d)"))
         return x + block.feed_forward(x)
+
+    @staticmethod
+    def _of_the_source(block: TransformerBlock, x: Tensor) -> Tensor:
+        """Self-attention with the first row's maps: each pixel gets its own row's values from where the first looks."""
+        attn, normed = block.attn1, block.norm1(x)
+        q, k = (to(normed[:1]).expand(len(x), -1, -1) for to in (attn.to_q, attn.to_k))
+        return attn.to_out(attend(q, k, attn.to_v(normed), attn.heads))
 
     def _edited(self, maps: Tensor) -> Tensor:
         """maps [b, heads, h * w, L] -> those of the rows after the first."""

@@ -135,7 +135,17 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str], length: int
         batch = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt",
                           return_offsets_mapping=offsets)
     for text, count in zip(texts, counts):
-        if count > length:
-            warnings.warn(f"the prompt has {count} tokens and {length} are read: what follows is lost, from "
-                          f"{text[:60]!r}...", stacklevel=3)
+        _warn_of_lost(text, count, length)
     return batch
+
+
+def cut(ids: list[int], length: int, text: str) -> list[int]:
+    """The first tokens of a text, with a warning if there are more."""
+    _warn_of_lost(text, len(ids), length)
+    return ids[:length]
+
+
+def _warn_of_lost(text: str, count: int, length: int) -> None:
+    if count > length:
+        warnings.warn(f"the prompt has {count} tokens and {length} are read: what follows is lost, from "
+                      f"{text[:60]!r}...", stacklevel=4)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ella_kd.models.blocks import TransformerBlock
-from ella_kd.models.inside import Change, finest
+from ella_kd.models.inside import Change, places_on
 from ella_kd.models.patches import Patch
 from ella_kd.models.unet import UNet
 
@@ -33,12 +33,7 @@ class ToMe(Change):
             raise ValueError(f"ToMe merges a ratio of the pixels from 0 to 0.75, got {self.ratio}")
 
     def on(self, unet: UNet) -> "ToMe":
-        places = self.places or finest(unet)
-        unknown = set(places) - set(unet.places)
-        if unknown or not places:
-            raise ValueError(f"this UNet has no transformer {min(unknown, default='with self-attention')}: choose from "
-                             f"{', '.join(unet.places)}")
-        return replace(self, places=places)
+        return replace(self, places=places_on(unet, self.places))
 
     def at(self, level: float) -> Change | None:
         return super().at(level) if self.ratio else None

@@ -11,9 +11,11 @@ from ella_kd.models.blocks import Layers, ResBlock, SpatialTransformer, Transfor
 from ella_kd.models.context import Context
 from ella_kd.models.controls import added
 from ella_kd.models.encoder import Encoder, transformer
+from ella_kd.models.image_prompts import ready
 from ella_kd.models.network import Levels, Patches
 from ella_kd.models.parameters import zero_init
 from ella_kd.models.patches import for_all
+from ella_kd.models.reference import beside_references
 from ella_kd.models.shapes import Shapes, count_of, shape_of
 
 if TYPE_CHECKING:
@@ -97,7 +99,7 @@ class UNetConfig:
     def from_shapes(cls, shapes: Shapes, num_heads: int | None = None, head_dim: int | None = None,
                     whole: bool = True) -> "UNetConfig":
         """The configuration read off a checkpoint's shapes, names without `model.diffusion_model.`; whole: False for a
-        ControlNet's, which has no way up.
+        ControlNet's, which has no way up, and perhaps no transformer (then context_dim is 0: it sees no text).
 
         The heads are not in the shapes: without an argument, 8 heads if proj_in is a convolution (SD1.x) or labels are
         seen (the x4 upscaler), else heads of 64 channels. A level is `cross_only` if its first attention takes another
@@ -124,6 +126,7 @@ class UNetConfig:
         down, each = tuple(tuple(map(transformers, level)) for level in levels), len(levels[0]) + 1
         up = [tuple(transformers(f"output_blocks.{each * i + j}") for j in range(each)) for i in range(len(levels))]
         deep = next((level[0] for level in levels if transformers(level[0])), "middle_block")
+        keys = f"{deep}.1.transformer_blocks.0.attn2.to_k.weight"
         linear_proj = len(shapes.get(f"{deep}.1.proj_in.weight", ())) == 2
         if num_heads is None and head_dim is None:
             num_heads, head_dim = (None, 64) if linear_proj and "label_emb.weight" not in shapes else (8, None)
@@ -131,7 +134,7 @@ class UNetConfig:
         return cls(
             in_channels, shape_of(shapes, "out.2.weight", 4)[0] if whole else cls.out_channels, model_channels,
             tuple(width // model_channels for width in widths), len(levels[0]), down,
-            shape_of(shapes, f"{deep}.1.transformer_blocks.0.attn2.to_k.weight", 2)[1],
+            shape_of(shapes, keys, 2)[1] if whole or keys in shapes else 0,
             num_heads, head_dim, linear_proj, transformers("middle_block"),
             tuple(reversed(up)) if whole else _mirrored(down),
             tuple(seen not in (None, width) for seen, width in zip(first, widths)),
@@ -231,17 +234,20 @@ class UNet(Encoder):
         seen = Context.of(context)
         latents, x, tokens, mask = x, seen.beside_x(x), seen.tokens, seen.mask
         self._check(x, t, tokens, mask)
+        if seen.references:
+            patches = beside_references(self, t, seen, patches, changes)
         patches = for_all(patches, [patch for change in changes for patch in change.patches], len(x))
         if patches:
             self._check_patches(patches, len(x))
         emb = self._embedding(x, t, seen)
-        images = seen.images or ()
-        for prompt in images:
-            prompt.check(self)
+        images = ready(seen.images, self) if seen.images else ()
         more = added(seen, latents, t, self.config) if seen.controls else None
         skips = []
         for n, stage in enumerate(self.input_blocks):
-            x = stage(x, emb, tokens, mask, patches, None, images)
+            wider = 1
+            for change in changes:
+                wider *= change.wider(n)
+            x = stage(x, emb, tokens, mask, patches, None, images, wider)
             x = x if more is None else more.inside(n, x)
             for change in changes:
                 x = change.before_skip(n, x)

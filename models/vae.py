@@ -105,12 +105,14 @@ class Mid(nn.Module):
 
 
 class VAEDownsample(nn.Module):
+    padding = "constant"
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded on the right and bottom only
+        return self.conv(F.pad(x, (0, 1, 0, 1), self.padding))  # padded on the right and bottom only
 
 
 class VAEUpsample(nn.Module):

@@ -42,7 +42,7 @@ class WinogradConv2d(nn.Module):
         if not is_plain_3x3(conv) or m not in _TRANSFORMS:
             raise ValueError(f"Winograd is for 3x3 convolutions with stride 1 and padding 1 and m = 2 or 4, got {conv} "
                              f"and m = {m}")
-        self.m = m
+        self.m, self.around = m, conv.padding_mode == "circular"
         into, of_filter, out_of = (torch.tensor(matrix, dtype=torch.float64) for matrix in _TRANSFORMS[m])
         weight = conv.weight.detach()
         filters = torch.einsum("ai,bj,ocij->abco", of_filter.to(weight), of_filter.to(weight), weight)
@@ -57,6 +57,9 @@ class WinogradConv2d(nn.Module):
         rows, columns = -(-h // m), -(-w // m)
         padded = x.new_zeros(b, rows * m + 2, columns * m + 2, c)
         padded[:, 1:h + 1, 1:w + 1] = x.permute(0, 2, 3, 1)
+        if self.around:
+            padded[:, 0], padded[:, h + 1] = padded[:, h], padded[:, 1]
+            padded[:, :, 0], padded[:, :, w + 1] = padded[:, :, w], padded[:, :, 1]
         tiles = padded.unfold(1, n, m).unfold(2, n, m).permute(4, 5, 0, 1, 2, 3)  # [n, n, b, rows, columns, c]
         row = n * n * columns * c  # floats of transformed input
         done = []

@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 
 from ella_kd.samplers.cfg_pp import CFGpp
 from ella_kd.samplers.checks import check_latents, check_sigmas
-from ella_kd.samplers.model import Bound, Callback, Model, NoiseSampler, Record, bind, check_answer, rounded
+from ella_kd.samplers.model import Bound, Callback, Model, NoiseSampler, Record, bind, check_answer, digests, rounded
 from ella_kd.samplers.noise import noise_of_steps
 from ella_kd.samplers.solver import Solver, State, Step
-from ella_kd.samplers.state import RESERVED, begin, save_run, without_history
+from ella_kd.samplers.state import GIVEN, RESERVED, begin, check_given, given, save_run, without_history
 
 
 class Interrupted(KeyboardInterrupt):
@@ -77,6 +77,8 @@ class Run(Iterator[Record]):
         lambdas = None if guidance is None else guidance.lambdas(values, self._steps, extra_args or {})
         levels = {sigma: rounded(sigma, x.dtype) for step in self._steps for sigma in step.evals}
         bound = bind(model, x, tuple(dict.fromkeys(levels.values())), guidance is not None, extra_args)
+        if GIVEN in self._kept:
+            check_given(self._kept, digests(bound))
         self._evaluate = Evaluations(bound, levels, guidance, lambdas, callback, sigmas, values, self._steps)
         self._noise = noise_of_steps(solver, self._steps, x, sigmas, noise_sampler, self._kept)
         history = {key: value.to(x.device) for key, value in self._kept.items() if key not in RESERVED}
@@ -101,7 +103,8 @@ class Run(Iterator[Record]):
     @property
     def state(self) -> State:
         """A flat dict of tensors from which `sample` or a new Run goes on, together with `x`."""
-        return {**self._kept, **self._at[2], "step": torch.tensor(self._at[0])}
+        now = {GIVEN: given(digests(self._evaluate.bound)), "step": torch.tensor(self._at[0])}
+        return {**self._kept, **self._at[2], **now}
 
     def save(self, path: str | Path) -> None:
         """Writes x and the state to a safetensors file, from which `load_run` brings them back."""

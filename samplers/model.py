@@ -72,6 +72,15 @@ def bind(model: Any, x: Tensor, sigmas: Sequence[float] | None, need_uncond: boo
     return wrapped
 
 
+def digests(bound: Bound) -> dict[str, str]:
+    """What a run is made with beside x, its method and its schedule, as the model says: name -> digest.
+
+    A bound run may have it as `digests`; a run is resumed with the same only. Nothing is known of other models.
+    """
+    found: dict[str, str] = getattr(bound, "digests", {})
+    return found
+
+
 def rounded(sigma: float, dtype: torch.dtype) -> float:
     """A noise level as a tensor of this dtype holds it."""
     return sigma if dtype == torch.float64 else float(torch.tensor(sigma, dtype=dtype))

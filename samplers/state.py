@@ -1,12 +1,13 @@
 """A run's state, a flat dict of tensors: what it begins with, goes on from, and is paused with in a file, bit for bit.
 
-The schedule, the step, the seeds, what x is like, which method it is, and that method's history.
+The schedule, the step, the seeds, what x is like, which method it is, and that method's history; and a digest of what
+the model is given, its conditions and a picture to keep, without which no run can tell that it goes on with others.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from ella_kd.files import write_safetensors
 from ella_kd.samplers.noise import check_seeds
 from ella_kd.samplers.solver import Solver, State
 
-RESERVED = ("sigmas", "step", "seeds", "like", "solver")  # the driver's own keys of a state; the rest is history
+GIVEN = "given"  # what the model is given, by its digests
+RESERVED = ("sigmas", "step", "seeds", "like", "solver", GIVEN)  # the driver's own keys of a state; the rest is history
 FORMAT = "ella_kd run 1"
 _X, _STATE = "x", "state."
 
@@ -26,8 +28,8 @@ def save_run(path: str | Path, x: Tensor, state: State) -> None:
     """Writes what `sample` returned, or a Run's x and state. The file appears whole or not at all.
 
     What is not a tensor (the method and its options, the model, its extra_args, a noise_sampler) is not in it: resume
-    with the same ones, or with others to branch. ValueError for a state that no run can go on from, OSError that names
-    the file where it cannot be written."""
+    with the same ones, or with others to branch (`without_history`). ValueError for a state that no run can go on from,
+    OSError that names the file where it cannot be written."""
     missing = {"sigmas", "step"} - state.keys()
     if missing:
         raise ValueError(f"not a run's state: expected the keys 'sigmas' and 'step', got {sorted(state)}")
@@ -81,8 +83,26 @@ def begin(
 
 
 def without_history(state: State) -> State:
-    """A run's state as another method can take it over: schedule, step and seeds, as after a first step."""
-    return {key: value for key, value in state.items() if key in RESERVED}
+    """A run's state as another method can take it over, or another model: schedule, step and seeds, as after a first
+    step."""
+    return {key: value for key, value in state.items() if key in RESERVED and key != GIVEN}
+
+
+def given(digests: Mapping[str, str]) -> Tensor:
+    """What the model is given as a state keeps it: uint8, "name=digest" for each."""
+    return torch.tensor(list(" ".join(f"{name}={digest}" for name, digest in digests.items()).encode()),
+                        dtype=torch.uint8)
+
+
+def check_given(state: State, digests: Mapping[str, str]) -> None:
+    """Raises ValueError for a state of a model that was given something else."""
+    before = dict(pair.split("=") for pair in bytes(state[GIVEN].tolist()).decode().split())
+    changed = [name for name in {**before, **digests} if before.get(name) != digests.get(name)]
+    if changed:
+        raise ValueError(
+            f"the state is of a run with another {' and another '.join(changed)}: resume with the same, or go on with "
+            "this from state=without_history(state)"
+        )
 
 
 def _check_resumed(state: State, own: State) -> None:

@@ -107,6 +107,27 @@ def test_it_equals_diffusers_in_every_file(kind: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_one_without_transformers_sees_no_text(tmp_path: Path) -> None:
+    """The small ones for SDXL."""
+    config = KINDS["sdxl"]
+    torch.manual_seed(0)
+    sized = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+             "projection_class_embeddings_input_dim": 16 + 6 * 256}
+    theirs: Any = ControlNetModel(
+        block_out_channels=(64, 64, 128), layers_per_block=2, down_block_types=("DownBlock2D",) * 3, norm_num_groups=32,
+        mid_block_type="UNetMidBlock2D", conditioning_embedding_out_channels=(8, 8, 16, 24), **sized)
+    randomised(theirs, 2, 0.1).eval().save_pretrained(tmp_path / "small")
+    net, unet = ControlNet.load(tmp_path / "small"), randomised(UNet(config), 5, 0.1)
+    x, t, tokens, pictures = batch(config)
+    ours, kwargs = told(config, 2)
+    down, mid = theirs(x, t, tokens, pictures, 0.7, return_dict=False, **kwargs)
+    want = as_diffusers(unet)(x, t, tokens, down_block_additional_residuals=down, mid_block_additional_residual=mid,
+                              **kwargs)
+    got = unet(x, t, Context(tokens, controls=(control(net, pictures, 0.7),), **ours))
+    assert relative(got, want.sample) < 1e-5 and relative(got, unet(x, t, Context(tokens, **ours))) > 1e-2
+
+
+@torch.no_grad()
 def test_several_add_up_and_pooled_ones_are_diffusers(tmp_path: Path) -> None:
     config = KINDS["sd1"]
     both = [their_controlnet(config, 1), their_controlnet(config, 2, global_pool_conditions=True)]

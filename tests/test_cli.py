@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from ella_kd import CFG, Interval, Pipeline, cli, draw, generate, generation
+from ella_kd import CFG, Interval, Pipeline, cli, draw, generate, generation, read_settings
 from ella_kd.cli import last_number
 from ella_kd.guidance.text import known
 from ella_kd.pipeline import MINIATURE
@@ -81,6 +81,15 @@ def test_prompts_come_from_the_line_and_from_a_file_and_numbers_go_on(run: Run, 
     assert files(tmp_path / "out") == [
         "00001-5-a-red-circle.png", "00002-5-a-blue-square.png", "00003-5-the-left-of-a-circle-really.png",
         "00004-5-a-red-circle.png", "00005-5-a-blue-square.png", "00006-5-the-left-of-a-circle-really.png"]
+
+
+def test_pictures_of_other_formats_are_numbered_on(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out" / "77777").mkdir(parents=True)
+    for ending in ("jpeg", "webp", "png"):
+        done = run("generate", "a", "--seed", "5", "--format", ending, "--quality", "60")
+        assert done.exit_code == 0, done.output
+    assert files(tmp_path / "out") == ["00001-5-a.jpeg", "00002-5-a.webp", "00003-5-a.png", "77777"]
+    assert read_settings(tmp_path / "out/00001-5-a.jpeg") == read_settings(tmp_path / "out/00002-5-a.webp")
 
 
 def test_ctrl_c_keeps_every_finished_batch(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

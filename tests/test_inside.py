@@ -146,7 +146,7 @@ def test_a_window_holds_up_to_its_upper_end() -> None:
         False, True, True, False, False]
 
 
-ARGS = {"cond": noise(1, 7, WIDTH, seed=4), "uncond": noise(1, 3, WIDTH, seed=5), "cond_scale": 4.0}
+ARGS: dict[str, Any] = {"cond": noise(1, 7, WIDTH, seed=4), "uncond": noise(1, 3, WIDTH, seed=5), "cond_scale": 4.0}
 
 
 def denoised(network: Any, sigma: Tensor, x: Tensor) -> Tensor:

@@ -1,12 +1,10 @@
 """Patches against blocks that were really changed, written down again with einsum; and that nothing of them stays."""
 
-import json
 import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +20,6 @@ from ella_kd.models.patches import (
     BlurredQueries,
     IdentityAttention,
     Patch,
-    Recorder,
     SkipAttention,
     SkipBlock,
     gaussian_blur,
@@ -222,43 +219,6 @@ def test_nothing_remains_after_an_exception() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
 
 
-def test_a_recorder_keeps_the_map_of_its_rows_and_changes_nothing() -> None:
-    unet = sharp_unet()
-    x, t, context, mask = inputs(4)
-    recorders = Recorder("middle_block.1"), Recorder("input_blocks.1.1")
-    got = unet(x, t, Context(context, mask), [(1, None), (2, recorders[0]), (1, recorders[1])])
-    assert relative(got, unet(x, t, Context(context, mask))) < 1e-14
-    assert recorders[0].map.shape == (2, 2, 30, 30)
-    assert recorders[1].map.shape == (1, 2, 108, 108)
-
-    maps = []
-
-    def keep(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        maps.append(softmax_map(q, k))
-        return mixed(maps[-1], v)
-
-    changed_unet(unet, MIDDLE, lambda block: Changed(block, keep))(x, t, Context(context, mask))
-    assert relative(recorders[0].map, maps[0][1:3]) < 1e-13
-    assert float(recorders[0].map.sum(-1).sub(1).abs().max()) < 1e-14
-    assert float(maps[0].std()) > 0.01  # not the uniform map
-
-
-def test_a_recorder_is_for_one_call_and_no_value() -> None:
-    unet, recorder = tiny_unet(), Recorder("middle_block.1")
-    with pytest.raises(ValueError, match="one call of the UNet, this one saw 0"):
-        _ = recorder.map
-    x, t, context, _ = inputs(2, torch.float32)
-    assert torch.equal(unet(x, t, context, [(2, recorder)]), unet(x, t, context))
-    assert recorder.map.dtype == torch.float32
-    unet(x, t, context, [(2, recorder)])
-    with pytest.raises(ValueError, match="this one saw 2"):
-        _ = recorder.map
-    assert Recorder("middle_block.1") != Recorder("middle_block.1")
-    half, recorder = tiny_unet().bfloat16(), Recorder("middle_block.1")
-    half(x.bfloat16(), t, context.bfloat16(), [(2, recorder)])
-    assert recorder.map.dtype == torch.float32
-
-
 def test_patches_are_values() -> None:
     assert {IdentityAttention(MIDDLE), IdentityAttention(MIDDLE), SkipBlock(MIDDLE), BlurredQueries(MIDDLE, 1.0),
             BlurredQueries(MIDDLE, 1.0), BlurredQueries(MIDDLE, 2.0)} == {
@@ -270,17 +230,6 @@ def test_a_half_network_stays_half(patch: Patch) -> None:
     unet = tiny_unet().bfloat16()
     x, t, context, mask = inputs(2, torch.bfloat16)
     assert unet(x, t, Context(context, mask), [(1, None), (1, patch)]).dtype == torch.bfloat16
-
-
-def test_the_places_of_sd15() -> None:
-    names = json.loads((DATA / "sd15_ldm_keys.json").read_text())
-    inside = {name.removeprefix("model.diffusion_model.").partition(".transformer_blocks.")[0] for name in names
-              if name.startswith("model.diffusion_model.") and ".transformer_blocks." in name}
-    with torch.device("meta"):
-        places = UNet().places
-    assert set(places) == inside
-    assert places[6] == "middle_block.1"
-    assert len(places) == len(inside) == 16
 
 
 @pytest.mark.parametrize(("mix", "says"), [
@@ -304,43 +253,6 @@ def test_a_blur_needs_a_sigma(sigma: float) -> None:
         gaussian_blur(torch.zeros(1, 1, 2, 2), sigma)
 
 
-def deep_unet() -> UNet:
-    """Two blocks deep in the middle and at the coarse level, as SDXL's are deeper still."""
-    config = UNetConfig(4, 4, 32, (1, 2), 1, (1, 2), WIDTH, 2, middle_depth=2)
-    return randomised(UNet(config), 0, 0.1).double()
-
-
-@pytest.mark.parametrize("name", ["identity", "skip attention", "mean query"])
-def test_a_place_is_all_of_its_blocks(name: str) -> None:
-    make, change = PATCHES[name]
-    unet = deep_unet()
-    x, t, context, mask = inputs(2)
-    changed = deepcopy(unet)
-    for place in SEVERAL[:2]:
-        blocks: Any = changed.get_submodule(place).transformer_blocks
-        assert len(blocks) == 2
-        for i in range(2):
-            blocks[i] = change(blocks[i])
-    got = unet(x, t, Context(context, mask), [(1, None), (1, make(SEVERAL[:2]))])
-    assert relative(got[1:], changed(x, t, Context(context, mask))[1:]) < 1e-12
-    assert relative(got[:1], unet(x, t, Context(context, mask))[:1]) < 1e-12
-    assert relative(got[1:], unet(x, t, Context(context, mask))[1:]) > 1e-5
-
-
-def test_the_map_of_a_deep_place_is_its_first_blocks() -> None:
-    unet, recorder, first = deep_unet(), Recorder("middle_block.1"), Recorder("middle_block.1")
-    x, t, context, mask = inputs(1)
-    unet(x, t, Context(context, mask), [(1, recorder)])
-    shallow = deepcopy(unet)
-    blocks: Any = shallow.get_submodule("middle_block.1").transformer_blocks
-    del blocks[1]
-    shallow(x, t, Context(context, mask), [(1, first)])
-    assert torch.equal(recorder.map, first.map)
-    unet(x, t, Context(context, mask), [(1, recorder)])
-    with pytest.raises(ValueError, match="this one saw 2"):
-        _ = recorder.map
-
-
 def test_the_patch_in_the_docstring_works() -> None:
     lines = (patches.__doc__ or "").partition("frozen dataclass:\n")[2].splitlines()
     code = "\n".join(line.removeprefix("    ") for line in lines)
@@ -353,35 +265,3 @@ def test_the_patch_in_the_docstring_works() -> None:
     changed.middle_block[1].transformer_blocks[0].attn2.to_out[0].weight *= 0.5  # type: ignore[union-attr, index]
     changed.middle_block[1].transformer_blocks[0].attn2.to_out[0].bias *= 0.5  # type: ignore[union-attr, index]
     assert relative(got[1:], changed(x, t, Context(context, mask))[1:]) < 1e-13
-
-
-def test_a_block_compiles_into_one_graph_with_patches() -> None:
-    transformer = tiny_unet().middle_block[1]
-    graphs = []
-
-    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Tensor]:
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(transformer, fullgraph=True, backend=keep)
-    x, context = noise(3, 64, 4, 4), noise(3, 7, WIDTH, seed=4)
-    assert_compiled(transformer, compiled, (x, context, None))
-    assert len(graphs) == 2, "equal patches must not compile again"
-
-
-@pytest.mark.slow
-def test_the_unet_compiles_into_one_graph_with_patches() -> None:
-    unet = randomised(UNet(UNetConfig(4, 4, 32, (1,), 1, (True,), WIDTH, 2)), 0, 0.1)
-    assert_compiled(unet, torch.compile(unet, fullgraph=True), inputs(3, torch.float32))
-
-
-def assert_compiled(module: nn.Module, compiled: Callable[..., Tensor], args: tuple[Tensor | None, ...]) -> None:
-    """The same answers without patches, with patches, and with equal ones that are other objects."""
-    plain = module(*args)
-    assert relative(compiled(*args), plain) < 1e-5
-    for _ in range(2):
-        mix = [(1, None), (1, IdentityAttention(MIDDLE)), (1, recorder := Recorder("middle_block.1"))]
-        want = module(*args, [*mix[:2], (1, check := Recorder("middle_block.1"))])
-        assert relative(want, plain) > 1e-4
-        assert relative(compiled(*args, mix), want) < 1e-5
-        assert relative(recorder.map, check.map) < 1e-5

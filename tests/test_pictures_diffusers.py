@@ -57,10 +57,14 @@ def of_channels(pipeline: Pipeline, channels: int) -> Pipeline:
     return pipeline if channels == 4 else replace(pipeline, unet=randomised(UNet(config), channels, 0.12))
 
 
+def ddim() -> Any:
+    return diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                                   set_alpha_to_one=True, steps_offset=1)
+
+
 def theirs(kind: Any, pipeline: Pipeline, **options: Any) -> Tensor:
     """The latents at the end of diffusers' pipeline, DDIM."""
-    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                        clip_sample=False, set_alpha_to_one=True, steps_offset=1)
+    scheduler = ddim()
     unet: Any = as_diffusers(cast(UNet, pipeline.unet))
     unet.register_to_config(sample_size=64)
     parts = {"text_encoder": None, "tokenizer": None, "feature_extractor": None, "safety_checker": None,
@@ -157,6 +161,49 @@ def test_depth(pipeline: Pipeline, decoded: list[Tensor], quiet: None) -> None:
     assert relative(decoded[-1], got) < 1e-4
     with pytest.raises(ValueError, match="give start and depth"):
         ours(system, strength=0.7)
+
+
+def differential(pipeline: Pipeline, keep: Tensor, noise: Tensor) -> Tensor:
+    """The loop of diffusers' community pipelines of differential img2img, which no wheel holds, at strength 1: before a
+    step, what is kept for more than its share of the steps is put back to the picture at its noise level.
+
+    keep [h, w]: 1 to keep. noise: one for all steps.
+    """
+    scheduler, unet = ddim(), as_diffusers(cast(UNet, pipeline.unet))
+    text = torch.cat([pipeline.encode(said, "clip")(torch.zeros(1)).tokens for said in ("", "a red circle")])
+    picture = pipeline.vae.encode(PICTURE)
+    scheduler.set_timesteps(STEPS)
+    x = torch.zeros_like(picture)
+    for i, t in enumerate(scheduler.timesteps):
+        put_back = (keep > i / STEPS) if i else torch.ones_like(keep, dtype=torch.bool)
+        x = torch.where(put_back, scheduler.add_noise(picture, noise, t[None]), x)
+        nothing, wanted = unet(x.repeat(2, 1, 1, 1), t, text).sample.chunk(2)
+        x = scheduler.step(nothing + SCALE * (wanted - nothing), t, x).prev_sample
+    return x
+
+
+@torch.no_grad()
+def test_differential(pipeline: Pipeline, decoded: list[Tensor], quiet: None) -> None:
+    """They put x back and let the step go on, we give the picture as the answer: the same, where a place opens at the
+    last step at which they put it back, ceil(keep * steps) - 1. So they open all of it at the last step at the latest,
+    and by the share of steps; our map is one of timesteps, and its black is never opened."""
+    keep = torch.arange(64).reshape(8, 8) / 63
+    opens = ((keep * STEPS).ceil().long() - 1).clamp(min=0)
+    scheduler = ddim()
+    scheduler.set_timesteps(STEPS)
+    t = scheduler.timesteps.double()
+    wanted = torch.where(opens == 0, 1.0, (t[opens] + 30) / t[0])  # between the step's timestep and that before
+    strengths = Image.fromarray((wanted * 255).round().byte().numpy()).resize((SIZE, SIZE), Image.Resampling.NEAREST)
+    noise = randn((1, 4, 8, 8), [SEED])
+    ours(pipeline, strength_map=strengths, strength=1.0, convention="diffusers", noise=noise)
+    got = differential(pipeline, keep, noise)
+    assert relative(decoded[-1], got) < 1e-4
+    black = Image.new("L", (SIZE, SIZE))
+    black.paste(255, (0, 0, 16, SIZE))
+    ours(pipeline, strength_map=black, strength=1.0, convention="diffusers", noise=noise)
+    picture, right = pipeline.vae.encode(PICTURE), (keep.new_zeros(8, 8).index_fill(1, torch.arange(4, 8), 1.0))
+    assert torch.equal(decoded[-1][..., 4:].to(picture), picture[..., 4:])
+    assert relative(differential(pipeline, right, noise)[..., 4:], picture[..., 4:]) > 0.01
 
 
 def test_other_networks(pipeline: Pipeline) -> None:

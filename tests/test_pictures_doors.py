@@ -34,6 +34,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def pipeline(tiny_files: dict[str, str]) -> Pipeline:
+    return Pipeline.load(**tiny_files, device="cpu")  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)

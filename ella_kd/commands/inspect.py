@@ -56,7 +56,8 @@ def _lines(found: Report) -> list[str]:
                      + "; moving averages too (EMA)" * found.averages)
     if found.sha256:
         lines.append(f"sha256 {found.sha256}")
-    if found.trigger_words:
+    lines += [f"{name}: {text}" for name, text in found.told.items()]
+    if found.trigger_words and "trigger words" not in found.told:
         lines.append("trigger words: " + ", ".join(found.trigger_words))
     for name in ("missing", "extra"):
         if several := getattr(found, name):

@@ -78,6 +78,7 @@ class Conditioning(ABC):
     def with_control(self, network: Any, picture: Any, strength: Any = 1.0, **how: Any) -> "Conditioning":
         """The same with a ControlNet or T2I-Adapter that is shown a picture; several add up.
 
+        network: on the device of the latents, in any dtype; it stays as it was loaded when a pipeline is moved.
         picture: a file, a PIL image, or numbers [3, H, W] (floats in [0, 1]), stretched to the canvas; or a list or
         [B, 3, H, W], one per row. strength: a number, one per row, or a function of sigma; 0 is off, bitwise. Of a
         composition (And, Regions) every part is steered. In `how`, all optional:
@@ -103,6 +104,19 @@ class Conditioning(ABC):
         from ella_kd.conditioning.control import with_image
 
         return with_image(self, adapter, pictures, weight, **how)
+
+    def with_reference(self, latents: Tensor, weight: Any = 1.0, **how: Any) -> "Conditioning":
+        """The same, looking at another picture too: reference-only, where self-attention sees that picture's pixels.
+
+        latents: the picture's, [1, C, h, w] or one per row, of any size. weight: how much the answer with the picture
+        counts, a number, one per row, or a function of sigma; 0 is off, bitwise. With `cond.with_reference(z)` and
+        `uncond.with_reference(z, 1 - f)` f is the style fidelity, .5 in most use; 0 steers both alike. In `how`, all
+        optional: window: (hi, lo), where it acts, lo < sigma <= hi; seed: of the noise that hides the picture, the same
+        at every sigma; sigma_data: that of an EDM schedule. The UNet runs once more for these rows.
+        """
+        from ella_kd.conditioning.reference import with_reference
+
+        return with_reference(self, latents, weight, **how)
 
     def _with_parts(self, f: "Callable[[Conditioning], Conditioning]") -> "Conditioning":
         parts = tuple(map(f, self.parts))

@@ -1,7 +1,7 @@
 """Guidance: rules over the answers of a denoiser, and the denoiser that evaluates what they ask for."""
 
 from ella_kd.bound import COND, UNCOND, Branch
-from ella_kd.guidance.branches import AutoGuidance, InstructPix2Pix, Patched
+from ella_kd.guidance.branches import AutoGuidance, InstructPix2Pix, Patched, PromptToPrompt
 from ella_kd.guidance.guided import CFGDenoiser, GuidedDenoiser
 from ella_kd.guidance.perturbed import PAG, SAG, SEG, SLG, Perturbed
 from ella_kd.guidance.projections import APG, TCFG, CFGZeroStar
@@ -36,6 +36,7 @@ __all__ = [
     "Patched",
     "Perturbed",
     "Prediction",
+    "PromptToPrompt",
     "Rescale",
     "Shifted",
 ]

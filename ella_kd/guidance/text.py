@@ -8,7 +8,8 @@ from typing import Any
 from ella_kd import guidance as rules
 from ella_kd.guidance.rule import Guidance
 
-OF_OBJECTS = {"AutoGuidance": "a second model", "Patched": "a patch", "Perturbed": "a patch"}
+OF_OBJECTS = {"AutoGuidance": "a second model", "Patched": "a patch", "Perturbed": "a patch",
+              "PromptToPrompt": "a patch"}
 
 
 def parse(text: str) -> Guidance:

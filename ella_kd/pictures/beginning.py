@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ella_kd.conditioning import Channels, Conditioning
@@ -15,6 +16,7 @@ from ella_kd.models.pictures import to_pixels
 from ella_kd.pictures.canvas import Canvas
 from ella_kd.pictures.keep import Keep, Repaint, Unlock
 from ella_kd.pictures.masks import share, to_cells
+from ella_kd.pictures.reading import Source, read_picture
 from ella_kd.pictures.segments import other_seeds, sample_in_segments
 from ella_kd.pictures.start import sigmas_by_strength
 from ella_kd.samplers import get_sampler, randn
@@ -89,9 +91,12 @@ class Beginning:
 
     def sample(self, sampler: str, model: Denoiser, x: Tensor, sigmas: Tensor, extra_args: Mapping[str, Any],
                callback: Callable[[dict[str, Any]], object] | None = None, disable: bool | None = None, *,
-               seeds: Sequence[int], **options: Any) -> Tensor:
-        """The run: the sampler itself, in segments where steps are repeated or what is repainted grows on the way."""
-        repeats, fresh = self.canvas.asked.repeats, [] if self.mask is None else self.mask.changes(sigmas.tolist())
+               seeds: Sequence[int], fresh: Sequence[int] = (), **options: Any) -> Tensor:
+        """The run: the sampler itself, in segments where steps are repeated or what is repainted grows on the way.
+
+        fresh: other steps that begin without what the method remembers."""
+        repeats = self.canvas.asked.repeats
+        fresh = [*fresh, *(() if self.mask is None else self.mask.changes(sigmas.tolist()))]
         kept: Denoiser = model if self.mask is None else Keep(model, self.picture.to(x.device), self.mask)
         row = get_sampler(sampler)
         if repeats == 1 and (not fresh or row.name in RANGE_SAMPLERS):
@@ -104,16 +109,26 @@ class Beginning:
 @torch.no_grad()
 def seen_beside(channels: int, begun: Beginning | None, vae: AutoencoderKL, size: tuple[int, int],
                 lift: Callable[[Condition], Conditioning], conditions: Mapping[str, Condition | None],
-                ) -> dict[str, Condition | None]:
+                shown: Sequence[Source] = ()) -> dict[str, Condition | None]:
     """The conditions with what a network of so many channels beside x was trained to see there.
 
     Inpainting (1 + C): where to repaint, and the latents of the picture with grey holes. Depth (1): the depth picture,
     from -1 to 1. An image to edit (C; the network of InstructPix2Pix): the picture's latents, unscaled, for `cond` and
-    `image`, which is the uncond with it, zeros for `uncond`. Raises ValueError for another number, and for an image to
-    edit that is not there.
+    `image`, which is the uncond with it, zeros for `uncond`. Pictures that are shown (C each; IC-Light's foreground and
+    background): their latents, for all conditions. Raises ValueError for another number, and for an image to edit that
+    is not there.
     """
     own, like = vae.config.latent_channels, vae.quant_conv.weight
     given = {name: lift(condition) for name, condition in conditions.items() if condition is not None}
+    if shown:
+        if channels != own * len(shown):
+            takes = {own: "a foreground", 2 * own: "a foreground and a background"}.get(channels, "no such pictures")
+            raise ValueError(f"this network sees {takes} beside x, got {len(shown)} picture{'s' * (len(shown) > 1)}")
+        fitted = [ImageOps.fit(read_picture(each)[0], (size[1] * vae.factor, size[0] * vae.factor),
+                               Image.Resampling.LANCZOS) for each in shown]
+        grey = 127.5 / 127  # IC-Light was trained with 127 as 0
+        beside = torch.cat([vae.encode((to_pixels(each, 3, like) + 1) * grey - 1) for each in fitted], 1).float()
+        return {name: with_channels(condition, beside) for name, condition in given.items()}
     if channels == own + 1:
         height, width = (side * vae.factor for side in size)
         pixels, open_ = torch.zeros(1, 3, height, width).to(like), torch.ones(1, 1, *size).to(like)
@@ -134,7 +149,7 @@ def seen_beside(channels: int, begun: Beginning | None, vae: AutoencoderKL, size
         raise ValueError(f"this network sees {channels} channels beside x: give each condition its own, "
                          "Channels(cond, channels)")
     if begun is None:
-        raise ValueError("this network edits a picture: give it as start")
+        raise ValueError("this network edits a picture: give it as start (or as foreground to one that relights)")
     image, nothing = begun.picture / vae.config.scale, torch.zeros_like(begun.picture)
     if "uncond" in given:
         given["image"] = given.get("image", given["uncond"])

@@ -75,6 +75,12 @@ class Canvas:
             drawn = masks.matched(drawn, self.image, None if self.hard is None else masks.share(self.hard) < 0.5)
         return drawn if self.soft is None else masks.pasted(self.original, drawn, self.soft, self.box)
 
+    def part(self, picture: Image.Image) -> Image.Image:
+        """What is drawn on of another picture of the whole, such as a control's: all of it but for crop_to_mask."""
+        if self.box is None:
+            return picture
+        return picture.resize(self.original.size, Image.Resampling.LANCZOS).crop(self.box)
+
 
 def _mask(asked: FromPicture, size: Size, alpha: Image.Image | None) -> Image.Image | None:
     if asked.mask is not None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from torch import Tensor
 from ella_kd.bound import check_x
 from ella_kd.conditioning import Levels, above
 from ella_kd.denoiser import Denoiser
+from ella_kd.digests import digest
 from ella_kd.models.devices import upload
 from ella_kd.models.noise_schedule import EDMSchedule, NoiseSchedule
-from ella_kd.samplers.model import Bound, Prediction, bind
+from ella_kd.samplers.model import Bound, Prediction, bind, digests
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,7 @@ class Unlock:
     """Differential img2img (Levin and Fried 2023, arXiv 2306.00950): each place is repainted from a noise level of its
     own on, as if its own img2img began there.
 
+    diffusers' community pipeline opens a place of change 1 - k at its step ceil(k N) - 1 of N, the last at the latest.
     values [h, w] or [B, 1, h, w]: that sigma; 0 for never, inf for always.
     Raises ValueError for another shape and for numbers below 0.
     """
@@ -74,8 +77,9 @@ class Keep(Denoiser):
     sigma * noise all the way, and the picture at its end. CFG++ walks on uncond, hence all three: to replace denoised
     alone leaves errors of .8 on its way. A mask of ones is the inner model, bit for bit.
     What is repainted knows the rest only from what the network sees beside it: of the true conditional mean of a
-    Gaussian field six tenths are missing after 20 steps; with `sample_in_segments` (RePaint) and 5 repeats three.
-    A saved run holds neither the picture nor the mask: go on with the same ones.
+    Gaussian field six tenths are missing after 20 steps; with `sample_in_segments` (RePaint) and 5 repeats three, spent
+    within sigma .2 to 2 two.
+    A saved run holds neither the picture nor the mask, and goes on with the same ones only.
     Raises ValueError for latents or a mask that fit neither each other nor x.
     """
 
@@ -125,6 +129,11 @@ class KeepRun:
 
     def __init__(self, inner: Bound, picture: Tensor, mask: Repaint | Unlock) -> None:
         self.inner, self.picture, self.mask = inner, picture, mask
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """As `samplers.model.digests`: the picture and the mask beside what the inner run is made with."""
+        return {**digests(self.inner), "picture": digest(self.picture), "mask": digest(self.mask)}
 
     def __call__(self, x: Tensor, levels: float | Levels, scale: float | None = None) -> Prediction:
         found = self.inner(x, levels, scale)

@@ -14,7 +14,8 @@ from ella_kd.pictures.start import CONVENTIONS, Convention, check_strength
 
 Fill = Literal["original", "noise", "blur", "nothing"]
 FILLS: tuple[Fill, ...] = get_args(Fill)
-SOURCES = ("start", "mask", "strength_map", "depth")
+SHOWN = ("foreground", "background")  # to a network that relights, with a start picture or without
+SOURCES = ("start", "mask", "strength_map", "depth", *SHOWN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +69,9 @@ class FromNoise:
 class FromPicture(FromNoise):
     """A picture to start from, how far it may change, and where.
 
-    start, mask, strength_map, depth: files, or PIL images. strength: None for 0.6, or 1 where a mask, a map or `extend`
-    says what is repainted; 1 is from noise alone. mask_blur: None for half a latent's pixels. Raises ValueError or
-    TypeError for what no picture can have, and for an option without the picture that it is about.
+    start, mask, strength_map, depth, foreground, background: files, or PIL images. strength: None for 0.6, or 1 where a
+    mask, a map or `extend` says what is repainted; 1 is from noise alone. mask_blur: None for half a latent's pixels.
+    Raises ValueError or TypeError for what no picture can have, and for an option without the picture that it is about.
     """
 
     start: str | Image.Image | None = field(default=None, metadata={
@@ -100,6 +101,11 @@ class FromPicture(FromNoise):
         "help": "A strength per pixel, white --strength and black none.", "metavar": "PICTURE"})
     depth: str | Image.Image | None = field(default=None, metadata={
         "help": "How far things are, white near, for a network that sees it (depth2img).", "metavar": "PICTURE"})
+    foreground: str | Image.Image | None = field(default=None, metadata={
+        "help": "What a network that relights (IC-Light) shows in another light; best transparent around it.",
+        "metavar": "PICTURE"})
+    background: str | Image.Image | None = field(default=None, metadata={
+        "help": "What is behind it, for a network that sees both.", "metavar": "PICTURE"})
     extend: str = field(default="", metadata={
         "help": "Draw on beyond the picture's sides: left=64,top=0.", "metavar": "SIDES"})
     repeats: int = field(default=1, metadata={
@@ -124,9 +130,11 @@ class FromPicture(FromNoise):
             raise ValueError(f"mask_blur is a number of pixels, 0 or more, got {self.mask_blur}")
         if self.extend:
             read_sides(self.extend)
-        own = [each for each in fields(FromPicture) if each.name not in FromNoise.__dataclass_fields__]
+        own = [each for each in fields(FromPicture) if each.name not in (*FromNoise.__dataclass_fields__, *SHOWN)]
         if self.start is None and (given := [e.name for e in own if getattr(self, e.name) != e.default]):
             raise ValueError(f"{given[0]} is about a start picture: give it as start")
+        if self.background is not None and self.foreground is None:
+            raise ValueError("a background is behind a foreground: give both")
         if self.start is not None and self.latents is not None:
             raise ValueError("give a start picture or latents, not both: latents are x at the first noise level")
         if self.crop_to_mask and (self.extend or self.strength_map is not None or self.depth is not None):
@@ -134,6 +142,11 @@ class FromPicture(FromNoise):
                              "strength_map or depth")
         if self.depth is not None and self.extend:
             raise ValueError("a depth picture is of the whole: draw it without extend")
+
+    @property
+    def shown(self) -> dict[str, str | Image.Image]:
+        """The pictures for a network that relights, those that are given."""
+        return {name: getattr(self, name) for name in SHOWN if getattr(self, name) is not None}
 
     @property
     def sides(self) -> dict[str, int]:

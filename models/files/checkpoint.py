@@ -14,9 +14,10 @@ import torch
 from ella_kd.models.clip import CLIPTextEncoder, TwoTextEncoders, clip_text_model
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.files.building import build, check_dtypes, fill, refuse
-from ella_kd.models.files.kinds import Kind, hint, kind_of_path
+from ella_kd.models.files.kinds import RELIT, Kind, hint, kind_of, kind_of_path
 from ella_kd.models.files.layout import WORDS, Part, parts_of, parts_of_folder
 from ella_kd.models.files.metadata import config_of
+from ella_kd.models.files.offsets import added
 from ella_kd.models.files.schedule import Known, known_prediction, noise_schedule, warn_of_guess
 from ella_kd.models.files.weights import Weights
 from ella_kd.models.noise_schedule import EDMSchedule, NoiseSchedule, PredictionType
@@ -79,7 +80,7 @@ def load_checkpoint(path: File, *, vae: File | None = None, text_encoder: File |
                     text_encoder_2: File | None = None, dtype: str | torch.dtype | None = None,
                     device: str | torch.device = "cpu", clip_tokenizer: File | None = None,
                     prediction: PredictionType | None = None, ema: bool = False, variant: str | None = None,
-                    vae_dtype: Callable[[str], torch.dtype] | None = None) -> Checkpoint:
+                    vae_dtype: Callable[[str], torch.dtype] | None = None, offset: File | None = None) -> Checkpoint:
     """Read a system: a single file in LDM's layout, a diffusers folder, or a UNet alone with the rest beside it.
 
     vae, text_encoder, text_encoder_2: files or folders of one network, instead of those in `path`. dtype None: fp32 on
@@ -87,15 +88,16 @@ def load_checkpoint(path: File, *, vae: File | None = None, text_encoder: File |
     prediction: what the network returns, "eps" or "v"; None: as the file says (`models.files.schedule`), and a warning
     where nothing does. ema: the moving averages of the UNet's weights, in a file that has both. variant: of a folder's
     files, such as "fp16"; None: the plain ones, or what there is. vae_dtype(family): the autoencoder's dtype, if it is
-    another.
+    another. offset: a file of differences that are added to the UNet, which then sees more (IC-Light's).
     Raises FileNotFoundError, or ValueError naming the first tensors that are missing, extra, misshapen or no finite
     floats, and saying what the file looks like if it is another kind and where it belongs.
     """
     device = check_device(device)
     dtype = check_dtype(dtype, device)
     path = Path(path)
-    parts, others = parts_at(path, variant)
-    kind = kind_of_path(path)
+    alone = None if path.is_dir() else Weights(path)  # its header is read once
+    parts, others = parts_of_folder(path, variant) if alone is None else parts_of(alone)
+    kind = kind_of_path(path) if alone is None else kind_of(alone)
     told = f"{path} is not what this loads{hint(kind, 'checkpoint')}"
     if not kind.read:
         raise ValueError(f"{told}: expected a UNet, model.diffusion_model.input_blocks.0.0.weight and so on")
@@ -110,6 +112,8 @@ def load_checkpoint(path: File, *, vae: File | None = None, text_encoder: File |
     parts = {name: needed(part, kind) for name, part in parts.items()}
     known = known_prediction(path, weights, parts["unet"], kind.family, kind.purpose, prediction)
     schedule = noise_schedule(path, weights, known, kind)
+    if offset is not None:
+        parts["unet"], kind = added(parts["unet"], _offset(offset)), replace(kind, purpose=RELIT)
     models = {name: build(MAKERS[name], part, _told(part, told), kind) for name, part in parts.items()}
     for part in parts.values():
         check_dtypes(part)
@@ -189,6 +193,14 @@ def _alone(name: str, file: File) -> Part:
     if list(parts) != [name.removesuffix("_2")]:
         raise ValueError(f"{path} is not the {WORDS[name]} that was asked for{hint(kind_of_path(path))}")
     return replace(parts[name.removesuffix("_2")], name=name)
+
+
+def _offset(file: File) -> Part:
+    """The UNet of differences in a file. Raises ValueError saying what it is, if it is another."""
+    kind = kind_of_path(file)
+    if kind.purpose != RELIT:
+        raise ValueError(f"{file} holds no offsets of a UNet{hint(kind, 'offset')}")
+    return parts_at(Path(file))[0]["unet"]
 
 
 def _numbers(part: Part, marker: str, key: str) -> tuple[float, ...] | None:

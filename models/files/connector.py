@@ -9,7 +9,7 @@ import torch
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.files.building import build, check_dtypes, fill
 from ella_kd.models.files.kinds import hint, kind_of
-from ella_kd.models.files.layout import Part
+from ella_kd.models.files.layout import Part, json_in
 from ella_kd.models.files.metadata import CONFIG, config_of
 from ella_kd.models.files.names import Source
 from ella_kd.models.files.weights import Weights, write_tensors
@@ -47,3 +47,15 @@ def connector_file(path: Path) -> Path:
         return path
     files = sorted(path.glob("*.safetensors"))
     return files[0] if len(files) == 1 else path
+
+
+def check_connector(tsc: TSC, file: str | Path | None, width: int, t5: str | Path) -> None:
+    """Raises ValueError for a connector that belongs to another UNet or to another T5."""
+    tokens = tsc.connector.latents.shape[1]
+    if tokens != width:
+        raise ValueError(f"the connector {file} makes tokens of width {tokens}, the checkpoint's UNet takes {width}: "
+                         "they belong to different models (ELLA's published one is Stable Diffusion 1.5's)")
+    known = json_in(Path(t5) / "config.json").get("d_model")
+    if type(known) is int and known != tsc.input_dim:
+        raise ValueError(f"the T5 in {t5} has width {known}, the connector {file} was trained on one of "
+                         f"{tsc.input_dim}" + " (flan-t5-xl)" * (tsc.input_dim == 2048))

@@ -22,7 +22,8 @@ _FILE = re.compile(r".*\.(safetensors|sft|ckpt|pth?|bin|gguf|json|zip)", re.IGNO
 OURS = (FileNotFoundError, ValueError)  # what `choose` says of a repository
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WORDS: dict[Part, str] = {"checkpoint": "checkpoint", "tsc": "connector", "t5": "T5", "vae": "VAE",
-                           "text_encoder": "text encoder", "clip_tokenizer": "CLIP tokenizer"}
+                           "text_encoder": "text encoder", "clip_tokenizer": "CLIP tokenizer", "lora": "LoRA",
+                           "embedding": "embedding", "control": "control", "image_prompt": "image prompt"}
 
 
 def find(spec: str | Path, part: Part = "checkpoint") -> Path:

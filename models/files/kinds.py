@@ -12,9 +12,14 @@ from ella_kd.models.shapes import Shapes, count_of
 FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "SDXL", "refiner": "SDXL refiner",
             "ssd-1b": "SSD-1B", "vega": "Segmind Vega", "playground": "Playground v2.5"}
 PURPOSES = {5: "depth", 7: "x4 upscaler", 8: "InstructPix2Pix", 9: "inpainting"}  # by the channels of the UNet's input
+RELIT = "IC-Light"  # what a UNet with such offsets is for: a foreground in another light
+EMBEDDINGS = {768, 1024, 1280}  # the widths of CLIP's token embeddings
 PLACES = {"checkpoint": "checkpoint, --checkpoint for the command", "vae": "vae, --vae for the command",
           "text_encoder": "text_encoder", "tsc": "tsc, --tsc for the command",
-          "t5": "t5, --t5 for the command, and it is given as a folder"}
+          "offset": "offset, --offset for the command, beside a checkpoint",
+          "t5": "t5, --t5 for the command, and it is given as a folder", "lora": "lora, --lora for the command",
+          "embedding": "embedding, --embedding for the command", "control": "control, --control for the command",
+          "image_prompt": "image_prompt, --image-prompt for the command"}
 
 
 @dataclass(frozen=True)
@@ -45,14 +50,14 @@ class Kind:
 
 # (pattern that a name has, what the file then is, its place); the first that is found holds, so add-ons come first.
 _NAMES = [(re.compile(pattern), what, place) for pattern, what, place in (
-    (r"^lora_controlnet$", "a Control-LoRA, which is a ControlNet on a base model", ""),
-    (r"^(image_proj|ip_adapter)(\.|$)", "an IP-Adapter", ""),
+    (r"^lora_controlnet$", "a Control-LoRA, which is a ControlNet on a base model", "control"),
+    (r"^(image_proj|ip_adapter)(\.|$)", "an IP-Adapter", "image_prompt"),
     (r"^lora_(unet|te)|[._]lora(_linear_layer)?[._](up|down|A|B)\b|\.(hada_w1_a|lokr_w[12](_a)?|oft_blocks)$|"
-     r"\.lora_(up|down|mid)\.weight$", "a LoRA, which changes a checkpoint and is none itself", ""),
-    (r"^(control_model\.)?input_hint_block\.|^controlnet_cond_embedding\.", "a ControlNet", ""),
+     r"\.lora_(up|down|mid)\.weight$", "a LoRA, which changes a checkpoint and is none itself", "lora"),
+    (r"^(control_model\.)?input_hint_block\.|^controlnet_cond_embedding\.", "a ControlNet", "control"),
     (r"motion_modules\.", "a motion module (AnimateDiff)", ""),
-    (r"^(adapter\.)?body\.\d+\.", "a T2I-Adapter", ""),
-    (r"^(emb_params|string_to_param(\..*)?|clip_[lg]|<.*>|)$", "a textual-inversion embedding", ""),
+    (r"^(adapter\.)?body\.\d+\.", "a T2I-Adapter", "control"),
+    (r"^(emb_params|string_to_param(\..*)?|clip_[lg]|<.*>|)$", "a textual-inversion embedding", "embedding"),
     (r"^connector\.perceiver_blocks\.", "ELLA's connector (TSC)", "tsc"),
     (r"(^|\.)(double|joint)_blocks\.\d|^(transformer_blocks|single_transformer_blocks)\.\d|^transformer\.single_",
      "a Flux or SD3 model, which is not read", ""),
@@ -60,6 +65,8 @@ _NAMES = [(re.compile(pattern), what, place) for pattern, what, place in (
     (r"^(embedder\.|noise_augmentor\.)", "a Stable Diffusion 2.x unCLIP checkpoint, which is not read", ""),
     (r"(^|\.)encoder_hid_proj\.", "Kolors, whose text encoder is not read", ""),
     (r"^(encoder|decoder)\.block\.0\.layer\.0\.SelfAttention\.", "a T5", "t5"),
+    (r"\.(on_input|diff|diff_b|w_norm|dora_scale|a1\.weight|lora_magnitude_vector(\.\w+)?|(hada|lokr)_w1(_a)?\.\w+)$",
+     "a LoRA, which changes a checkpoint and is none itself", "lora"),
     (r"^(vision_model\.|visual\.)", "a CLIP image encoder", ""),
 )]
 
@@ -68,6 +75,8 @@ def kind_of(weights: Weights) -> Kind:
     """What a file holds; `Kind()` if nobody knows."""
     if known := _add_on(weights.shapes):
         return known
+    if len(weights) == 1 and all(len(shape) in (1, 2) and shape[-1] in EMBEDDINGS for shape in weights.shapes.values()):
+        return Kind("a textual-inversion embedding", "embedding")  # diffusers', under the word itself
     try:
         parts, _ = parts_of(weights, json_in(weights.path / "config.json") if weights.path.is_dir() else None)
     except ValueError:  # a network is there twice, or its names do not agree: who loads it says so
@@ -142,7 +151,7 @@ def kind_of_parts(parts: dict[str, Part], weights: Weights, folder: bool = True)
     family, purpose = family_of(unet, markers), purpose_of(unet)
     channels = tuple(unet.get("input_blocks.0.0.weight", ()))[1:2]
     if channels in ((8,), (12,)) and parts["unet"].spelling == "diffusers" and not folder and _offsets(parts["unet"]):
-        return Kind("IC-Light's offsets, which are added to a Stable Diffusion 1.x UNet", parts=names)
+        return Kind("IC-Light's offsets, which are added to a Stable Diffusion 1.x UNet", "offset", "sd1", RELIT, names)
     words = " ".join(word for word in (FAMILIES[family], purpose, "checkpoint") if word)
     article = "an" if re.match(r"[AEIOU]|S[DS]", words) else "a"
     wanted = ["unet", "vae", "text", *(["text_2"] if family in ("sdxl", "ssd-1b", "vega", "playground") else [])]

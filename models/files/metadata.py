@@ -3,9 +3,11 @@
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from ella_kd.models.files.weights import Weights
+from ella_kd.models.files.layout import json_in
+from ella_kd.models.files.weights import SAFETENSORS, Weights
 
 CONFIG = "ella_kd"  # a JSON object
 KEPT = {f"modelspec.{name}" for name in ("title", "resolution", "description", "author", "date", "license", "tags",
@@ -43,3 +45,17 @@ def config_of(weights: Weights) -> dict[str, Any]:
                              f"{numbers!r:.200}")
         config[key] = tuple(map(float, numbers))
     return config
+
+
+def size_of(path: Path, factor: int = 8) -> int | None:
+    """The side of pictures that a file's `modelspec.resolution` names, or the configuration of a folder's UNet.
+
+    factor: pixels per latent. Raises as `Weights` does.
+    """
+    if path.is_dir():
+        side = json_in(path / "unet" / "config.json").get("sample_size")
+        return factor * side if type(side) is int and side > 0 else None
+    if path.suffix.lower() not in SAFETENSORS:
+        return None
+    side = Weights(path).metadata.get("modelspec.resolution", "").partition("x")[0]
+    return int(side) if side.isdecimal() and 0 < int(side) < 100_000 else None

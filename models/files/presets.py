@@ -1,13 +1,14 @@
 """Models by name: which files of which repositories, how large, under what licence, with what sha256."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ella_kd.models.files.hashes import sha256
 
-Part = Literal["checkpoint", "tsc", "t5", "vae", "text_encoder", "clip_tokenizer"]
+Part = Literal["checkpoint", "tsc", "t5", "vae", "text_encoder", "clip_tokenizer",
+               "lora", "embedding", "control", "image_prompt"]
 
 RAIL_M, RAIL_PP_M = "CreativeML OpenRAIL-M", "CreativeML OpenRAIL++-M"
 
@@ -36,10 +37,16 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Preset:
-    """The parts that a name stands for."""
+    """The parts that a name stands for; settings: how they are drawn with, fields of a Request.
+
+    A few-step LoRA is right with its own sampler, schedule, steps and scale alone:
+
+        generate(sd, "a fox", lora=["hyper-sd15-8"], **PRESETS["hyper-sd15-8"].settings)
+    """
 
     what: str
     parts: Mapping[Part, HubFile]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 SD15 = HubFile("stable-diffusion-v1-5/stable-diffusion-v1-5", "v1-5-pruned-emaonly.safetensors", RAIL_M, 4_265_146_304,
@@ -52,6 +59,37 @@ TSC = HubFile("QQGYLab/ELLA", "ella-sd1.5-tsc-t5xl.safetensors", "Apache-2.0", 1
               revision="c07675dea7873abe24a4152e1140cf0131c217d2")
 ELLA_T5 = HubFile("QQGYLab/ELLA", "models--google--flan-t5-xl--text_encoder", "Apache-2.0", 2_950_000_000)
 CLIP_TOKENIZER = HubFile("openai/clip-vit-large-patch14")
+
+
+def _few_steps(what: str, repo: str, path: str, bytes: int, steps: int, sampler: str, scale: float = 1.0,
+               sha256: str | None = None) -> Preset:
+    """A LoRA for few steps, which it was distilled for: from the last timestep, "trailing". Scale 1 is no guidance."""
+    return Preset(f"{what}, {steps} steps", {"lora": HubFile(repo, path, RAIL_PP_M, bytes, sha256)},
+                  {"sampler": sampler, "schedule": "trailing", "steps": steps, "scale": scale})
+
+
+def _hyper(family: str, what: str, bytes: int) -> dict[str, Preset]:
+    """Hyper-SD (Ren et al. 2024, arXiv 2404.13686): DDIM; those with CFG take scales of 5 to 8, and negatives."""
+    each = [(steps, "") for steps in (2, 4, 8)] + [(steps, "-CFG") for steps in (8, 12)]
+    return {f"hyper-{family}-{steps}{cfg.lower()}": _few_steps(
+        f"Hyper-SD for {what}", "ByteDance/Hyper-SD", f"Hyper-{family.upper()}-{steps}steps{cfg}-lora.safetensors",
+        bytes, steps, "ddim", 5.0 if cfg else 1.0) for steps, cfg in each}
+
+
+LCM = "latent-consistency/lcm-lora-"
+FEW_STEPS = {
+    # LCM-LoRA (Luo et al. 2023, arXiv 2311.05556): 2 to 8 steps, scale 1 to 2; its timesteps are trailing's within 15
+    "lcm-sd15": _few_steps("LCM-LoRA for Stable Diffusion 1.5", f"{LCM}sdv1-5", "pytorch_lora_weights.safetensors",
+                           134_621_556, 4, "lcm",
+                           sha256="8f90d840e075ff588a58e22c6586e2ae9a6f7922996ee6649a7f01072333afe4"),
+    "lcm-sdxl": _few_steps("LCM-LoRA for SDXL", f"{LCM}sdxl", "pytorch_lora_weights.safetensors", 393_854_592, 4,
+                           "lcm"),
+    **_hyper("sd15", "Stable Diffusion 1.5", 269_000_000), **_hyper("sdxl", "SDXL", 787_000_000),
+    # SDXL-Lightning (Lin et al. 2024, arXiv 2402.13929): Euler
+    **{f"lightning-{steps}": _few_steps("SDXL-Lightning", "ByteDance/SDXL-Lightning",
+                                        f"sdxl_lightning_{steps}step_lora.safetensors", 394_000_000, steps, "euler")
+       for steps in (2, 4, 8)},
+}
 
 PRESETS: dict[str, Preset] = {
     "ella-sd15": Preset("ELLA on Stable Diffusion 1.5", {"checkpoint": SD15, "tsc": TSC, "t5": ELLA_T5}),
@@ -91,6 +129,7 @@ PRESETS: dict[str, Preset] = {
     "flan-t5-xl": Preset("ELLA's T5 as Google publishes it, in float32", {"t5": HubFile(
         "google/flan-t5-xl", licence="Apache-2.0", bytes=11_400_000_000)}),
     "clip-tokenizer": Preset("CLIP's tokenizer, if no package brings it", {"clip_tokenizer": CLIP_TOKENIZER}),
+    **FEW_STEPS,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ella_kd.models.files.building import build, problems
 from ella_kd.models.files.checkpoint import MAKERS, needed, parts_at
 from ella_kd.models.files.hashes import sha256
-from ella_kd.models.files.kinds import PLACES, Kind, kind_of_path
+from ella_kd.models.files.kinds import FAMILIES, PLACES, Kind, kind_of_path
 from ella_kd.models.files.layout import WORDS, Part
 from ella_kd.models.files.presets import PRESETS, HubFile
 from ella_kd.models.files.schedule import known_prediction
@@ -45,6 +45,7 @@ class Report:
     title: str = ""
     known: str = ""
     sha256: str = ""
+    told: dict[str, str] = field(default_factory=dict)  # of an add-on: what its own file says
     trigger_words: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
@@ -72,6 +73,7 @@ def report(path: str | Path, hashed: bool = False) -> Report:
         wrong = [line for part in parts.values() for line in _problems(part, kind)]
         extra = [line.removeprefix("unexpected: ") for line in wrong if line.startswith("unexpected: ")]
         found |= {"missing": [line for line in wrong if not line.startswith("unexpected: ")], "extra": extra + others}
+    found["told"] = _told(path, kind)
     name, digest = _known(path, hashed)
     return Report(str(path), kind.what or "unknown", PLACES.get(kind.place, ""),
                   sum(file.stat().st_size for file in _files(weights, parts)),
@@ -79,6 +81,26 @@ def report(path: str | Path, hashed: bool = False) -> Report:
                    for part, each in parts.items()} or {"tensors": _network(weights, weights)},
                   title=metadata.get("modelspec.title", ""), known=name, sha256=digest,
                   trigger_words=_triggers(metadata), **found)
+
+
+def _told(path: Path, kind: Kind) -> dict[str, str]:
+    """What an add-on says of itself; nothing of one that cannot be used."""
+    from ella_kd.models.addons.embeddings import Embedding
+    from ella_kd.models.addons.lora import LoRA
+
+    weights = Weights(path) if kind.place in ("control", "image_prompt") else {}
+    try:
+        told = (LoRA.load(path).described() if kind.place == "lora" else
+                Embedding.load(path).described() if kind.place == "embedding" else {})
+    except ValueError as error:
+        return {"cannot be used": str(error)}
+    widths = {weights.shapes[name][-1] for name in weights
+              if name.endswith(("attn2.to_k.weight", "to_k_ip.weight"))} if isinstance(weights, Weights) else set()
+    if len(widths) == 1:
+        told["base"] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}.get(widths.pop(), "")
+    if base := told.pop("base", ""):
+        told["base"] = FAMILIES.get(base, base)
+    return told
 
 
 def _any(path: Path, parts: dict[str, Part]) -> Weights:

@@ -225,7 +225,7 @@ def _flat(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _harmless() -> AbstractContextManager[Any]:
-    """What the official .ckpt files hold beside tensors: the name of a callback's class, and numpy's numbers.
+    """What published files hold beside tensors: the name of a callback's class, numpy's numbers, a ParameterDict.
 
     Given as stubs and constructors of plain numbers, so that nothing of the file runs. torch before 2.6 cannot be told
     names, and refuses such files.
@@ -237,7 +237,15 @@ def _harmless() -> AbstractContextManager[Any]:
                            f"pytorch_lightning.callbacks.{module}ModelCheckpoint") for module in
                           ("model_checkpoint.", "")]
     allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    allowed += [(_Parameters, "torch.nn.modules.container.ParameterDict")]
     return torch.serialization.safe_globals([*allowed, np.dtype, np.dtypes.Float64DType])
+
+
+class _Parameters(dict[str, Tensor]):
+    """What the first textual inversions are saved as."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.update(state["_parameters"])
 
 
 def _wanted(path: Path) -> list[str]:

@@ -1,0 +1,182 @@
+"""What is asked of a second pass over an enlarged picture, hires fix, and what the AUTOMATIC1111 web UI calls it."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ella_kd.pictures.start import check_strength
+from ella_kd.samplers.names import a1111_sampler, a1111_schedule, sampler_named, schedule_named
+
+Size = tuple[int, int]  # width, height
+Upscaler = str | Callable[[Image.Image], Image.Image]
+"""A name of `LATENTS` or `PIXELS`, the file of a network, or a function that makes a picture larger."""
+
+LATENTS = {"latent": ("bilinear", False), "latent (antialiased)": ("bilinear", True),
+           "latent (bicubic)": ("bicubic", False), "latent (bicubic antialiased)": ("bicubic", True),
+           "latent (nearest)": ("nearest", False), "latent (nearest-exact)": ("nearest-exact", False)}
+PIXELS = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC,
+          "bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
+STRENGTH = 0.5  # where nobody says
+_SAID = re.compile(r"(?:(\d+)x(\d+)|(\d*\.?\d+))?(?::(\d*\.?\d+))?")
+
+
+@dataclass(frozen=True)
+class Enlargement:
+    """How large and how strong: scale, size, or neither for the picture's own size after a smaller first pass."""
+
+    scale: float | None = None
+    size: Size | None = None
+    strength: float = STRENGTH
+
+    @classmethod
+    def read(cls, said: object) -> "Enlargement":
+        """Of "2:0.5", "1536x1024:0.5", ":0.5", or one number: a scale above 1, else a strength. ValueError for others.
+        """
+        found = _SAID.fullmatch(str(said).strip())
+        if not found or not any(found.groups()):
+            raise ValueError(f"hires is SCALE:STRENGTH, such as 2:0.5, WIDTHxHEIGHT:STRENGTH, or :STRENGTH for the "
+                             f"picture's own size, got {said!r}")
+        width, height, scale, strength = found.groups()
+        if scale and not strength and float(scale) <= 1:
+            scale, strength = None, scale
+        if scale and not 1 <= float(scale) <= 64:
+            raise ValueError(f"hires enlarges a picture, by 1 to 64, got {scale}")
+        return cls(float(scale) if scale else None, (int(width), int(height)) if width else None,
+                   check_strength(float(strength) if strength else STRENGTH))
+
+    def __str__(self) -> str:
+        how = f"{self.size[0]}x{self.size[1]}" if self.size else "" if self.scale is None else f"{self.scale:g}"
+        return f"{how}:{self.strength:g}"
+
+    def sizes(self, given: Size, own: Size, factor: int) -> tuple[Size, Size]:
+        """Of both passes in whole latents: given is the first one's, or where neither scale nor size is said the
+        second one's, after a first of the model's own area and of these proportions, in multiples of 8 latents."""
+        if self.size is not None:
+            return given, self.size
+        if self.scale is not None:
+            width, height = (max(1, round(side * self.scale / factor)) * factor for side in given)
+            return given, (width, height)
+        shrunk = min(1.0, math.sqrt(own[0] * own[1] / (given[0] * given[1])))
+        unit = factor * (8 if min(own) >= 64 * factor else 1)
+        width, height = (max(1, round(side * shrunk / unit)) * unit if shrunk < 1 else side for side in given)
+        return (width, height), given
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromHires:
+    """A second pass over the picture, enlarged, as img2img of it: A1111's hires fix. None: as in the first pass.
+
+    strength: as in A1111 and ComfyUI, the last hires_steps + 1 levels of a schedule of int(hires_steps / strength).
+    hires_upscaler: a name of `LATENTS` or `PIXELS`, a network's file, or a function of a PIL image.
+    """
+
+    hires: str | None = field(default=None, metadata={
+        "help": "Enlarge the picture and draw over it: SCALE:STRENGTH (2:0.5), WIDTHxHEIGHT:STRENGTH, or :STRENGTH for "
+                "--width and --height after a first pass of the model's own size.", "metavar": "HOW"})
+    hires_upscaler: Upscaler = field(default="lanczos", metadata={
+        "help": "How it is enlarged: latent, latent (nearest-exact) ..., lanczos, bicubic ..., or a network's file.",
+        "metavar": "NAME"})
+    hires_steps: int | None = field(default=None, metadata={
+        "help": "Steps of the second pass.  [default: --steps]", "metavar": "N", "least": 1})
+    hires_sampler: str | None = field(default=None, metadata={
+        "help": "[default: --sampler]", "metavar": "NAME"})
+    hires_schedule: str | None = field(default=None, metadata={
+        "help": "[default: --schedule]", "metavar": "NAME"})
+    hires_scale: float | None = field(default=None, metadata={
+        "help": "Guidance of the second pass.  [default: as the first one's]", "type": float})
+    hires_prompt: str | None = field(default=None, metadata={
+        "help": "[default: the prompt]", "metavar": "TEXT"})
+    hires_negative: str | None = field(default=None, metadata={
+        "help": "[default: --negative]", "metavar": "TEXT"})
+
+    def check_hires(self) -> None:
+        """Brings the fields to our spelling. Raises ValueError or TypeError for what no second pass can have."""
+        def own(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        own("hires_upscaler", check_upscaler(self.hires_upscaler))
+        if self.hires in (None, ""):
+            own("hires", None)
+            if given := [name for name, each in FromHires.__dataclass_fields__.items()
+                         if getattr(self, name) != each.default]:
+                raise ValueError(f"{given[0]} is about a second pass: give hires, such as 2:0.5")
+            return
+        own("hires", str(Enlargement.read(self.hires)))
+        if getattr(self, "start", None) is not None:
+            raise ValueError("hires draws over what was drawn from noise: a start picture is enlarged by width and "
+                             "height, or by upscale")
+        if self.hires_sampler is not None:
+            own("hires_sampler", sampler_named(self.hires_sampler)[0])
+        if self.hires_schedule is not None:
+            own("hires_schedule", schedule_named(self.hires_schedule))
+
+    def second(self) -> dict[str, Any]:
+        """What the second pass asks for in other words than the first."""
+        given = {name: getattr(self, f"hires_{name}")
+                 for name in ("prompt", "negative", "sampler", "schedule", "steps", "scale")}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+NO_SECOND = {name: each.default for name, each in FromHires.__dataclass_fields__.items()}
+
+
+def check_upscaler(upscaler: object) -> Upscaler:
+    """A name in our spelling. Raises TypeError for what is neither a name nor a function."""
+    if isinstance(upscaler, Path):
+        return str(upscaler)
+    if not isinstance(upscaler, str):
+        if not callable(upscaler):
+            raise TypeError("an upscaler is a name, the file of a network, or a function of a PIL image, got "
+                            f"{type(upscaler).__name__}")
+        return upscaler
+    name = upscaler.strip().lower()
+    name = "lanczos" if name == "none" else name  # the web UI's: by nothing but the resizing that comes after
+    return name if name in LATENTS or name in PIXELS else upscaler
+
+
+def upscaler_said(upscaler: Upscaler) -> str:
+    """As the web UI has it: "Latent (nearest)"."""
+    if not isinstance(upscaler, str):
+        return f"the function {getattr(upscaler, '__name__', type(upscaler).__name__)}"
+    return upscaler.capitalize() if upscaler in LATENTS or upscaler in PIXELS else upscaler
+
+
+def write(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The web UI's words for a request's fields about hires."""
+    if values["hires"] is None:
+        return {}
+    how, named = Enlargement.read(values["hires"]), values["hires_sampler"]
+    scheduled = values["hires_schedule"]
+    return {"Denoising strength": f"{how.strength:g}",
+            "Hires upscale": None if how.scale is None else f"{how.scale:g}",
+            "Hires resize": None if how.size is None else f"{how.size[0]}x{how.size[1]}",
+            "Hires steps": values["hires_steps"], "Hires upscaler": upscaler_said(values["hires_upscaler"]),
+            "Hires sampler": None if named is None else a1111_sampler(named),
+            "Hires schedule type": None if scheduled is None else a1111_schedule(scheduled),
+            "Hires CFG Scale": None if values["hires_scale"] is None else f"{values['hires_scale']:g}",
+            "Hires prompt": values["hires_prompt"], "Hires negative prompt": values["hires_negative"]}
+
+
+def read(given: dict[str, str]) -> dict[str, Any]:
+    """A request's fields of the web UI's words, which are taken out of given."""
+    if "Hires upscaler" not in given:
+        return {}
+    scale, size = given.pop("Hires upscale", None), given.pop("Hires resize", None)
+    strength = given.pop("Denoising strength", f"{STRENGTH}")
+    found: dict[str, Any] = {"hires": f"{size or scale or ''}:{strength}"}
+    for label, name, kind in (("Hires upscaler", "upscaler", str), ("Hires steps", "steps", int),
+                              ("Hires sampler", "sampler", str), ("Hires schedule type", "schedule", str),
+                              ("Hires CFG Scale", "scale", float), ("Hires prompt", "prompt", str),
+                              ("Hires negative prompt", "negative", str)):
+        if label in given:
+            value = given.pop(label)
+            if not value.startswith("Use same"):
+                found[f"hires_{name}"] = kind(value)
+    if found.get("hires_steps") == 0:
+        del found["hires_steps"]
+    return found
