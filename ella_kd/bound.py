@@ -19,6 +19,8 @@ from ella_kd.models.context import Context
 from ella_kd.models.devices import upload
 from ella_kd.models.network import as_network
 from ella_kd.models.patches import Patch
+from ella_kd.models.reuse import Reuse
+from ella_kd.reusing import Memory, loaded, network_at, saved
 from ella_kd.samplers.model import Prediction
 
 Conditions = Mapping[str, Conditioning]
@@ -132,11 +134,22 @@ class BoundRun:
         self._found: dict[bool, tuple[dict[Preconditioned, Moments], Plans]] = {True: ({}, {}), False: ({}, {})}
         self._works: dict[tuple[Branch, ...], Work] = {}
         self._repeated: dict[Conditioning, Conditioning] = {}
+        self.memory: Memory = {}  # replaced, never changed
 
     @cached_property
     def digests(self) -> dict[str, str]:
         """What the run is made with, by name: `samplers.model.digests`."""
-        return {name: digest(condition) for name, condition in self.conditions.items()}
+        found = {name: digest(condition) for name, condition in self.conditions.items()}
+        network = self.denoiser.inner_model
+        return {**found, "reuse": digest(network.how)} if isinstance(network, Reuse) else found
+
+    def saved(self) -> dict[str, Tensor]:
+        """What is kept of evaluations for later ones, as named tensors: `samplers.model.memory`."""
+        return saved(self)
+
+    def resume(self, tensors: Mapping[str, Tensor]) -> None:
+        """Begins with what another run of the same kept, nothing if there is nothing."""
+        self.memory = loaded(tensors)
 
     def prepare(self, levels: Levels) -> None:
         """Works out, before the loop, what the run asks at these of its levels. Raises what the evaluation would."""
@@ -180,7 +193,8 @@ class BoundRun:
             x_in = x * point.c_in
             if n > 1:
                 x_in, t = x_in.repeat(n, 1, 1, 1), t.repeat(n)
-            out = moments.network.at(levels)(x_in.to(dtype), t, context.to(dtype), patches)
+            network = moments.network.at(levels) if only else network_at(self, moments.network, levels, jobs)
+            out = network(x_in.to(dtype), t, context.to(dtype), patches)
             skipped = point.c_skip * x
             answers |= zip(jobs, (skipped + point.c_out * part for part in out.to(x.dtype).chunk(n)), strict=True)
         denoised = {branch: _sum([(answers[job], weight) for job, weight in terms])
@@ -212,7 +226,7 @@ class BoundRun:
         kept = self.fixed and all(branch.patch is patch for branch, patch in branches.items())  # no recorder
         if kept and key in self._works:
             return self._works[key]
-        sums = {branch: [(Job(self._of_rows(cond), patch, branch.model or self.denoiser), weight)
+        sums = {branch: [(Job(self.of_rows(cond), patch, branch.model or self.denoiser), weight)
                          for cond, weight in self._terms(branch.cond, levels)] for branch, patch in branches.items()}
         jobs = dict.fromkeys(job for terms in sums.values() for job, _ in terms)
         calls: list[tuple[Job, ...]] = []
@@ -239,7 +253,8 @@ class BoundRun:
                 terms += [(c, weight * w) for c, w in self._terms("uncond", levels)]
         return terms
 
-    def _of_rows(self, cond: Conditioning) -> Conditioning:
+    def of_rows(self, cond: Conditioning) -> Conditioning:
+        """The condition with as many rows as the batch."""
         if cond not in self._repeated:
             self._repeated[cond] = cond if cond.rows == self.rows else cond.repeat(self.rows)
         return self._repeated[cond]

@@ -183,6 +183,8 @@ class Downsample(nn.Module):
         """wider: how many times stride, padding and dilation are what they are otherwise."""
         if wider == 1:
             return self.op(x)
+        if self.op.padding_mode == "circular":
+            return F.conv2d(F.pad(x, (wider,) * 4, "circular"), self.op.weight, self.op.bias, 2 * wider, 0, wider)
         return F.conv2d(x, self.op.weight, self.op.bias, 2 * wider, wider, wider)
 
 
