@@ -62,10 +62,12 @@ class Job(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What an evaluation asks: the jobs of each network call, and each branch as a weighted sum of answers."""
+    """What an evaluation asks: the jobs of each network call, each branch as a weighted sum of answers, and where in
+    the picture a job's answer counts: bool [h, w] on the CPU, None for everywhere."""
 
     calls: tuple[tuple[Job, ...], ...]
     sums: Mapping[Branch, list[tuple[Job, Weight]]]
+    where: Mapping[Job, Tensor | None]
 
 
 class Point(NamedTuple):
@@ -194,7 +196,9 @@ class BoundRun:
             if n > 1:
                 x_in, t = x_in.repeat(n, 1, 1, 1), t.repeat(n)
             network = moments.network.at(levels) if only else network_at(self, moments.network, levels, jobs)
-            out = network(x_in.to(dtype), t, context.to(dtype), patches)
+            where = tuple(work.where[job] for job in jobs)
+            parts = (where,) if any(area is not None for area in where) and hasattr(network, "takes_where") else ()
+            out = network(x_in.to(dtype), t, context.to(dtype), patches, *parts)
             skipped = point.c_skip * x
             answers |= zip(jobs, (skipped + point.c_out * part for part in out.to(x.dtype).chunk(n)), strict=True)
         denoised = {branch: _sum([(answers[job], weight) for job, weight in terms])
@@ -233,7 +237,9 @@ class BoundRun:
         for model in dict.fromkeys(job.model for job in jobs):
             same = tuple(job for job in jobs if job.model is model)
             calls += [same] if self.together else [(job,) for job in same]
-        work = Work(tuple(calls), sums)
+        where = {job: _where([w for terms in sums.values() for own, w in terms if own == job]) for job in jobs}
+        there = {branch: [(job, self._there(weight)) for job, weight in terms] for branch, terms in sums.items()}
+        work = Work(tuple(calls), there, where)
         if kept:
             self._works[key] = work
         return work
@@ -241,7 +247,6 @@ class BoundRun:
     def _terms(self, name: str, levels: Levels) -> list[tuple[Conditioning, Weight]]:
         terms: list[tuple[Conditioning, Weight]] = []
         for part, weight in self.conditions[name].terms(*self.size, levels):
-            weight = upload(weight.to(self.like.dtype), self.like.device) if isinstance(weight, Tensor) else weight
             if part is not None:
                 terms.append((part, weight))
             elif name == "uncond" or "uncond" not in self.conditions:
@@ -252,6 +257,9 @@ class BoundRun:
             else:
                 terms += [(c, weight * w) for c, w in self._terms("uncond", levels)]
         return terms
+
+    def _there(self, weight: Weight) -> Weight:
+        return upload(weight.to(self.like.dtype), self.like.device) if isinstance(weight, Tensor) else weight
 
     def of_rows(self, cond: Conditioning) -> Conditioning:
         """The condition with as many rows as the batch."""
@@ -282,6 +290,16 @@ def _check_seen(context: Context) -> None:
     if not context.tokens.shape[1] or (mask is not None and not bool(mask.any(1).all())):
         raise ValueError("the conditioning has a row without a token to see: a closed window without `otherwise` "
                          "belongs beside other tokens, Concat(ella, window(...)), and a mask needs one that is seen")
+
+
+def _where(weights: list[Weight]) -> Tensor | None:
+    """Where one of the weights of an answer is not 0, in any row: bool [h, w]; None for everywhere."""
+    areas = [(weight.abs() > 1e-9).view(-1, *weight.shape[-2:]).any(0) for weight in weights
+             if isinstance(weight, Tensor) and weight.shape[-2:] != (1, 1)]
+    if len(areas) < len(weights):
+        return None
+    area = torch.stack(areas).any(0)
+    return None if bool(area.all()) else area
 
 
 def _sum(terms: list[tuple[Tensor, Weight]]) -> Tensor:

@@ -75,7 +75,7 @@ def draw(
     Raises ValueError or TypeError for an argument that cannot be met, and ValueError if a network returns NaN.
     """
     asked, begun, conditions = _asked(more)
-    refuse_unknown(draw, conditions, OTHER_WORDS, _is_condition)
+    refuse_unknown(draw, conditions, OTHER_WORDS, FromPicture.names(), _is_condition)
     sampler, schedule = method_named(sampler, schedule)
     check_method_options(sampler, asked.of_method)
     rule, given = plain_scale(guidance, get_sampler(sampler).cfg_pp), start_given(noise, latents)
@@ -297,11 +297,11 @@ def check_multiples(width: int, height: int, multiple: int) -> None:
 
 
 def refuse_unknown(function: Callable[..., Any], given: Mapping[str, Any], other_words: Mapping[str, str],
-                   allowed: Callable[[object], bool] = lambda value: False) -> None:
+                   more: Sequence[str], allowed: Callable[[object], bool] = lambda value: False) -> None:
     """TypeError for a keyword that the function does not have and whose value is not allowed there, with the nearest
-    that it has."""
+    that it has; more: what it takes beside its own."""
     names = [name for name, each in inspect.signature(function).parameters.items() if each.kind != each.VAR_KEYWORD]
-    names += FromPicture.names()
+    names += more
     for name, value in given.items():
         near = [other_words[name]] if name in other_words else get_close_matches(name, names, 3, 0.6)
         if near or not allowed(value):

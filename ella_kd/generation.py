@@ -1,7 +1,7 @@
 """Prompts to pictures: what a prompt may say, which picture gets which seed, and the request each one keeps."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ella_kd.addon_words import AddOn, FromAddOns, without_prefix
+from ella_kd.addon_words import AddOn, without_prefix
 from ella_kd.addons import AddOns
 from ella_kd.conditioning import And, Concat, Conditioning, Switch
 from ella_kd.denoiser import Condition
@@ -32,7 +32,6 @@ from ella_kd.models.added import NEGATIVE_SCORE, POSITIVE_SCORE
 from ella_kd.pictures.hires import Hires
 from ella_kd.pictures.hires_options import NO_SECOND, Enlargement, Size
 from ella_kd.pictures.inversion import load_latents
-from ella_kd.pictures.options import FromPicture
 from ella_kd.pipeline import Pipeline
 from ella_kd.placement import Placement
 from ella_kd.prompt_editing import edits
@@ -96,6 +95,7 @@ def generate(
     lora=["style.safetensors:0.8"], embedding, control=["canny.safetensors:edges.png:0.8"] and image_prompt, in picture:
     add-ons, as `ella_kd.addon_words` spells them; `<lora:style:0.8>` in a prompt. models_dir: the folder where their
     names are looked up (`ella_kd.models.files.folders`), or `AddOns(folder)`, whose files later calls need not read.
+    freeu, tome=0.5, hidiffusion, deep_shrink: what changes in the UNet (`ella_kd.inside.FromInside`).
     hires="2:0.5", in picture: a second pass at strength 0.5 over the picture enlarged twice, width and height being the
     first one's; ":0.5" where they are the picture's. hires_upscaler, hires_steps and others: the fields of
     `ella_kd.pictures.hires_options.FromHires`.
@@ -106,8 +106,8 @@ def generate(
     Raises ValueError or TypeError for an argument that cannot be met (an unknown name comes with the nearest ones), and
     ValueError if a network returns NaN.
     """
-    known = {*FromPicture.names(), *FromAddOns.add_on_names(), *NO_SECOND}
-    refuse_unknown(generate, {name: picture[name] for name in picture if name not in known}, OTHER_WORDS)
+    known = [each.name for each in fields(Request) if each.kw_only]
+    refuse_unknown(generate, {name: picture[name] for name in picture if name not in known}, OTHER_WORDS, known)
     rule = parse(guidance) if isinstance(guidance, str) else guidance
     found = rows(prompts, negative, seeds, whole("count", count), wildcards)
     second = refiner if isinstance(refiner, Pipeline) else None
@@ -204,6 +204,8 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
         begun = begin_from(pipeline, asked, asked.schedule, asked.steps, asked.width, asked.height, sigmas)
         (width, height), sigmas, size = begun.canvas.size, begun.sigmas, {}
         more["start"], steered = begun, partial(steered, part=begun.canvas.part)
+    drawn = (width, height) if asked.start is None else begun.canvas.image.size
+    pipeline = asked.changed(pipeline, *drawn, from_text=asked.mask is None and not asked.extend)
     levels = sigmas.tolist() if asked.syntax else None
     read = _reader(pipeline, asked, levels)
     own = replace(asked, mode="clip", negative_mode=None) if refiner is not None and refiner.tsc is None else asked

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ella_kd.addon_words import FromAddOns, in_prompt, in_text, without
 from ella_kd.addon_words import read as read_door
+from ella_kd.inside import FromInside
 from ella_kd.pictures import hires_options
 from ella_kd.pictures.options import FromPicture
 from ella_kd.samplers.names import a1111_sampler, a1111_schedule, sampler_named, schedule_named
@@ -25,7 +26,8 @@ AUTOMATIC = {
     **dict.fromkeys(("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_ancestral", "dpm_2", "dpm_2_ancestral", "restart"), "karras"),
     **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_3m_sde"), "exponential"),
 }
-PICTURE = {each.metadata.get("label", each.name.replace("_", " ").capitalize()): each for each in fields(FromPicture)}
+PICTURE = {each.metadata.get("label", each.name.replace("_", " ").capitalize()): each
+           for each in (*fields(FromPicture), *fields(FromInside))}
 DOORS = {f"ELLA {name.replace('_', ' ')}": name for name in FromAddOns.add_on_names()}
 _PARTING = str.maketrans("", "", ":,")
 _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # the web UI's own

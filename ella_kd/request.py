@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ella_kd import infotext
 from ella_kd.addon_words import AddOn, FromAddOns, in_prompt, words_in
+from ella_kd.inside import FromInside
 from ella_kd.models import emphasis
 from ella_kd.pictures.hires_options import NO_SECOND, FromHires
 from ella_kd.pictures.options import FromPicture
@@ -47,12 +48,13 @@ def mode_named(mode: object) -> Mode:
 
 
 @dataclass(frozen=True)
-class Request(FromPicture, FromHires, FromAddOns):
+class Request(FromPicture, FromHires, FromAddOns, FromInside):
     """Everything that decides a picture: with the same model and the same request it comes out the same.
 
     A field with metadata is an option that a user chooses: what the command says of it, its smallest value (`least`).
     A start picture and what is asked of it, and of the noise, are the fields of `FromPicture` and `FromNoise`; add-ons
-    those of `FromAddOns`, and the LoRAs that the prompt asks for; a second pass those of `FromHires`.
+    those of `FromAddOns`, and the LoRAs that the prompt asks for; a second pass those of `FromHires`; what changes in
+    the UNet those of `FromInside`.
 
     prompt: as it is read, wildcards chosen. scale: of classifier-free guidance; None beside a rule without one number.
     guidance: the rule as text, "" for none. width, height: None for the model's own. model, dtype: the pipeline's name
@@ -99,6 +101,7 @@ class Request(FromPicture, FromHires, FromAddOns):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.read_doors()
+        self.check_inside()
         self.check_hires()
         for name in ("prompt", "negative", "tags", "hires_prompt", "hires_negative"):
             if getattr(self, name) is not None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ella_kd.models.partial import Box, ForRows, join, rows_of, take
+from ella_kd.models.partial import Box, ForRows, cut, join, rows_of, take
 
 
 def the_only(what: str, found: list[Tensor]) -> Tensor:
@@ -88,13 +88,11 @@ class Context:
 
         Raises ValueError for channels of another size.
         """
-        top, left, height, width = box
         if self.channels is not None and self.channels.shape[2:] != canvas:
             raise ValueError(f"channels must be as large as the latents, {list(canvas)}, got "
                              f"{list(self.channels.shape[2:])}")
-        cut = self._with(lambda x: x, lambda some: tuple(each.crop(box, canvas) for each in some))
-        channels = None if self.channels is None else self.channels[..., top:top + height, left:left + width]
-        return replace(cut, channels=channels)
+        part = self._with(lambda x: x, lambda some: tuple(each.crop(box, canvas) for each in some))
+        return replace(part, channels=None if self.channels is None else cut(self.channels, box))
 
     def to(self, dtype: torch.dtype) -> Self:
         """Everything that is a float in this dtype, but for the mask and numbers like sizes: 1027 is none in bf16."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ella_kd.models.blocks import resized
 from ella_kd.models.context import Context
 from ella_kd.models.devices import upload
-from ella_kd.models.partial import Box, ForRows, add_to_rows, rows_of, scaled
+from ella_kd.models.partial import Box, ForRows, add_to_rows, cut, rows_of, scaled
 
 if TYPE_CHECKING:
     from ella_kd.models.unet import UNetConfig
@@ -79,13 +79,14 @@ class Hint:
 
     def drawn(self, size: tuple[int, int], like: Tensor) -> Tensor:
         """[1, 3, 8h, 8w] for latents of this size, on the device and in the dtype of like."""
-        (height, width), (top, left, h, w) = self.part or (size, (0, 0, *size))
-        if (h, w) != size:
-            raise ValueError(f"a hint was cut for latents of {[h, w]}, and they are {list(size)}")
+        (height, width), box = self.part or (size, (0, 0, *size))
+        if box[2:] != size:
+            raise ValueError(f"a hint was cut for latents of {list(box[2:])}, and they are {list(size)}")
         picture = upload(self.picture, like.device).float()
         if picture.shape[2:] != (PIXELS * height, PIXELS * width):
             picture = F.interpolate(picture, (PIXELS * height, PIXELS * width), mode="bilinear", antialias=True)
-        return picture[..., PIXELS * top:PIXELS * (top + h), PIXELS * left:PIXELS * (left + w)].to(like.dtype)
+        top, left, h, w = (PIXELS * n for n in box)
+        return cut(picture, (top, left, h, w)).to(like.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -55,6 +55,13 @@ class FreeU(Change):
     @classmethod
     def sdxl(cls) -> Self:
         return cls(1.3, 1.4)
+
+    @classmethod
+    def of(cls, unet: Any) -> Self:
+        """The authors' numbers for a network of this shape; by level where it has no stage of 4 or 2 times."""
+        mults = unet.config.channel_mult
+        found = cls.sdxl() if len(mults) == 3 else cls.sd21() if unet.config.context_dim == 1024 else cls.sd15()
+        return found if {2, 4} & set(mults) else replace(found, by="level")
 
     def on(self, unet: UNet) -> "FreeU":
         config = unet.config

@@ -8,6 +8,7 @@ shrink.
 import math
 import zlib
 from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,13 +141,13 @@ def _sized(grid: Tensor, size: tuple[int, int] | list[int]) -> Tensor:
     return F.interpolate(grid.movedim(3, 1), list(size), mode="bicubic").movedim(1, 3)
 
 
-def hidiffusion(unet: UNet, height: int, width: int, aggressive: bool = True) -> tuple[Change, ...]:
+def hidiffusion(unet: Any, height: int, width: int, aggressive: bool = True) -> tuple[Change, ...]:
     """HiDiffusion as published (arXiv 2311.17528), for latents of this height and width: RAU-Net and MSW-MSA.
 
-    Its shares of the steps are shares of the timesteps here, stated in sigma. SD1.x, SD2.x: the first downsampler with
-    a wider stride, and from 256 latents on pooling below it; SDXL, which has three levels: pooling, and from 512
-    latents on the second downsampler. aggressive, for SDXL below 512: that downsampler first, and pooling after, as
-    published for pictures from text alone. Meant for sizes beyond those that the network was trained on.
+    unet: what has its config. Its shares of the steps are shares of the timesteps here, stated in sigma. SD1.x, SD2.x:
+    the first downsampler with a wider stride, and from 256 latents on pooling below it; SDXL, which has three levels:
+    pooling, and from 512 latents on the second downsampler. aggressive, for SDXL below 512: that downsampler first, and
+    pooling after, as published for pictures from text alone. Meant for sizes beyond those of the training.
     """
     blocks = unet.config.num_res_blocks + 1
     sdxl = len(unet.config.channel_mult) == 3

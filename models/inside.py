@@ -82,6 +82,9 @@ class Inside(nn.Module):
     before or after. Raises TypeError for another network, ValueError for two changes of one transformer at one sigma.
     """
 
+    unet: UNet
+    changes: tuple[Change, ...]
+
     def __init__(self, unet: "UNet | Inside", *changes: Change) -> None:
         super().__init__()
         inner = unet.unet if isinstance(unet, Inside) else unet

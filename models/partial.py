@@ -97,6 +97,14 @@ def add_to_rows(x: Tensor, rows: Sequence[int], more: Tensor) -> Tensor:
     return torch.cat([*done, x[start:]])
 
 
+def cut(x: Tensor, box: Box) -> Tensor:
+    """The box of x [..., h, w]; one that goes beyond an edge goes on at the opposite one."""
+    top, left, height, width = box
+    if top + height > x.shape[-2] or left + width > x.shape[-1]:
+        x, top, left = x.roll((-top, -left), (-2, -1)), 0, 0
+    return x[..., top:top + height, left:left + width]
+
+
 def scaled(x: Tensor, amounts: Sequence[float]) -> Tensor:
     """x [n, ...], each row times its number."""
     if len(set(amounts)) == 1:

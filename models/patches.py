@@ -19,6 +19,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -86,7 +87,9 @@ def for_all(patches: Patches, more: Sequence[Patch], rows: int) -> Patches:
     """The patches of a call of so many rows, where each row has these too; a row's own comes first."""
     if not more:
         return patches
-    return [(n, Several((*more,) if own is None else (own, *more))) for n, own in patches or [(rows, None)]]
+    each: Sequence[tuple[int, Any]] = patches or [(rows, None)]
+    found: list[tuple[int, Any]] = [(n, Several(tuple(more) if own is None else (own, *more))) for n, own in each]
+    return found
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def beside_references(unet: Any, t: Tensor, seen: Context, patches: Patches, cha
     def alike(row: int) -> tuple[int, int]:
         return id(own[row]), id(beside[row][0]) if row in beside else 0
 
-    found = []
+    found: list[tuple[int, Any]] = []
     for _, group in groupby(range(len(own)), alike):
         several = list(group)
         first = own[several[0]]

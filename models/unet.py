@@ -1,6 +1,5 @@
 """The latent-diffusion UNet of Stable Diffusion 1.x, 2.x, XL and their relatives, with LDM's tensor names."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -248,7 +247,9 @@ class UNet(Encoder):
         for n, stage in enumerate(self.input_blocks):
             if given is not None and deep is not None and n > deep.branch:
                 break
-            wider = math.prod(change.wider(n) for change in changes)
+            wider = 1
+            for change in changes:
+                wider *= change.wider(n)
             x = stage(x, emb, tokens, mask, patches, None, images, wider)
             x = x if more is None else more.inside(n, x)
             for change in changes:

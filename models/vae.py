@@ -13,8 +13,10 @@ from ella_kd.models.attention import attend
 from ella_kd.models.devices import place_of
 from ella_kd.models.pictures import Images, to_pixels
 from ella_kd.models.shapes import Shapes, count_of, shape_of
+from ella_kd.models.vae_strips import InStrips
 
-AT_ONCE = 512 * 512
+AT_ONCE = 512 * 512  # pixels of the pictures that are computed together
+WHOLE = 1024 * 1024  # pixels of the largest picture that is computed whole
 
 
 @dataclass(frozen=True)
@@ -254,17 +256,19 @@ class AutoencoderKL(nn.Module):
         return shift, config.scale / std
 
     def _exactly(self, x: Tensor, *layers: nn.Module) -> Tensor:
-        """The layers' answer, computed for as many pictures at once as make `AT_ONCE` pixels: a batch takes no more
-        memory than one large picture."""
+        """The layers' answer, computed for as many pictures at once as make `AT_ONCE` pixels, and for one of more than
+        `WHOLE` in strips, which has no gradients: neither a batch nor a large picture takes more memory."""
         side = 1 if layers[0] is self.encoder else self.factor
-        n = max(AT_ONCE // max(x.shape[2] * x.shape[3] * side * side, 1), 1)
+        pixels = max(x.shape[2] * x.shape[3] * side * side, 1)
+        wanted = torch.is_grad_enabled() and (x.requires_grad or self.quant_conv.weight.requires_grad)
+        network = (nn.Sequential if pixels <= WHOLE or wanted else InStrips)(*layers)
+        n = max(AT_ONCE // pixels, 1)
         if len(x) <= n:
-            return self._some(x, *layers)
-        return torch.cat([self._some(part, *layers) for part in x.split(n)])
+            return self._some(x, network)
+        return torch.cat([self._some(part, network) for part in x.split(n)])
 
-    def _some(self, x: Tensor, *layers: nn.Module) -> Tensor:
+    def _some(self, x: Tensor, network: nn.Module) -> Tensor:
         """The layers' answer; pictures that overflow in float16 are computed again in float32, which is told once."""
-        network = nn.Sequential(*layers)
         y = network(x)
         if y.dtype != torch.float16:
             return y

@@ -107,6 +107,7 @@ def test_what_no_door_takes_is_refused(place: Any, text: str, message: str) -> N
     ("<lora:x> a <lyco:y z:.5> cat", "a cat", [AddOn("lora", "x"), AddOn("lora", "y z", weight=0.5)]),
     ("a AND b <LORA:x:0:1> :0.7", "a AND b :0.7", [AddOn("lora", "x", options=(("unet", "1"), ("text", "0")))]),
     ("[a <lora:x:te=.5:unet=.5>:b:0.5]", "[a:b:0.5]", [AddOn("lora", "x", weight=0.5)]),
+    ("a <lora:x:te=.2:unet=.7>", "a", [AddOn("lora", "x", options=(("unet", ".7"), ("text", ".2")))]),
     (r"a \<lora:x:1> b", "a <lora:x:1> b", []),
     ("a <b:c> <lora> d", "a <b:c> <lora> d", []),
 ])

@@ -38,8 +38,8 @@ def seen(images: list[Image.Image]) -> list[str]:
     return [describe(parse(np.asarray(image.convert("RGB")))) for image in images]
 
 
-def test_there_are_eleven_short_ones_and_each_is_listed() -> None:
-    assert len(EXAMPLES) == 11
+def test_there_are_thirteen_short_ones_and_each_is_listed() -> None:
+    assert len(EXAMPLES) == 13
     text = (FOLDER / "README.md").read_text()
     for name in EXAMPLES:
         source = (FOLDER / f"{name}.py").read_text()
@@ -109,3 +109,19 @@ def test_own_rule(run: Run, tmp_path: Path) -> None:
 
 def test_features_on_disk(run: Run) -> None:
     assert seen([run("features_on_disk")["image"]]) == ["red heart center, night"]
+
+
+def test_lora(run: Run) -> None:
+    for (_, images), things in zip(run("lora")["rows"], (("red heart center", "yellow ring top left"),
+                                                         ("green square center", "pink cross bottom right"))):
+        plain, _, striped, _, both = seen(images)
+        assert all(thing in plain and f"striped {thing}" in striped for thing in things)
+        assert both.count("striped") == 2 and not any(thing in both for thing in things)
+
+
+def test_control(run: Run) -> None:
+    for _, (picture, _, without, steered) in run("control")["rows"]:
+        before, plain, after = (parse(np.asarray(image)) for image in (picture, without, steered))
+        assert {(t.shape, t.place) for t in after.things} == {(t.shape, t.place) for t in before.things}
+        assert after.background != before.background
+        assert {(t.shape, t.place) for t in plain.things} != {(t.shape, t.place) for t in before.things}

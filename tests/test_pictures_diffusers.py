@@ -19,13 +19,14 @@ from ella_kd import Pipeline, draw
 from ella_kd.guidance import InstructPix2Pix
 from ella_kd.models import AutoencoderKL, UNet, UNetConfig
 from ella_kd.models.pictures import to_pixels
+from ella_kd.models.tiled import Tiled
 from ella_kd.pictures.masks import share
 from ella_kd.samplers import randn
 from test_models_vae import diffusers_twin
 from test_pictures_pixels import speckled, white
 from tiny import randomised, relative
 
-STEPS, SCALE, SEED, SIZE = 8, 3.0, 5, 32
+STEPS, SCALE, SEED, SIZE, FACTOR = 8, 3.0, 5, 32, 4
 PICTURE = speckled(SIZE, SIZE)
 MASK = white((SIZE, SIZE), (16, 0, 32, 20))  # on whole latents, so that every way to shrink it agrees
 
@@ -114,6 +115,24 @@ def test_inpainting(pipeline: Pipeline, decoded: list[Tensor], quiet: None) -> N
                      width=SIZE, masked_image_latents=masked, strength=strength, guidance_scale=SCALE,
                      generator=torch.Generator().manual_seed(SEED), **whole)
         assert relative(decoded[-1], got) < 1e-4, (channels, strength)
+
+
+@pytest.mark.parametrize("circular", [False, True])
+def test_a_panorama(circular: bool, pipeline: Pipeline, decoded: list[Tensor], quiet: None) -> None:
+    """MultiDiffusion, windows of 8 latents, a stride of 4: theirs are averaged after DDIM's steps, ours before."""
+    class Small(diffusers.StableDiffusionPanoramaPipeline):  # type: ignore[misc]
+        def get_views(self, height: int, width: int, circular_padding: bool = False) -> Any:
+            return super().get_views(8 * height // FACTOR, 8 * width // FACTOR, 8, 4, circular_padding)
+
+    noise = randn((1, 4, 8, 20), [SEED])
+    first = float(ella_kd.samplers.get_schedule("leading").sigmas(STEPS, pipeline.denoiser())[0])
+    system = replace(pipeline, unet=Tiled(pipeline.unet, 8, 4, wrap=circular))
+    ella_kd.draw(system, pipeline.encode("a red circle", "clip"),
+                 uncond=pipeline.encode("", "clip"), sampler="euler", schedule="leading", steps=STEPS, progress=False,
+                 guidance=SCALE, noise=noise * (1 + first**-2) ** 0.5)
+    got = theirs(Small, pipeline, latents=noise, height=8 * FACTOR, width=20 * FACTOR, guidance_scale=SCALE,
+                 circular_padding=circular)
+    assert relative(decoded[-1], got) < 1e-5
 
 
 def test_an_edit(pipeline: Pipeline, decoded: list[Tensor], quiet: None) -> None:

@@ -16,7 +16,7 @@ from ella_kd.samplers import SAMPLERS
 
 TEXT = README.read_text()
 GUIDE = README.parent / "examples" / "README.md"
-SCRIPT, SWAP, COMBINE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+SCRIPT, SWAP, COMBINE, ADD = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +44,13 @@ def test_regions_show_what_each_was_told() -> None:
     images = run(COMBINE, {"sd": Pipeline.miniature()})["images"]
     assert {describe(parse(np.asarray(image))) for image in images} == {
         "red heart middle left, blue ring middle right, night"}
+
+
+def test_add_ons_do_what_they_are_for() -> None:
+    styled, word, steered = (parse(np.asarray(image)).things for image in run(ADD)["images"])
+    assert [(thing.shape, thing.place) for thing in styled] == [("heart", 4)] and styled[0].colour != "red"
+    assert [(thing.shape, thing.colour, thing.place) for thing in word] == [("ring", "yellow", 0)]
+    assert [(thing.shape, thing.colour, thing.place) for thing in steered] == [("heart", "red", 4)]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

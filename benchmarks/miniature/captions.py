@@ -232,6 +232,14 @@ def dense(scene: Scene, rng: random.Random, wording: Wording = Wording()) -> lis
     return _paragraph(scene, rng, replace(wording, twice=False, distractors=0))[:LONGEST]
 
 
+def placeless(scene: Scene, rng: random.Random) -> list[Word]:
+    """A paragraph that says where nothing is: never in training."""
+    words = _scenery(rng.choice(OPENINGS), scene, rng)
+    for index in rng.sample(range(len(scene.things)), len(scene.things)):
+        words += _words(f"there is {_noun_phrase(scene.things[index], rng, held=False)} .", index)
+    return words
+
+
 def tags(scene: Scene, rng: random.Random, noise: float = 0.1) -> list[Word]:
     """A short caption in the manner of web captions: tags in any order, each attribute missing with chance `noise`."""
     parts: list[list[Word]] = []

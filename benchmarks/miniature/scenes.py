@@ -204,6 +204,17 @@ def _details(crop: np.ndarray, shape: str, colour: str) -> tuple[str, str]:
     return fill, "no" if abs(rim) < none else "unclear" if abs(rim) <= full else "light" if rim > 0 else "dark"
 
 
+def colour_at(picture: np.ndarray, thing: Thing) -> np.ndarray:
+    """The mean colour of the pixels where a thing should be: float [3]."""
+    return picture[_cell(thing.place)][_mask(thing.shape)].mean(axis=0)
+
+
+def stripes_at(picture: np.ndarray, thing: Thing) -> float:
+    """How strongly the pixels where a thing should be are striped: 0 not, 1 as rendered."""
+    rest = picture[_cell(thing.place)][_mask(thing.shape)].mean(axis=1)
+    return float((_reader(thing.shape) @ rest)[1])
+
+
 def parse(picture: np.ndarray) -> Scene:
     """Reads a uint8 [48, 48, 3] picture back, cell by cell: the nearest shape and colour, then fill and rim.
 

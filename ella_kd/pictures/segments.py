@@ -1,7 +1,7 @@
 """Runs in segments: between two steps x may change, and what a method remembers of the steps before is dropped."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,7 @@ def sample_in_segments(
     jump: int = 1,
     within: tuple[float, float] | None = None,
     fresh: Collection[int] = (),
+    before: Callable[[int, Tensor], Tensor] | None = None,
     **options: Any,
 ) -> Tensor:
     """A sampler by name over a schedule, every `jump` steps taken `repeats` times, with noise between that takes x
@@ -41,8 +42,9 @@ def sample_in_segments(
     begin between two sigmas. Of a Gaussian field of unit variance a repeat below sigma .2 moves next to nothing, and
     what one above 2 moves is forgotten again: 5 repeats within (.2, 2) do as much as 10 everywhere. fresh: steps that
     begin without what the method remembers of the steps before, at first order, because the model has just become
-    another one (`Unlock.changes`). options: the method's own (eta, s_noise, s_churn). With repeats 1 and nothing fresh
-    it is the sampler itself, bit for bit; the noise of each repeat is the seeds' own.
+    another one (`Unlock.changes`). before(i, x): what x becomes before step i, which then begins without history too.
+    options: the method's own (eta, s_noise, s_churn). With repeats 1 and nothing fresh it is the sampler itself, bit
+    for bit; the noise of each repeat is the seeds' own.
     Raises ValueError for a sampler that finds its own steps and where no step lies within, TypeError and ValueError as
     `sample` does.
     """
@@ -69,7 +71,9 @@ def sample_in_segments(
                     noise_sampler = noises(x, other_seeds(given, 2 * repeat + 1, first))
                     run = from_step(first, run.x + up * randn(x.shape, other_seeds(given, 2 * repeat, first)).to(x))
                 for i in range(first, last):
-                    if i in fresh and not (repeat and i == first):
+                    if before is not None:
+                        run = from_step(i, before(i, run.x))
+                    elif i in fresh and not (repeat and i == first):
                         run = from_step(i, run.x)
                     run.advance()
                     progress.update(not repeat)

@@ -43,9 +43,9 @@ class ControlNet(Encoder):
         self.middle_block_out = nn.Sequential(zero_init(nn.Conv2d(self.skips[-1], self.skips[-1], 1)))
 
     @classmethod
-    def of(cls, unet: UNet, name: str = "") -> "ControlNet":
+    def of(cls, unet: UNet, name: str = "", widths: Sequence[int] = WIDTHS) -> "ControlNet":
         """One to be trained for a UNet: its way down and middle are copied, what is added starts at zero."""
-        net = cls(unet.config, name=name).to(next(unet.parameters()))
+        net = cls(unet.config, widths, name).to(next(unet.parameters()))
         weights = unet.state_dict()
         missing = [key for key in net.state_dict() if key.partition(".")[0] in COPIED and key not in weights]
         if missing:
@@ -71,8 +71,8 @@ class ControlNet(Encoder):
 
     def check(self, unet: UNetConfig) -> None:
         own = self.config
-        alike = ("context_dim", "model_channels", "channel_mult", "num_res_blocks", "vector_dim")
-        alike = alike if own.context_dim else alike[1:]  # one without transformers sees no text
+        alike = ["model_channels", "channel_mult", "num_res_blocks", "vector_dim"]
+        alike += ["context_dim"] if own.context_dim else []  # one without transformers sees no text
         other = [name for name in alike if getattr(own, name) != getattr(unet, name)]
         if other:
             kinds = [FAMILIES.get(each.context_dim, "another family") for each in (own, unet)]

@@ -1,0 +1,129 @@
+"""Large pictures from a network of small ones, near and far at once: DemoFusion's local and dilated evaluations.
+
+Du et al. 2023, arXiv 2311.16973, sections 3.2 and 3.4; the loop around them is `ella_kd.pictures.progressive`.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ella_kd.models.context import Context
+from ella_kd.models.network import Levels, Patches, as_network
+from ella_kd.models.tiled import Tiled
+
+LEAST = 0.01  # of the blur, where the noise is gone
+
+
+def fading(t: Tensor, timesteps: int = 1000) -> Tensor:
+    """(1 + cos(pi (T - t) / T)) / 2: 1 where all is noise, 0 at the picture; shaped as t."""
+    return (1 + torch.cos(math.pi * (timesteps - t) / timesteps)) / 2
+
+
+class Dilated(nn.Module):
+    """A network that sees a picture as k x k interleaved ones of every k-th latent, each of the whole scene.
+
+    What it sees is blurred before, so that the small pictures agree, by a Gaussian of 2k - 1 latents whose deviation
+    falls from sigma to `LEAST` with the noise, and brought back to its mean and deviation, row by row. The answer
+    belongs to what was not blurred. Channels are taken apart with the picture; a hint is seen whole by each of them.
+    """
+
+    def __init__(self, network: Any, k: int, sigma: float = 1.0, at_once: int = 4) -> None:
+        super().__init__()
+        if type(k) is not int or k < 1:
+            raise ValueError(f"a picture is taken apart into k x k others, k at least 1, got {k!r}")
+        self.network, self.k, self.sigma, self.at_once = as_network(network), k, sigma, at_once
+
+    in_channels = property(lambda self: self.network.in_channels)
+    out_channels = property(lambda self: self.network.out_channels)
+    dtype = property(lambda self: self.network.dtype)
+    places = property(lambda self: self.network.places)
+    config = property(lambda self: self.network.config)
+    vector_dim = property(lambda self: getattr(self.network, "vector_dim", None))
+    guidance_dim = property(lambda self: getattr(self.network, "guidance_dim", None))
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        self.network.compile(*args, **options)
+
+    def of(self, network: Any) -> "Dilated":
+        return Dilated(network, self.k, self.sigma, self.at_once)
+
+    def at(self, levels: Levels) -> "Dilated":
+        network = self.network.at(levels)
+        return self if network is self.network else self.of(network)
+
+    def forward(self, x: Tensor, t: Tensor, context: Context | Tensor, patches: Patches = ()) -> Tensor:
+        k, seen = self.k, Context.of(context)
+        above, before = -x.shape[2] % k, -x.shape[3] % k
+        padded = F.pad(x, (before, 0, above, 0))
+        blurred = blur(padded, 2 * k - 1, self.sigma * ((1 - LEAST) * fading(t) + LEAST))
+        (std, mean), (own_std, own_mean) = (torch.std_mean(z, (1, 2, 3), keepdim=True) for z in (padded, blurred))
+        small = _apart((blurred - own_mean) / own_std * std + mean, k)
+        channels = None if seen.channels is None else _apart(F.pad(seen.channels, (before, 0, above, 0)), k)
+        found: list[Tensor] = []
+        step = 1 if patches else self.at_once
+        for i in range(0, k * k, step):
+            n = min(step, k * k - i)
+            contexts = [seen if channels is None else replace(seen, channels=channels[j]) for j in range(i, i + n)]
+            out = self.network(torch.cat([*small[i:i + n]]), t.repeat(n), Context.stack(contexts), patches)
+            found += out.chunk(n)
+        answer = padded.new_empty(len(x), found[0].shape[1], *padded.shape[2:])
+        for i, part in enumerate(found):
+            answer[:, :, i // k::k, i % k::k] = part
+        return answer[:, :, above:, before:]
+
+
+class LocalAndGlobal(nn.Module):
+    """DemoFusion's network for a picture k times as large as the network's own: tiles, and the dilated whole.
+
+    `LocalAndGlobal(unet, 2, size=64)`: (1 - c) * local + c * global with c = `fading(t)`, so the whole scene decides
+    while there is noise and the tiles in the end. overlap: half a tile if not given. The published jitter of the tiles
+    is left out: it makes the denoised another function at every step.
+    """
+
+    def __init__(self, network: Any, k: int, size: int | tuple[int, int] = 64,
+                 overlap: int | tuple[int, int] | None = None, sigma: float = 1.0, at_once: int = 4) -> None:
+        super().__init__()
+        height, width = size if isinstance(size, tuple) else (size, size)
+        self.tiled = Tiled(network, (height, width), (height // 2, width // 2) if overlap is None else overlap,
+                           at_once=at_once)
+        self.dilated = Dilated(self.tiled.network, k, sigma, at_once)
+
+    in_channels = property(lambda self: self.tiled.in_channels)
+    out_channels = property(lambda self: self.tiled.out_channels)
+    dtype = property(lambda self: self.tiled.dtype)
+    places = property(lambda self: self.tiled.places)
+    config = property(lambda self: self.tiled.config)
+    vector_dim = property(lambda self: self.tiled.vector_dim)
+    guidance_dim = property(lambda self: self.tiled.guidance_dim)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        self.tiled.compile(*args, **options)
+
+    def at(self, levels: Levels) -> "LocalAndGlobal":
+        network = self.tiled.network.at(levels)
+        if network is self.tiled.network:
+            return self
+        return LocalAndGlobal(network, self.dilated.k, self.tiled.tiles.size, self.tiled.tiles.overlap,
+                              self.dilated.sigma, self.dilated.at_once)
+
+    def forward(self, x: Tensor, t: Tensor, context: Context | Tensor, patches: Patches = ()) -> Tensor:
+        local, whole = self.tiled(x, t, context, patches), self.dilated(x, t, context, patches)
+        return torch.lerp(local, whole, fading(t).to(local.dtype)[:, None, None, None])
+
+
+def blur(x: Tensor, size: int, sigma: Tensor) -> Tensor:
+    """x [B, C, h, w] under a Gaussian of size x size latents, zeros around; sigma [B]: each row's deviation."""
+    places = torch.arange(size, device=x.device) - (size - 1) / 2
+    line = torch.exp(-(places / sigma[:, None].to(torch.promote_types(x.dtype, torch.float32))).square() / 2)
+    line = (line / line.sum(1, keepdim=True)).to(x.dtype).repeat_interleave(x.shape[1], 0)  # [B * C, size]
+    flat = x.flatten(0, 1)[None]
+    flat = F.conv2d(flat, line[:, None, :, None], padding=(size // 2, 0), groups=len(line))
+    return F.conv2d(flat, line[:, None, None], padding=(0, size // 2), groups=len(line)).view_as(x)
+
+
+def _apart(x: Tensor, k: int) -> list[Tensor]:
+    return [x[:, :, i::k, j::k] for i in range(k) for j in range(k)]

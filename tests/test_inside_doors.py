@@ -1,0 +1,74 @@
+"""What is asked of the UNet's inside through `generate`, the command and a PNG's text."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from ella_kd import Pipeline, generate
+from ella_kd.cli import main
+from ella_kd.models.freeu import FreeU
+from ella_kd.models.hidiffusion import Shrink, WiderStride, WindowAttention, hidiffusion
+from ella_kd.models.inside import Change, Inside
+from ella_kd.models.networks import BySigma
+from ella_kd.models.tome import ToMe
+from ella_kd.models.unet import UNet, UNetConfig
+from ella_kd.request import Request
+
+PROMPT = "A red heart sits in the center."
+DOORS: dict[str, tuple[dict[str, Any], list[str], tuple[Change, ...], int]] = {
+    "freeu": ({"freeu": True}, ["--freeu"], (FreeU(by="level"),), 32),
+    "tome": ({"tome": 0.5}, ["--tome", ".5"], (ToMe(0.5),), 32),
+    "both": ({"freeu": True, "tome": 0.3}, ["--freeu", "--tome", "0.3"], (ToMe(0.3), FreeU(by="level")), 32),
+    "hidiffusion": ({"hidiffusion": True}, ["--hidiffusion"], (WiderStride(2), WindowAttention()), 64),
+    "deep shrink": ({"deep_shrink": True}, ["--deep-shrink"], (Shrink(),), 64),
+}
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_a_door_draws_what_the_values_draw_and_a_png_remembers(name: str, tmp_path: Any) -> None:
+    given, options, changes, side = DOORS[name]
+    sd = Pipeline.miniature()
+    how: dict[str, Any] = {"steps": 3, "width": side, "height": side, "seeds": 5, "progress": False}
+    [picture] = generate(sd, PROMPT, **how, **given)
+    [want] = generate(replace(sd, unet=Inside(sd.unet, *changes)), PROMPT, **how)  # type: ignore[arg-type]
+    [plain] = generate(sd, PROMPT, **how)
+    drawn, same, other = (np.asarray(each.image) for each in (picture, want, plain))
+    assert np.array_equal(drawn, same) and not np.array_equal(drawn, other)
+    read = Request.from_text(picture.settings.parameters())
+    assert all(getattr(read, each) == value for each, value in given.items())
+    size = ["--width", str(side), "--height", str(side)]
+    said = CliRunner().invoke(main, ["generate", PROMPT, "--steps", "3", *size, "--out", str(tmp_path), *options])
+    assert said.exit_code == 0, said.output
+    [file] = tmp_path.glob("*.png")
+    again = Request.from_png(file)
+    assert all(getattr(again, each) == value for each, value in given.items())
+
+
+def test_a_lora_by_sigma_is_changed_in_each_of_its_networks() -> None:
+    sd = Pipeline.miniature()
+    request = Request(PROMPT, tome=0.5)
+    twin = replace(sd, unet=BySigma(sd.unet, sd.unet, at=1.0))
+    networks: Any = request.changed(twin, 32, 32).unet.networks
+    assert all(isinstance(network, Inside) for network in networks) and networks[0] is networks[1]
+    assert Request(PROMPT).changed(sd, 64, 64) is sd
+
+
+def test_the_published_numbers_of_each_family() -> None:
+    xl = UNet(UNetConfig(4, 4, 32, (1, 2, 4), 2, (0, 1, 1), 24, 2))
+    sd2 = UNet(UNetConfig(4, 4, 32, (1, 2, 4, 4), 2, (1, 1, 1, 0), 1024, 2))
+    assert [FreeU.of(unet).b1 for unet in (xl, sd2)] == [1.3, 1.4]
+    assert hidiffusion(sd2, 128, 200)[0] == WiderStride(3)
+    assert [type(change) for change in hidiffusion(xl, 256, 256)] == [WiderStride, Shrink, WindowAttention]
+    assert [type(change) for change in hidiffusion(xl, 256, 256, aggressive=False)] == [Shrink, WindowAttention]
+
+
+def test_what_cannot_be() -> None:
+    with pytest.warns(UserWarning, match="larger than the model's own 48 px, and leaves 48x48"):
+        generate(Pipeline.miniature(), PROMPT, steps=1, hidiffusion=True, seeds=1, progress=False)
+    with pytest.raises(ValueError, match="choose one"):
+        Request(PROMPT, hidiffusion=True, tome=0.5)
+    with pytest.raises(ValueError, match=r"0 to 0\.75, got 2"):
+        Request(PROMPT, tome=2)
