@@ -23,6 +23,7 @@ from ella_kd.drawing import (
     refuse_unknown,
     seed_rows,
     several,
+    small_of,
 )
 from ella_kd.encoding import reader, weights
 from ella_kd.guidance import Guidance
@@ -192,24 +193,33 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
     guidance = rule if rule is not None else SCALE if asked.scale is None else asked.scale
     sigmas = None if asked.sigmas is None else torch.tensor(asked.sigmas)
     latents: torch.Tensor | None = None
+    size: dict[str, Any]
     more: dict[str, Any] = {"variation": asked.variation, "variation_seed": asked.variation_seed, **asked.of_method,
                             **asked.shown}
     larger_by = None if asked.upscale is None else InTiles.read(asked.upscale)
     if larger_by is not None and asked.start is not None:
         return _in_tiles(pipeline, asked, guidance, larger_by, steered, None)
-    if asked.start is None:
+    small = small_of(pipeline, asked)
+    if small is not None:
+        width, height = (side * pipeline.vae.factor for side in small.size)
+        if (asked.width or width, asked.height or height) != (width, height):
+            raise ValueError(f"the x4 upscaler draws {width}x{height} of a picture of {small.width}x{small.height}: "
+                             "leave out width and height")
+        sigmas = get_schedule(asked.schedule).sigmas(asked.steps, pipeline.denoiser()) if sigmas is None else sigmas
+        size = {"start": small, "noise_level": asked.noise_level}
+    elif asked.start is None:
         width, height = picture_size(pipeline, asked.width, asked.height)
         sigmas = get_schedule(asked.schedule).sigmas(asked.steps, pipeline.denoiser()) if sigmas is None else sigmas
         if asked.latents is not None:
             latents = load_latents(asked.latents, float(sigmas[0]))
             height, width = (side * pipeline.vae.factor for side in latents.shape[2:])
         asked, (width, height), larger = _sizes(pipeline, asked, (width, height))
-        size: dict[str, Any] = {"width": width, "height": height} if latents is None else {}
+        size = {"width": width, "height": height} if latents is None else {}
     else:
         begun = begin_from(pipeline, asked, asked.schedule, asked.steps, asked.width, asked.height, sigmas)
         (width, height), sigmas, size = begun.canvas.size, begun.sigmas, {}
         more["start"], steered = begun, partial(steered, part=begun.canvas.part)
-    drawn = (width, height) if asked.start is None else begun.canvas.image.size
+    drawn = (width, height) if asked.start is None or small is not None else begun.canvas.image.size
     plain = pipeline
     if asked.hires is not None and max(drawn) <= pipeline.size:  # they are for the second pass
         pipeline = replace(asked, hidiffusion=False, deep_shrink=False).changed(pipeline, *drawn)
