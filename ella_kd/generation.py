@@ -1,5 +1,6 @@
 """Prompts to pictures: what a prompt may say, which picture gets which seed, and the request each one keeps."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
@@ -120,9 +121,12 @@ def generate(
                     negative_mode=negative_mode, tags=tags, syntax=syntax, clip_skip=clip_skip,
                     refiner=name, refiner_at=refiner_at, tiling=tiling, **picture)
     requests = [replace(asked, prompt=prompt, negative=negative, seed=seed) for prompt, negative, seed in found]
+    shelf = models_dir if isinstance(models_dir, AddOns) else AddOns(models_dir)
+    for request in {each.prompt: each for each in requests}.values():  # before anything is drawn
+        shelf.check(request.add_ons, request.hashes)
     pictures: list[Picture] = []
     with tqdm(total=len(requests), unit="picture", disable=not progress or len(requests) <= batch_size) as bar:
-        for job in jobs(pipeline, requests, guidance=rule, refiner=second, models_dir=models_dir, batch_size=batch_size,
+        for job in jobs(pipeline, requests, guidance=rule, refiner=second, models_dir=shelf, batch_size=batch_size,
                         callback=callback, progress=progress):
             pictures += map(Picture, job.draw(), job.requests)
             bar.update(len(job.requests))
@@ -171,6 +175,8 @@ def jobs(
         shelf.check(add_ons, asked.hashes)
         asked, dressed = replace(asked, hashes=shelf.hashes(add_ons)), dress(add_ons, asked)
         second = None if asked.refiner is None else refiner or load(asked.refiner)
+        if second is not None and add_ons:
+            warnings.warn(f"the refiner draws without the add-ons: {', '.join(map(str, add_ons))}", stacklevel=3)
         ready = _ready(dressed, asked, guidance or (parse(asked.guidance) if asked.guidance else None), second,
                        partial(shelf.steered, pipeline, add_ons), dress)
         left = iter(group)

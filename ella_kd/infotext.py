@@ -144,7 +144,7 @@ def read(text: str) -> tuple[dict[str, Any], list[str]]:
         if label in given:
             found[name] = tuple(json.loads(given.pop(label)))
     if ours:
-        found["prompt"] = found["prompt"].removesuffix(_loras(found.get("lora", ())))
+        found["prompt"] = f" {found['prompt']}".removesuffix(_loras(found.get("lora", ()))).removeprefix(" ")
         given = {key: value for key, value in given.items()
                  if key not in ("Lora hashes", "TI hashes") and not key.startswith("ControlNet ")}
     else:
