@@ -22,6 +22,7 @@ from benchmarks.miniature.scenes import parse, to_pictures
 from ella_kd import LDMDenoiser, Pipeline
 from ella_kd.guidance import CFG, Guidance, GuidedDenoiser, Interval
 from ella_kd.models import TextFeatures, UNet
+from ella_kd.models.network import Deep
 from ella_kd.models.reuse import Reuse
 from ella_kd.samplers import get_sampler, get_sigmas_karras, randn
 
@@ -103,6 +104,23 @@ def times(pixels: int, steps: int, rounds: int, device: str, names: tuple[str, .
                f"rounds; {machine()}")
 
 
+def flops(pixels: int) -> None:
+    """Of one row of SD1.5's UNet, worked out whole and above a skip, and what a run saves."""
+    with torch.device("meta"):
+        unet, t, tokens = UNet(), torch.empty(1), torch.empty(1, 77, 768)
+        x = torch.empty(1, 4, pixels // 8, pixels // 8)
+    click.echo("| branch | TFLOP whole | in part | x plain, every 2 | every 3 | every 5 |\n|---|---|---|---|---|---|")
+    for branch in (0, 1, 2):
+        with FlopCounterMode(display=False) as whole:
+            _, features = unet(x, t, tokens, deep=Deep(branch))
+        with FlopCounterMode(display=False) as part:
+            unet(x, t, tokens, deep=Deep(branch, features))
+        share = part.get_total_flops() / whole.get_total_flops()
+        cells = [f"{n / (1 + (n - 1) * share):.2f}" for n in (2, 3, 5)]
+        click.echo(f"| {branch} | {whole.get_total_flops() / 1e12:.2f} | {part.get_total_flops() / 1e12:.2f} | "
+                   f"{' | '.join(cells)} |")
+
+
 @click.command()
 @click.option("--count", type=int, default=0, help="Scenes to score.")
 @click.option("--things", type=int, default=2)
@@ -110,14 +128,16 @@ def times(pixels: int, steps: int, rounds: int, device: str, names: tuple[str, .
 @click.option("--sampler", default="dpmpp_2m")
 @click.option("--pixels", type=int, default=0, help="Time a run of SD1.5 at this size.")
 @click.option("--rounds", type=int, default=2)
-@click.option("--device", default="cpu")
+@click.option("--device", default="cpu", help="meta: count FLOP only.")
 @click.option("--way", "names", multiple=True, type=click.Choice(list(WAYS)), default=list(WAYS), help="To time.")
 def main(count: int, things: int, steps: int, sampler: str, pixels: int, rounds: int, device: str,
          names: tuple[str, ...]) -> None:
     """Score and time of reused work."""
     if count:
         scores(count, things, steps, sampler)
-    if pixels:
+    if pixels and device == "meta":
+        flops(pixels)
+    elif pixels:
         times(pixels, steps, rounds, device, names)
 
 

@@ -28,7 +28,8 @@ def noised(picture: Tensor, level: int, seeds: Sequence[int]) -> Tensor:
 
 
 def seen_by_x4(source: Source, level: int, seeds: Sequence[int], like: Tensor,
-               lift: Callable[[Condition], Conditioning], conditions: Mapping[str, Condition | None]) -> dict[str, Condition | None]:
+               lift: Callable[[Condition], Conditioning],
+               conditions: Mapping[str, Condition | None]) -> dict[str, Condition | None]:
     """The conditions with the small picture, the same for all of them, and its level of noise as their label."""
     picture = noised(to_pixels(read_picture(source)[0], 3, like).float(), level, seeds)
     label = torch.tensor([level], device=like.device)
