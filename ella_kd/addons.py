@@ -164,7 +164,8 @@ class AddOns:
         where: dict[str, Any] = {"device": pipeline.device, "dtype": pipeline.dtype}
         base = pipeline.unet if isinstance(pipeline.unet, UNet) else None
         if add_on.place == "control":
-            return self._keep(("network", path, *where.values()), lambda: load_control(path, base=base, **where))
+            key = "network", path, id(base), *where.values()  # base: of files that are a difference to it
+            return self._keep(key, lambda: (base, load_control(path, base=base, **where)))[1]
         encoder = self._encoder(add_on)
         return self._keep(("network", path, encoder, *where.values()),
                           lambda: IPAdapter.load(path, image_encoder=encoder, **where))

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 
 import numpy as np
 import torch
@@ -29,8 +30,16 @@ def _bytes(value: object) -> Iterable[bytes]:
         yield f"{value!r};".encode()
     else:
         yield f"{type(value).__name__}(".encode()
-        inside = () if isinstance(value, nn.Module) else value if isinstance(value, (list, tuple)) else (
-            (value if isinstance(value, Mapping) else getattr(value, "__dict__", {})).items())
-        for part in inside:
+        for part in () if isinstance(value, nn.Module) else _inside(value):
             yield from _bytes(part)
         yield b")"
+
+
+def _inside(value: object) -> Iterable[object]:
+    """What an object holds; of a dataclass what it was made of, without what it keeps by the way (a `Hint`'s cache)."""
+    if isinstance(value, (list, tuple)):
+        return value
+    if isinstance(value, Mapping):
+        return value.items()
+    made_of = {each.name: each.init for each in fields(value)} if is_dataclass(value) else {}
+    return [item for item in getattr(value, "__dict__", {}).items() if made_of.get(item[0], True)]

@@ -6,7 +6,7 @@ pixels: no edge is seen between strips, and the answer is the whole one's to rou
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,9 +77,9 @@ class Map:
         rows = max(1, STRIP // (channels * w * self.like.element_size()))
         return ((a, min(a + rows, h)) for a in range(0, h, rows))
 
-    def to(self, channels: int, h: int, w: int, read: Callable[[int, int], Tensor]) -> "Map":
+    def to(self, shape: Sequence[int], read: Callable[[int, int], Tensor]) -> "Map":
         """Another map, worked out from this one."""
-        return Map(torch.Size((channels, h, w)), self.like, read)
+        return Map(torch.Size(shape), self.like, read)
 
 
 class Store:
@@ -89,7 +89,9 @@ class Store:
     def __init__(self, shape: torch.Size, like: Tensor) -> None:
         channels, h, w = shape
         self.by_row, self.like, self.row = (h, channels, w), like, channels * w * like.element_size()
-        self.here = self.away = self.file = None
+        self.here: Tensor | None = None
+        self.away: Tensor | None = None
+        self.file: Any = None
         if h * self.row <= HELD:
             self.here = like.new_empty(1, *shape)
         elif like.device.type == "cpu":
@@ -139,7 +141,7 @@ def conv(layer: nn.Conv2d, x: Map) -> Map:
         top = max(a - around, 0)
         return layer(x.read(top, min(b + around, h)))[:, :, a - top:b - top]
 
-    return x.to(layer.out_channels, h, w, read)
+    return x.to((layer.out_channels, h, w), read)
 
 
 def upsample(layer: Any, x: Map) -> Map:
@@ -149,13 +151,13 @@ def upsample(layer: Any, x: Map) -> Map:
         top = max(a // 2 - 1, 0)
         return layer(x.read(top, min((b + 1) // 2 + 1, h)))[:, :, a - 2 * top:b - 2 * top]
 
-    return x.to(layer.conv.out_channels, 2 * h, 2 * w, read)
+    return x.to((layer.conv.out_channels, 2 * h, 2 * w), read)
 
 
 def downsample(layer: Any, x: Map) -> Map:
     """Rows 2a .. 2b of x, and the one below that the layer pads at the bottom of the picture."""
     _, h, w = x.shape
-    return x.to(layer.conv.out_channels, h // 2, w // 2, lambda a, b: layer(x.read(2 * a, min(2 * b + 1, h))))
+    return x.to((layer.conv.out_channels, h // 2, w // 2), lambda a, b: layer(x.read(2 * a, min(2 * b + 1, h))))
 
 
 def normed(norm: nn.GroupNorm, x: Map, silu: bool = True) -> Map:
@@ -172,7 +174,7 @@ def normed(norm: nn.GroupNorm, x: Map, silu: bool = True) -> Map:
         y = torch.addcmul(shift, x.read(a, b).to(shift.dtype), scale).to(x.like.dtype)
         return F.silu(y, inplace=True) if silu else y
 
-    return x.to(*x.shape, read)
+    return x.to(x.shape, read)
 
 
 def block(layer: Any, x: Map) -> Map:
@@ -180,7 +182,7 @@ def block(layer: Any, x: Map) -> Map:
     h = hold(conv(layer.conv1, normed(layer.norm1, x)))
     h = conv(layer.conv2, normed(layer.norm2, h))
     skip = conv(layer.nin_shortcut, x) if hasattr(layer, "nin_shortcut") else x
-    return hold(x.to(*h.shape, lambda a, b: h.read(a, b) + skip.read(a, b)), x.store if skip is x else None)
+    return hold(x.to(h.shape, lambda a, b: h.read(a, b) + skip.read(a, b)), x.store if skip is x else None)
 
 
 def attention(layer: Any, x: Map) -> Map:
@@ -200,7 +202,7 @@ def attention(layer: Any, x: Map) -> Map:
         found = rearrange(attend(queries, keys, values, heads=1), "b (h w) c -> b c h w", w=w)
         return x.read(a, b) + layer.proj_out(found)
 
-    return hold(x.to(*x.shape, read), x.store)
+    return hold(x.to(x.shape, read), x.store)
 
 
 def _coder(coder: Any, x: Map) -> Map:
