@@ -99,7 +99,8 @@ def generate(
     lora=["style.safetensors:0.8"], embedding, control=["canny.safetensors:edges.png:0.8"] and image_prompt, in picture:
     add-ons, as `ella_kd.addon_words` spells them; `<lora:style:0.8>` in a prompt. models_dir: the folder where their
     names are looked up (`ella_kd.models.files.folders`), or `AddOns(folder)`, whose files later calls need not read.
-    freeu, tome=0.5, hidiffusion, deep_shrink: what changes in the UNet (`ella_kd.inside.FromInside`).
+    freeu, tome=0.5, hidiffusion, deep_shrink, tile="512:64": what changes in the UNet and around it
+    (`ella_kd.inside.FromInside`).
     hires="2:0.5", in picture: a second pass at strength 0.5 over the picture enlarged twice, width and height being the
     first one's; ":0.5" where they are the picture's. hires_upscaler, hires_steps and others: the fields of
     `ella_kd.pictures.hires_options.FromHires`.

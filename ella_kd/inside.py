@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ella_kd.models.freeu import FreeU
 from ella_kd.models.hidiffusion import Shrink, hidiffusion
 from ella_kd.models.inside import Change, with_changes
+from ella_kd.models.tiled import Tiled
 from ella_kd.models.tome import ToMe
 
 if TYPE_CHECKING:
@@ -29,12 +30,30 @@ class FromInside:
         "help": "For pictures larger than the model's own: fewer doubles, and faster.", "label": "HiDiffusion"})
     deep_shrink: bool = field(default=False, metadata={
         "help": "For pictures larger than the model's own: fewer doubles.", "label": "Deep shrink"})
+    tile: str = field(default="", metadata={
+        "help": "Draw in overlapping tiles of this side, in px: for large pictures whose prompt is true of each part, "
+                "512:64.", "metavar": "SIDE:OVERLAP", "label": "Tile"})
 
     def check_inside(self) -> None:
         ToMe(self.tome)
         if self.hidiffusion and (self.tome or self.deep_shrink):
             raise ValueError("hidiffusion changes the finest self-attention, as tome does, and the deeper features, as "
                              "deep_shrink does: choose one")
+        if self.tile and (self.hidiffusion or self.deep_shrink):
+            raise ValueError("tiles have the size that the model knows, which hidiffusion and deep_shrink are not for: "
+                             "choose one")
+        self.tiles(1)
+
+    def tiles(self, factor: int) -> tuple[int, int] | None:
+        """Side and overlap of `tile` in latents of `factor` px; None without. ValueError for what cannot be one."""
+        if not self.tile:
+            return None
+        side, mark, overlap = self.tile.partition(":")
+        numbers = [int(n) if n.isdecimal() else -1 for n in (side, overlap if mark else "0")]
+        if not 0 <= numbers[1] < numbers[0] or any(n % factor for n in numbers):
+            raise ValueError(f"tile is a side and an overlap less than it, in px, multiples of {factor}: 512:64, got "
+                             f"{self.tile!r}")
+        return numbers[0] // factor, numbers[1] // factor
 
     def changed(self, pipeline: "Pipeline", width: int, height: int, from_text: bool = True,
                 first: bool = False) -> "Pipeline":
@@ -59,4 +78,7 @@ class FromInside:
             changes.append(ToMe(self.tome))
         if self.freeu:
             changes.append(FreeU.of(unet))
-        return replace(pipeline, unet=with_changes(unet, *changes)) if changes else pipeline
+        network, tiles = with_changes(unet, *changes) if changes else unet, self.tiles(pipeline.vae.factor)
+        if tiles is not None and max(width, height) > tiles[0] * pipeline.vae.factor:
+            network = Tiled(network, *tiles)
+        return pipeline if network is unet else replace(pipeline, unet=network)

@@ -13,6 +13,7 @@ from ella_kd.models.freeu import FreeU
 from ella_kd.models.hidiffusion import Shrink, WiderStride, WindowAttention, hidiffusion
 from ella_kd.models.inside import Change, Inside
 from ella_kd.models.networks import BySigma
+from ella_kd.models.tiled import Tiled
 from ella_kd.models.tome import ToMe
 from ella_kd.models.unet import UNet, UNetConfig
 from ella_kd.request import Request
@@ -45,6 +46,27 @@ def test_a_door_draws_what_the_values_draw_and_a_png_remembers(name: str, tmp_pa
     [file] = tmp_path.glob("*.png")
     again = Request.from_png(file)
     assert all(getattr(again, each) == value for each, value in given.items())
+
+
+def test_tiles(tmp_path: Any) -> None:
+    """Side and overlap in pixels; pictures of one tile are drawn as they are, and the picture remembers."""
+    sd = Pipeline.miniature()
+    how: dict[str, Any] = {"steps": 2, "height": 48, "seeds": 5, "progress": False}
+    [picture] = generate(sd, PROMPT, width=80, tile="48:16", **how)
+    [want] = generate(replace(sd, unet=Tiled(sd.unet, 6, 2)), PROMPT, width=80, **how)  # type: ignore[arg-type]
+    assert np.array_equal(np.asarray(picture.image), np.asarray(want.image))
+    assert Request.from_text(picture.settings.parameters()).tile == "48:16"
+    assert Request(PROMPT, tile="48").changed(sd, 48, 48) is sd
+    said = CliRunner().invoke(main, ["generate", PROMPT, "--steps", "1", "--width", "96", "--tile", "48:16", "--out",
+                                     str(tmp_path)])
+    assert said.exit_code == 0 and Request.from_png(next(tmp_path.glob("*.png"))).tile == "48:16", said.output
+    for tile, says in (("48:48", "an overlap less than it"), ("wide", "got 'wide'")):
+        with pytest.raises(ValueError, match=says):
+            Request(PROMPT, tile=tile)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        generate(sd, PROMPT, tile="44:16", **how)
+    with pytest.raises(ValueError, match="choose one"):
+        Request(PROMPT, tile="48", hidiffusion=True)
 
 
 def test_a_lora_by_sigma_is_changed_in_each_of_its_networks() -> None:
