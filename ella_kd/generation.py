@@ -30,7 +30,6 @@ from ella_kd.encoding import reader, weights
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import parse
 from ella_kd.images import Picture
-from ella_kd.models.reuse import Reuse
 from ella_kd.pictures.hires import Hires
 from ella_kd.pictures.hires_options import NO_SECOND, Enlargement, InTiles, Size
 from ella_kd.pictures.inversion import load_latents
@@ -230,8 +229,6 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
     plain = pipeline
     pipeline = asked.changed(pipeline, *drawn, from_text=asked.mask is None and not asked.extend,
                              first=asked.hires is not None)
-    if asked.reuse is not None:
-        pipeline = replace(pipeline, unet=Reuse(pipeline.unet, *asked.reused))
     levels = sigmas.tolist() if asked.syntax else None
     read = reader(pipeline, asked, levels)
     own = replace(asked, mode="clip", negative_mode=None) if refiner is not None and refiner.tsc is None else asked
@@ -300,8 +297,6 @@ def _second(asked: Request, rule: Guidance | None, size: Size, steered: Callable
     """What makes of a batch its second pass, whose prompts are read for its own noise levels."""
     later = asked.second_pass()
     pipeline = later.changed(dressed(later.add_ons, later), *size)
-    if later.reuse is not None:
-        pipeline = replace(pipeline, unet=Reuse(pipeline.unet, *later.reused))
     own = rule if asked.hires_scale is None and rule is not None else SCALE if later.scale is None else later.scale
     how = Hires(size, Enlargement.read(asked.hires).strength, asked.hires_upscaler, later.sampler, later.schedule,
                 later.steps, own, network=lambda _: pipeline.unet)

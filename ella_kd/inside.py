@@ -1,5 +1,6 @@
-"""What is asked of the inside of the UNet: the part of a `Request` that is about it."""
+"""What is asked of the network itself, whatever the prompt: the part of a `Request` that is about it."""
 
+import re
 import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 from ella_kd.models.freeu import FreeU
 from ella_kd.models.hidiffusion import Shrink, hidiffusion
 from ella_kd.models.inside import Change, with_changes
+from ella_kd.models.reuse import Reuse
 from ella_kd.models.tiled import Tiled
 from ella_kd.models.tome import ToMe
 
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FromInside:
-    """What changes inside the UNet (`ella_kd.models.inside`), with the published numbers of the model's family.
+    """What changes inside the UNet (`ella_kd.models.inside`), with the published numbers of the model's family, and how
+    it is asked: in tiles, and not for everything at every step.
 
     Raises ValueError for a ratio that cannot be, and for two that change the same.
     """
@@ -34,8 +37,14 @@ class FromInside:
         "help": "Draw in overlapping tiles of this side, in px: for large pictures whose prompt is true of each part, "
                 "512:64.", "metavar": "SIDE:OVERLAP", "label": "Tile"})
 
+    reuse: str | None = field(default=None, metadata={
+        "help": "Work the UNet's deep features out once for so many steps, and the answer about the negative prompt "
+                "for so many: 3, or 3:2. Faster, less exact.", "metavar": "N"})
+
     def check_inside(self) -> None:
         ToMe(self.tome)
+        if self.reuse is not None:
+            object.__setattr__(self, "reuse", ":".join(map(str, self.reused)))
         if self.hidiffusion and (self.tome or self.deep_shrink):
             raise ValueError("hidiffusion changes the finest self-attention, as tome does, and the deeper features, as "
                              "deep_shrink does: choose one")
@@ -54,6 +63,15 @@ class FromInside:
             raise ValueError(f"tile is a side and an overlap less than it, in px, multiples of {factor}: 512:64, got "
                              f"{self.tile!r}")
         return numbers[0] // factor, numbers[1] // factor
+
+    @property
+    def reused(self) -> tuple[int, ...]:
+        """For how many steps deep features and the uncond's answer are worked out once: what `Reuse` takes."""
+        found = re.fullmatch(r"([1-9][0-9]*)(?::([1-9][0-9]*))?", str(self.reuse).strip())
+        if not found:
+            raise ValueError(f"reuse is how many steps share the deep features, 3, and perhaps the uncond, 3:2, got "
+                             f"{self.reuse!r}")
+        return tuple(int(number) for number in found.groups() if number)
 
     def changed(self, pipeline: "Pipeline", width: int, height: int, from_text: bool = True,
                 first: bool = False) -> "Pipeline":
@@ -81,4 +99,6 @@ class FromInside:
         network, tiles = with_changes(unet, *changes) if changes else unet, self.tiles(pipeline.vae.factor)
         if tiles is not None and max(width, height) > tiles[0] * pipeline.vae.factor:
             network = Tiled(network, *tiles)
+        if self.reuse is not None:
+            network = Reuse(network, *self.reused)
         return pipeline if network is unet else replace(pipeline, unet=network)

@@ -6,7 +6,6 @@
 import inspect
 import json
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -99,10 +98,6 @@ class Request(FromPicture, FromHires, FromAddOns, FromInside):
     refiner_at: float = field(default=0.8, kw_only=True, metadata={
         "help": "When: the share of the timesteps done, whatever the schedule.", "metavar": "SHARE"})
 
-    reuse: str | None = field(default=None, kw_only=True, metadata={
-        "help": "Work the UNet's deep features out once for so many steps, and the answer about the negative prompt "
-                "for so many: 3, or 3:2. Faster, less exact.", "metavar": "N"})
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self.read_doors()
@@ -132,8 +127,6 @@ class Request(FromPicture, FromHires, FromAddOns, FromInside):
             for text in (*(text for text, _ in split_and(self.text)), self.negative, self.tags or ""):
                 for said in set(edits(text, self.steps)):
                     emphasis.parse(said)
-        if self.reuse is not None:
-            self._set("reuse", ":".join(map(str, self.reused)))
         if self.hires is not None:
             self.second_pass()
         if self.upscale is not None:
@@ -158,15 +151,6 @@ class Request(FromPicture, FromHires, FromAddOns, FromInside):
         known = [Path(each.file).stem for each in asked if each.place == "embedding"]
         texts = (self.prompt, self.negative, self.tags or "")
         return (*asked, *dict.fromkeys(word for text in texts for word in words_in(text, known)))
-
-    @property
-    def reused(self) -> tuple[int, ...]:
-        """For how many steps deep features and the uncond's answer are worked out once: what `Reuse` takes."""
-        found = re.fullmatch(r"([1-9][0-9]*)(?::([1-9][0-9]*))?", str(self.reuse).strip())
-        if not found:
-            raise ValueError(f"reuse is how many steps share the deep features, 3, and perhaps the uncond, 3:2, got "
-                             f"{self.reuse!r}")
-        return tuple(int(number) for number in found.groups() if number)
 
     def second_pass(self) -> "Request":
         """What its second pass asks for, a request of its own; without one, the request itself."""
