@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from addon_files import write_files
 from ella_kd import Pipeline
 from ella_kd.models import TSC, AutoencoderKL, UNet, UNetConfig, VAEConfig, save_checkpoint, save_tsc
 from filing import Edit, Networks, editor, small_networks
@@ -97,3 +98,11 @@ def saved(networks: Networks, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def edited(saved: Path, tmp_path: Path) -> Edit:
     return editor(saved, tmp_path / "edited.safetensors")
+
+
+@pytest.fixture
+def files(tmp_path: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A LoRA, an embedding, a ControlNet and a picture of edges, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path, pipeline)
+    return tmp_path
