@@ -5,7 +5,8 @@
     control       NET:PICTURE [:OPTION ...]           --control canny.safetensors:room.png:0.8:preprocess=canny
     image prompt  ADAPTER:PICTURE [:OPTION ...]       --image-prompt ip-adapter_sd15.safetensors:cat.jpg:0.6
     OPTION      = NUMBER                              how strongly, 1 unless it is said
-                | HIGH-LOW                            the noise levels (sigmas) where it acts: 14.6-2.5
+                | HIGH-LOW                            the noise levels (sigmas) where it acts: 14.6-2.5 (of a LoRA the
+                                                      UNet's part; what it changes in CLIP is read once, for all)
                 | unet=NUMBER | text=NUMBER | blocks=LIST          of a LoRA: each part, and its blocks
                 | preprocess=canny | guess=ldm | guess=diffusers   of a control: see `Conditioning.with_control`
                 | encoder=NAME                        of an image prompt: its image encoder's folder or file
@@ -186,7 +187,7 @@ def words_in(text: str, known: Iterable[str] = ()) -> list[AddOn]:
     found = []
     for one in _WORD.finditer(text):
         rest = text[one.end() :]
-        if not any(rest.lower().startswith(name.lower()) for name in known):
+        if not any(re.match(rf"{re.escape(name)}(?!\w)", rest, re.IGNORECASE) for name in known):
             name = re.split(r"[\s,:()\[\]|]", rest, maxsplit=1)[0].rstrip(".")
             found.append(AddOn("embedding", name))
     return list(dict.fromkeys(found))

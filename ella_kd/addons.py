@@ -15,7 +15,6 @@ from PIL import Image
 from ella_kd.addon_words import AddOn
 from ella_kd.conditioning import as_conditioning
 from ella_kd.denoiser import Condition
-from ella_kd.models import UNet
 from ella_kd.models.addons.embeddings import Embedding
 from ella_kd.models.addons.ip_adapter import IPAdapter
 from ella_kd.models.addons.loading import load_control
@@ -135,7 +134,7 @@ class AddOns:
                      for above, below in pairwise((math.inf, *edges, 0.0))]
             networks = [pipeline.with_lora(part).unet if part else pipeline.unet for part in parts]
             dressed = replace(dressed, unet=BySigma(*networks, at=edges) if edges else networks[0])
-        return dressed.with_embeddings(words)
+        return replace(dressed.with_embeddings(words), name=pipeline.name)  # the request says the rest
 
     def steered(self, pipeline: Pipeline, asked: Sequence[AddOn], cond: Condition, uncond: Condition,
                 part: Callable[[Image.Image], Image.Image] = lambda picture: picture) -> tuple[Condition, Condition]:
@@ -162,7 +161,7 @@ class AddOns:
         """That of a control or an image prompt, where the pipeline is and in its numbers."""
         path = self.find(add_on)
         where: dict[str, Any] = {"device": pipeline.device, "dtype": pipeline.dtype}
-        base = pipeline.unet if isinstance(pipeline.unet, UNet) else None
+        base = pipeline.unet
         if add_on.place == "control":
             key = "network", path, id(base), *where.values()  # base: of files that are a difference to it
             return self._keep(key, lambda: (base, load_control(path, base=base, **where)))[1]

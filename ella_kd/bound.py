@@ -19,6 +19,8 @@ from ella_kd.models.context import Context
 from ella_kd.models.devices import upload
 from ella_kd.models.network import as_network
 from ella_kd.models.patches import Patch
+from ella_kd.models.reuse import Reuse
+from ella_kd.reusing import Memory, loaded, network_at, saved
 from ella_kd.samplers.model import Prediction
 
 Conditions = Mapping[str, Conditioning]
@@ -134,11 +136,22 @@ class BoundRun:
         self._found: dict[bool, tuple[dict[Preconditioned, Moments], Plans]] = {True: ({}, {}), False: ({}, {})}
         self._works: dict[tuple[Branch, ...], Work] = {}
         self._repeated: dict[Conditioning, Conditioning] = {}
+        self.memory: Memory = {}  # replaced, never changed
 
     @cached_property
     def digests(self) -> dict[str, str]:
         """What the run is made with, by name: `samplers.model.digests`."""
-        return {name: digest(condition) for name, condition in self.conditions.items()}
+        found = {name: digest(condition) for name, condition in self.conditions.items()}
+        network = self.denoiser.inner_model
+        return {**found, "reuse": digest(network.how)} if isinstance(network, Reuse) else found
+
+    def saved(self) -> dict[str, Tensor]:
+        """What is kept of evaluations for later ones, as named tensors: `samplers.model.memory`."""
+        return saved(self)
+
+    def resume(self, tensors: Mapping[str, Tensor]) -> None:
+        """Begins with what another run of the same kept, nothing if there is nothing."""
+        self.memory = loaded(tensors)
 
     def prepare(self, levels: Levels) -> None:
         """Works out, before the loop, what the run asks at these of its levels. Raises what the evaluation would."""
@@ -182,7 +195,8 @@ class BoundRun:
             x_in = x * point.c_in
             if n > 1:
                 x_in, t = x_in.repeat(n, 1, 1, 1), t.repeat(n)
-            network, where = moments.network.at(levels), tuple(work.where[job] for job in jobs)
+            network = moments.network.at(levels) if only else network_at(self, moments.network, levels, jobs)
+            where = tuple(work.where[job] for job in jobs)
             parts = (where,) if any(area is not None for area in where) and hasattr(network, "takes_where") else ()
             out = network(x_in.to(dtype), t, context.to(dtype), patches, *parts)
             skipped = point.c_skip * x
@@ -216,7 +230,7 @@ class BoundRun:
         kept = self.fixed and all(branch.patch is patch for branch, patch in branches.items())  # no recorder
         if kept and key in self._works:
             return self._works[key]
-        sums = {branch: [(Job(self._of_rows(cond), patch, branch.model or self.denoiser), weight)
+        sums = {branch: [(Job(self.of_rows(cond), patch, branch.model or self.denoiser), weight)
                          for cond, weight in self._terms(branch.cond, levels)] for branch, patch in branches.items()}
         jobs = dict.fromkeys(job for terms in sums.values() for job, _ in terms)
         calls: list[tuple[Job, ...]] = []
@@ -247,7 +261,8 @@ class BoundRun:
     def _there(self, weight: Weight) -> Weight:
         return upload(weight.to(self.like.dtype), self.like.device) if isinstance(weight, Tensor) else weight
 
-    def _of_rows(self, cond: Conditioning) -> Conditioning:
+    def of_rows(self, cond: Conditioning) -> Conditioning:
+        """The condition with as many rows as the batch."""
         if cond not in self._repeated:
             self._repeated[cond] = cond if cond.rows == self.rows else cond.repeat(self.rows)
         return self._repeated[cond]

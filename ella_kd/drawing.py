@@ -4,7 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -23,10 +23,11 @@ from ella_kd.models.network import as_network
 from ella_kd.pictures.beginning import Beginning, has_channels, seen_beside
 from ella_kd.pictures.canvas import Canvas
 from ella_kd.pictures.hires import Hires
-from ella_kd.pictures.options import SHOWN, FromPicture
-from ella_kd.pictures.reading import Source
+from ella_kd.pictures.options import SHOWN, FromNoise, FromPicture
+from ella_kd.pictures.reading import Source, read_picture
 from ella_kd.pictures.segments import sample_in_segments
 from ella_kd.pictures.start import slerp
+from ella_kd.pictures.x4 import LEVELS, X4, seen_by_x4
 from ella_kd.pipeline import Pipeline
 from ella_kd.refining import HandOver, Refiner
 from ella_kd.request import SCALE, Request, check_method_options, method_named, seed_number, whole
@@ -82,14 +83,17 @@ def draw(
     rows = seed_rows(seeds, None if given is None else len(given))
     denoiser = pipeline.denoiser(rule if isinstance(rule, Guidance) else None)
     sigmas = None if sigmas is None else torch.as_tensor(sigmas)
-    if asked.start is not None:
+    small = small_of(pipeline, asked)
+    if asked.start is not None and small is None:
         begun = begin_from(pipeline, asked, schedule, steps, width, height, sigmas)
     if hires is not None:
         if begun is not None:
             raise ValueError("hires draws over what was drawn from noise: a start picture is enlarged by width, height")
         check_multiples(*hires.size, pipeline.vae.factor)
         check_method_options(hires.sampler or sampler, asked.of_method)
-    if begun is None:
+    if small is not None:
+        shape = (len(rows), pipeline.vae.config.latent_channels, small.height, small.width)
+    elif begun is None:
         shape = latent_shape(pipeline, width, height, len(rows), given)
     elif latents is not None:
         raise ValueError("give a start picture or latents, not both: latents are x at sigmas[0]")
@@ -101,7 +105,10 @@ def draw(
     sigmas = sigmas.to(pipeline.device)
     extra_args: dict[str, Any] = {"cond": cond, "uncond": uncond, **conditions}
     beside = as_network(pipeline.unet).in_channels - shape[1]
-    if beside and not any(map(has_channels, extra_args.values())):
+    if small is not None:
+        extra_args = seen_by_x4(small, asked.noise_level, rows, next(pipeline.unet.parameters()),
+                                denoiser.inner_model.lift, extra_args)
+    elif beside and not any(map(has_channels, extra_args.values())):
         with pipeline.at_work("vae"):
             extra_args = seen_beside(beside, begun, pipeline.vae, shape[2:], denoiser.inner_model.lift, extra_args,
                                      shown_to(pipeline, asked))
@@ -183,6 +190,21 @@ def begin_from(pipeline: Pipeline, asked: FromPicture, schedule: str, steps: int
     canvas = Canvas.of(asked, given, picture_size(pipeline, None, None), pipeline.vae.factor)
     with pipeline.at_work("vae"):
         return Beginning.of(canvas, pipeline.vae, pipeline.denoiser(), schedule, whole("steps", steps), sigmas)
+
+
+def small_of(pipeline: Pipeline, asked: FromPicture) -> Image.Image | None:
+    """The picture that the x4 upscaler enlarges; None for other networks. ValueError for what it cannot be told."""
+    if pipeline.purpose != X4 or asked.start is None:
+        if asked.noise_level != FromPicture.noise_level:
+            raise ValueError("noise_level is told to the x4 upscaler, and this is no such network")
+        return None
+    own = [each for each in fields(FromPicture) if each.name not in (*FromNoise.names(), "start", "noise_level")]
+    if said := [each.name for each in own if getattr(asked, each.name) != each.default]:
+        raise ValueError(f"the x4 upscaler draws the whole start picture four times as large, without {said[0]}")
+    known = getattr(pipeline.unet.config, "classes", None) or LEVELS + 1
+    if not 0 <= asked.noise_level < known:
+        raise ValueError(f"noise_level is a whole number from 0 to {known - 1}, got {asked.noise_level}")
+    return read_picture(asked.start)[0]
 
 
 def edits(pipeline: Pipeline) -> bool:

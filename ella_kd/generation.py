@@ -1,5 +1,6 @@
 """Prompts to pictures: what a prompt may say, which picture gets which seed, and the request each one keeps."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
@@ -11,9 +12,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ella_kd.addon_words import AddOn, without_prefix
+from ella_kd.addon_words import AddOn
 from ella_kd.addons import AddOns
-from ella_kd.conditioning import And, Concat, Conditioning, Switch
 from ella_kd.denoiser import Condition
 from ella_kd.drawing import (
     begin_from,
@@ -24,18 +24,22 @@ from ella_kd.drawing import (
     refuse_unknown,
     seed_rows,
     several,
+    small_of,
 )
+from ella_kd.encoding import reader, weights
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import parse
 from ella_kd.images import Picture
-from ella_kd.models.added import NEGATIVE_SCORE, POSITIVE_SCORE
+from ella_kd.models.reuse import Reuse
 from ella_kd.pictures.hires import Hires
-from ella_kd.pictures.hires_options import NO_SECOND, Enlargement, Size
+from ella_kd.pictures.hires_options import NO_SECOND, Enlargement, InTiles, Size
 from ella_kd.pictures.inversion import load_latents
+from ella_kd.pictures.reading import read_picture
+from ella_kd.pictures.start import sigmas_by_strength
+from ella_kd.pictures.upscale import upscale
 from ella_kd.pipeline import Pipeline
 from ella_kd.placement import Placement
-from ella_kd.prompt_editing import edits
-from ella_kd.prompts import check_wildcards, expand_wildcards, split_and
+from ella_kd.prompts import check_wildcards, expand_wildcards
 from ella_kd.refining import Refiner
 from ella_kd.request import SCALE, VERSION, Mode, Request, whole
 from ella_kd.samplers import get_schedule
@@ -118,9 +122,12 @@ def generate(
                     negative_mode=negative_mode, tags=tags, syntax=syntax, clip_skip=clip_skip,
                     refiner=name, refiner_at=refiner_at, tiling=tiling, **picture)
     requests = [replace(asked, prompt=prompt, negative=negative, seed=seed) for prompt, negative, seed in found]
+    shelf = models_dir if isinstance(models_dir, AddOns) else AddOns(models_dir)
+    for request in {each.prompt: each for each in requests}.values():  # before anything is drawn
+        shelf.check(request.add_ons, request.hashes)
     pictures: list[Picture] = []
     with tqdm(total=len(requests), unit="picture", disable=not progress or len(requests) <= batch_size) as bar:
-        for job in jobs(pipeline, requests, guidance=rule, refiner=second, models_dir=models_dir, batch_size=batch_size,
+        for job in jobs(pipeline, requests, guidance=rule, refiner=second, models_dir=shelf, batch_size=batch_size,
                         callback=callback, progress=progress):
             pictures += map(Picture, job.draw(), job.requests)
             bar.update(len(job.requests))
@@ -164,11 +171,13 @@ def jobs(
         return dressed.seamless() if asked.tiling else dressed
 
     groups = groupby(requests, lambda r: (replace(r, prompt="", negative="", seed=0), r.add_ons,
-                                          _weights(r.text) if r.syntax else ()))
+                                          weights(r.text) if r.syntax else ()))
     for (asked, add_ons, _), group in groups:
         shelf.check(add_ons, asked.hashes)
         asked, dressed = replace(asked, hashes=shelf.hashes(add_ons)), dress(add_ons, asked)
         second = None if asked.refiner is None else refiner or load(asked.refiner)
+        if second is not None and add_ons:
+            warnings.warn(f"the refiner draws without the add-ons: {', '.join(map(str, add_ons))}", stacklevel=3)
         ready = _ready(dressed, asked, guidance or (parse(asked.guidance) if asked.guidance else None), second,
                        partial(shelf.steered, pipeline, add_ons), dress)
         left = iter(group)
@@ -191,26 +200,42 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
     guidance = rule if rule is not None else SCALE if asked.scale is None else asked.scale
     sigmas = None if asked.sigmas is None else torch.tensor(asked.sigmas)
     latents: torch.Tensor | None = None
+    size: dict[str, Any]
     more: dict[str, Any] = {"variation": asked.variation, "variation_seed": asked.variation_seed, **asked.of_method,
                             **asked.shown}
-    if asked.start is None:
+    larger_by = None if asked.upscale is None else InTiles.read(asked.upscale)
+    if larger_by is not None and asked.start is not None:
+        return _in_tiles(pipeline, asked, guidance, larger_by, steered, None)
+    small = small_of(pipeline, asked)
+    if small is not None:
+        width, height = (side * pipeline.vae.factor for side in small.size)
+        if (asked.width or width, asked.height or height) != (width, height):
+            raise ValueError(f"the x4 upscaler draws {width}x{height} of a picture of {small.width}x{small.height}: "
+                             "leave out width and height")
+        sigmas = get_schedule(asked.schedule).sigmas(asked.steps, pipeline.denoiser()) if sigmas is None else sigmas
+        size = {"start": small, "noise_level": asked.noise_level}
+    elif asked.start is None:
         width, height = picture_size(pipeline, asked.width, asked.height)
         sigmas = get_schedule(asked.schedule).sigmas(asked.steps, pipeline.denoiser()) if sigmas is None else sigmas
         if asked.latents is not None:
             latents = load_latents(asked.latents, float(sigmas[0]))
             height, width = (side * pipeline.vae.factor for side in latents.shape[2:])
         asked, (width, height), larger = _sizes(pipeline, asked, (width, height))
-        size: dict[str, Any] = {"width": width, "height": height} if latents is None else {}
+        size = {"width": width, "height": height} if latents is None else {}
     else:
         begun = begin_from(pipeline, asked, asked.schedule, asked.steps, asked.width, asked.height, sigmas)
         (width, height), sigmas, size = begun.canvas.size, begun.sigmas, {}
         more["start"], steered = begun, partial(steered, part=begun.canvas.part)
-    drawn = (width, height) if asked.start is None else begun.canvas.image.size
-    pipeline = asked.changed(pipeline, *drawn, from_text=asked.mask is None and not asked.extend)
+    drawn = (width, height) if asked.start is None or small is not None else begun.canvas.image.size
+    plain = pipeline
+    pipeline = asked.changed(pipeline, *drawn, from_text=asked.mask is None and not asked.extend,
+                             first=asked.hires is not None)
+    if asked.reuse is not None:
+        pipeline = replace(pipeline, unet=Reuse(pipeline.unet, *asked.reused))
     levels = sigmas.tolist() if asked.syntax else None
-    read = _reader(pipeline, asked, levels)
+    read = reader(pipeline, asked, levels)
     own = replace(asked, mode="clip", negative_mode=None) if refiner is not None and refiner.tsc is None else asked
-    read_again = None if refiner is None else _reader(refiner, own, levels)
+    read_again = None if refiner is None else reader(refiner, own, levels)
     again = None if asked.hires is None else _second(asked, rule, larger, steered, dressed)
 
     def ready(batch: list[Request], **shown: Any) -> Job:
@@ -226,6 +251,33 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
                  **{name: getattr(asked, name) for name in NO_SECOND}}
         return Job([replace(r, **found, model=pipeline.name, version=VERSION,
                             dtype=str(pipeline.dtype).removeprefix("torch.")) for r in batch], call)
+
+    return ready if larger_by is None else _in_tiles(plain, asked, guidance, larger_by, steered, ready)
+
+
+def _in_tiles(pipeline: Pipeline, asked: Request, guidance: Guidance | float, how: InTiles,
+              steered: Callable[..., tuple[Condition, Condition]],
+              first: Callable[..., Job] | None) -> Callable[..., Job]:
+    """What makes a job of requests that are enlarged in tiles: the start picture, or what `first` draws."""
+    sigmas = sigmas_by_strength(asked.schedule, asked.steps, pipeline.denoiser(), how.strength, "comfyui")
+    read = reader(pipeline, asked, sigmas.tolist() if asked.syntax else None)
+
+    def ready(batch: list[Request], **shown: Any) -> Job:
+        start = None if asked.start is None else read_picture(asked.start)[0]
+        job = Job([replace(r, model=pipeline.name, version=VERSION, hashes=asked.hashes, dtype=str(
+            pipeline.dtype).removeprefix("torch.")) for r in batch], list) if first is None else first(batch, **shown)
+
+        def larger() -> list[Image.Image]:
+            pictures = job.draw() if start is None else [start] * len(batch)
+            found = []
+            for picture, r in zip(pictures, batch, strict=True):
+                cond, uncond = steered(*read([r]))
+                found.append(upscale(pipeline, picture, cond, uncond=uncond, scale=how.scale, strength=how.strength,
+                                     upscaler=asked.hires_upscaler, schedule=asked.schedule, steps=asked.steps,
+                                     seed=r.seed, guidance=guidance, sampler=asked.sampler, **asked.of_method, **shown))
+            return found
+
+        return Job(job.requests, larger)
 
     return ready
 
@@ -247,46 +299,20 @@ def _second(asked: Request, rule: Guidance | None, size: Size, steered: Callable
             dressed: Callable[[Sequence[AddOn], Request], Pipeline]) -> Callable[[list[Request]], Hires]:
     """What makes of a batch its second pass, whose prompts are read for its own noise levels."""
     later = asked.second_pass()
-    pipeline = dressed(later.add_ons, later)
+    pipeline = later.changed(dressed(later.add_ons, later), *size)
+    if later.reuse is not None:
+        pipeline = replace(pipeline, unet=Reuse(pipeline.unet, *later.reused))
     own = rule if asked.hires_scale is None and rule is not None else SCALE if later.scale is None else later.scale
     how = Hires(size, Enlargement.read(asked.hires).strength, asked.hires_upscaler, later.sampler, later.schedule,
                 later.steps, own, network=lambda _: pipeline.unet)
     levels = how.sigmas(pipeline, later.schedule, later.steps).tolist() if later.syntax else None
-    read = _reader(pipeline, later, levels)
+    read = reader(pipeline, later, levels)
 
     def again(batch: list[Request]) -> Hires:
         cond, uncond = steered(*read([r.second_pass() for r in batch]))
         return replace(how, cond=cond, uncond=uncond)
 
     return again
-
-
-def _reader(pipeline: Pipeline, asked: Request,
-            levels: Sequence[float] | None) -> Callable[[list[Request]], tuple[Condition, Conditioning]]:
-    """What makes of a batch's prompts and negatives what they are to a pipeline."""
-    # ELLA's tokens of "" and CLIP's of "" stand against ELLA's and the tags': the same kinds on both sides.
-    no_tags = "" if asked.tags is not None and asked.negative_mode is None else None
-
-    def encode(texts: Sequence[str], mode: Mode, extra: str | None, score: float = POSITIVE_SCORE) -> Conditioning:
-        texts = texts if mode == "clip" else tuple(map(without_prefix, texts))
-        encoded = _over_steps(texts, lambda t: pipeline.encode(t, mode, weighted=asked.syntax, score=score,
-                                                               clip_skip=asked.clip_skip), levels)
-        return encoded if extra is None else Concat(encoded, encode([extra], "clip", None))
-
-    @lru_cache(1)
-    def cond_of(prompts: tuple[str, ...]) -> Condition:
-        return _condition(prompts, lambda texts: encode(texts, asked.mode, asked.tags), asked.syntax)
-
-    @lru_cache(1)
-    def uncond_of(negatives: tuple[str, ...]) -> Conditioning:
-        return encode(negatives, asked.negative_mode or asked.mode, no_tags, NEGATIVE_SCORE)
-
-    def read(batch: list[Request]) -> tuple[Condition, Conditioning]:
-        found = cond_of(_one_if_equal(r.text for r in batch)), uncond_of(_one_if_equal(r.negative for r in batch))
-        pipeline.rest()
-        return found
-
-    return read
 
 
 def rows(prompts: str | Sequence[str], negative: str | Sequence[str], seeds: int | Sequence[int] | None, count: int,
@@ -308,38 +334,6 @@ def rows(prompts: str | Sequence[str], negative: str | Sequence[str], seeds: int
     found = [(prompt, negative) for prompt, negative in zip(prompts, negatives) for _ in range(count)]
     return [(prompt if wildcards is None else expand_wildcards(prompt, wildcards, seed), negative, seed)
             for (prompt, negative), seed in zip(found, numbers, strict=True)]
-
-
-def _condition(prompts: Sequence[str], encode: Callable[[Sequence[str]], Conditioning], syntax: bool) -> Condition:
-    """Prompts of equal weights, one row each, as what they say: one conditioning, or the AND of several."""
-    if not syntax:
-        return encode(prompts)
-    terms = list(zip(*(split_and(prompt) for prompt in prompts), strict=True))  # term by term, each of all the prompts
-    if len(terms) == 1 and terms[0][0][1] == 1:
-        return encode([text for text, _ in terms[0]])
-    return And(*((encode([text for text, _ in term]), term[0][1]) for term in terms))
-
-
-def _over_steps(texts: Sequence[str], encode: Callable[[Sequence[str]], Conditioning],
-                sigmas: Sequence[float] | None) -> Conditioning:
-    """Texts encoded, one row each; with the sigmas of a run, those that change from step to step as a switch."""
-    if sigmas is None:
-        return encode(texts)
-    steps = list(zip(*(edits(text, len(sigmas) - 1) for text in texts), strict=True))
-    starts = [i for i, said in enumerate(steps) if i == 0 or said != steps[i - 1]]
-    encoded = {said: encode(said) for said in dict.fromkeys(steps)}
-    parts = [encoded[steps[i]] for i in starts]
-    return parts[0] if len(parts) == 1 else Switch(*parts, at=[sigmas[i] for i in starts[1:]])
-
-
-def _weights(prompt: str) -> tuple[float, ...]:
-    return tuple(weight for _, weight in split_and(prompt))
-
-
-def _one_if_equal(texts: Iterable[str]) -> tuple[str, ...]:
-    """All of them, or one for all rows: a batch of another size then asks for the same."""
-    found = tuple(texts)
-    return found[:1] if len(set(found)) == 1 else found
 
 
 def _seeds(seeds: int | Sequence[int] | None, prompts: int, count: int) -> list[int]:

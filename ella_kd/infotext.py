@@ -45,6 +45,7 @@ def write(values: Mapping[str, Any]) -> str:
         "Model": values["model"] or None,
         "Clip skip": values["clip_skip"] if values["clip_skip"] != 1 else None,
         "Tiling": values["tiling"] or None,
+        "Reuse": values["reuse"],
         "ELLA": values["mode"],
         "ELLA negative": values["negative_mode"],
         "ELLA syntax": "on" if values["syntax"] else None,
@@ -128,7 +129,8 @@ def read(text: str) -> tuple[dict[str, Any], list[str]]:
         found["width"], found["height"] = map(int, given.pop("Size").split("x"))
     for key, name, kind in (("Steps", "steps", int), ("CFG scale", "scale", float), ("Seed", "seed", int),
                             ("Clip skip", "clip_skip", int), ("Model", "model", str), ("CLIP prompt", "tags", str),
-                            ("ELLA negative", "negative_mode", str), ("Guidance", "guidance", str)):
+                            ("ELLA negative", "negative_mode", str), ("Guidance", "guidance", str),
+                            ("Reuse", "reuse", str)):
         if key in given:
             found[name] = kind(given.pop(key))
     if ours and "Refiner" in given:

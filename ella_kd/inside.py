@@ -55,16 +55,20 @@ class FromInside:
                              f"{self.tile!r}")
         return numbers[0] // factor, numbers[1] // factor
 
-    def changed(self, pipeline: "Pipeline", width: int, height: int, from_text: bool = True) -> "Pipeline":
+    def changed(self, pipeline: "Pipeline", width: int, height: int, from_text: bool = True,
+                first: bool = False) -> "Pipeline":
         """The pipeline with these changes, for pictures of this size; itself without any.
 
-        from_text: nothing of a picture is kept. Warns of what is for larger pictures alone.
+        from_text: nothing of a picture is kept. first: a larger pass follows; else it warns of what is for larger
+        pictures alone.
         """
         unet, changes = pipeline.unet, list[Change]()
         if self.hidiffusion or self.deep_shrink:
             if max(width, height) <= pipeline.size:
-                warnings.warn(f"{'hidiffusion' if self.hidiffusion else 'deep_shrink'} is for pictures larger than the "
-                              f"model's own {pipeline.size} px, and leaves {width}x{height} as it is", stacklevel=4)
+                if not first:
+                    name = "hidiffusion" if self.hidiffusion else "deep_shrink"
+                    warnings.warn(f"{name} is for pictures larger than the model's own {pipeline.size} px, and leaves "
+                                  f"{width}x{height} as it is", stacklevel=4)
             elif self.hidiffusion:
                 sides = height // pipeline.vae.factor, width // pipeline.vae.factor
                 changes += hidiffusion(unet, *sides, aggressive=from_text)

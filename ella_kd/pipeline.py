@@ -48,6 +48,8 @@ class Pipeline:
 
     unet: ours, diffusers' as `DiffusersUNet(...)`, or any `unet(x, t, tokens)`. size: the side in pixels of the square
     pictures the model was trained on, and the default of `generate`. name: what the pictures' settings call the model.
+    LoRAs and words of `with_lora` and `with_embeddings` are added to it; whoever puts a UNet in, `Inside(sd.unet, ...)`
+    by `replace`, says so in it. What settings are to draw again is an argument of `generate`, lora= and so on.
     """
 
     unet: nn.Module
@@ -192,7 +194,9 @@ class Pipeline:
         if words and self.clip is None:
             raise ValueError(f"the embedding {words[0].name} is CLIP's, and this pipeline lacks CLIP or its tokenizer: "
                              "load it with clip_tokenizer=<folder>")
-        return replace(self, clip=self.clip.with_embeddings(words)) if words and self.clip is not None else self
+        if not words or self.clip is None:
+            return self
+        return replace(self, clip=self.clip.with_embeddings(words), name=_and(self.name, [each.name for each in words]))
 
     def with_lora(self, loras: "Given | Sequence[Given]", *, partial: bool = False) -> "Pipeline":
         """The same system with LoRAs in its UNet and its text encoders: `models.addons.lora.with_lora`.
@@ -207,7 +211,9 @@ class Pipeline:
                 networks["text_2" if i or hasattr(model, "text_projection") else "text"] = model
         twins = merged(networks, pairs, partial=partial)
         new = {id(network): twins[part] for part, network in networks.items()}
-        return replace(self, unet=twins["unet"], clip=self.clip and self.clip.moved(lambda model: new[id(model)]),
+        told = [f"{lora.name}:{strength}" for lora, strength in pairs if strength.unet or strength.text]
+        return replace(self, unet=twins["unet"], name=_and(self.name, told),
+                       clip=self.clip and self.clip.moved(lambda model: new[id(model)]),
                        text_models=tuple(model and new[id(model)] for model in self.text_models))
 
     def seamless(self) -> "Pipeline":
@@ -330,6 +336,11 @@ class Pipeline:
     def dtype(self) -> torch.dtype:
         """That of the UNet's weights."""
         return next((x.dtype for x in self.unet.parameters() if x.is_floating_point()), torch.float32)
+
+
+def _and(name: str, more: Sequence[str]) -> str:
+    """A model's name with those of what was added to it."""
+    return " + ".join(filter(None, (name, *more)))
 
 
 def _models(clip: CLIPTextEncoder | TwoTextEncoders) -> list[nn.Module]:

@@ -15,7 +15,7 @@ from ella_kd.models import AutoencoderKL
 from ella_kd.models.noise_schedule import EDMSchedule, NoiseSchedule
 from ella_kd.pipeline import Pipeline
 from ella_kd.request import Request, refiner_share
-from ella_kd.samplers.model import Bound, Prediction, bind, digests
+from ella_kd.samplers.model import Bound, Prediction, bind, digests, memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +98,28 @@ class HandedOver:
     def digests(self) -> dict[str, str]:
         """As `samplers.model.digests`."""
         return {**digests(self.first), **{f"refiner_{name}": each for name, each in digests(self.second).items()}}
+
+    @property
+    def memory(self) -> Any:
+        """As `samplers.model.memory`, with the next two: each model's own."""
+        kept = memory(self.first), memory(self.second)
+        return None if kept == (None, None) else kept
+
+    @memory.setter
+    def memory(self, kept: Any) -> None:
+        for bound, own in zip((self.first, self.second), kept, strict=True):
+            if own is not None:
+                bound.memory = own  # type: ignore[attr-defined]
+
+    def saved(self) -> dict[str, Tensor]:
+        return {f"{i}.{key}": x for i, bound in enumerate((self.first, self.second)) if memory(bound) is not None
+                for key, x in bound.saved().items()}  # type: ignore[attr-defined]
+
+    def resume(self, tensors: Mapping[str, Tensor]) -> None:
+        for i, bound in enumerate((self.first, self.second)):
+            if memory(bound) is not None:
+                bound.resume({key[2:]: x for key, x in tensors.items()  # type: ignore[attr-defined]
+                              if key.startswith(f"{i}.")})
 
     def __call__(self, x: Tensor, levels: float | Levels, scale: float | None = None) -> Prediction:
         early = [above(level, self.at) for level in (levels if isinstance(levels, tuple) else (levels,))]

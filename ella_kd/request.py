@@ -6,6 +6,7 @@
 import inspect
 import json
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -21,7 +22,7 @@ from ella_kd.addon_words import AddOn, FromAddOns, in_prompt, words_in
 from ella_kd.inside import FromInside
 from ella_kd.models import emphasis
 from ella_kd.pictures.hires_options import NO_SECOND, FromHires
-from ella_kd.pictures.options import FromPicture
+from ella_kd.pictures.options import FromNoise, FromPicture
 from ella_kd.prompt_editing import edits
 from ella_kd.prompts import check_text, split_and
 from ella_kd.samplers.names import get_sampler, sampler_named, schedule_named
@@ -98,6 +99,10 @@ class Request(FromPicture, FromHires, FromAddOns, FromInside):
     refiner_at: float = field(default=0.8, kw_only=True, metadata={
         "help": "When: the share of the timesteps done, whatever the schedule.", "metavar": "SHARE"})
 
+    reuse: str | None = field(default=None, kw_only=True, metadata={
+        "help": "Work the UNet's deep features out once for so many steps, and the answer about the negative prompt "
+                "for so many: 3, or 3:2. Faster, less exact.", "metavar": "N"})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.read_doors()
@@ -127,8 +132,16 @@ class Request(FromPicture, FromHires, FromAddOns, FromInside):
             for text in (*(text for text, _ in split_and(self.text)), self.negative, self.tags or ""):
                 for said in set(edits(text, self.steps)):
                     emphasis.parse(said)
+        if self.reuse is not None:
+            self._set("reuse", ":".join(map(str, self.reused)))
         if self.hires is not None:
             self.second_pass()
+        if self.upscale is not None:
+            own = [each for each in fields(FromPicture) if each.name not in (*FromNoise.names(), "start")]
+            if said := [each.name for each in own if getattr(self, each.name) != each.default] + ["control"] * bool(
+                    self.control):
+                raise ValueError(f"upscale draws over a whole picture tile by tile, without {said[0]}: leave it out, "
+                                 "or draw the enlarged picture with it")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -146,11 +159,20 @@ class Request(FromPicture, FromHires, FromAddOns, FromInside):
         texts = (self.prompt, self.negative, self.tags or "")
         return (*asked, *dict.fromkeys(word for text in texts for word in words_in(text, known)))
 
+    @property
+    def reused(self) -> tuple[int, ...]:
+        """For how many steps deep features and the uncond's answer are worked out once: what `Reuse` takes."""
+        found = re.fullmatch(r"([1-9][0-9]*)(?::([1-9][0-9]*))?", str(self.reuse).strip())
+        if not found:
+            raise ValueError(f"reuse is how many steps share the deep features, 3, and perhaps the uncond, 3:2, got "
+                             f"{self.reuse!r}")
+        return tuple(int(number) for number in found.groups() if number)
+
     def second_pass(self) -> "Request":
         """What its second pass asks for, a request of its own; without one, the request itself."""
         own = self.second()
         rule = {"guidance": ""} if "scale" in own else {}
-        return replace(self, **{**own, **rule, "sigmas": None, "latents": None, **NO_SECOND})
+        return replace(self, **{**own, **rule, "sigmas": None, "latents": None, **NO_SECOND, "upscale": None})
 
     def arguments(self) -> dict[str, Any]:
         """What `generate` takes to draw the picture again: `generate(pipeline, **request.arguments())`."""

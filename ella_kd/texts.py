@@ -1,5 +1,6 @@
 """Texts in pictures: beside the pixels of a PNG, in the EXIF of a JPEG or a WebP, as A1111's web UI puts them."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", "": "PNG"}  # by the name's ending
 QUALITY = 95  # of JPEG and WebP
 _EXIF, _COMMENT, _MAKER = 0x8769, 0x9286, 0x927C  # the EXIF block, UserComment and MakerNote in it
+_EXIF_BYTES = 65533  # that a JPEG has room for; a WebP has no such end
 _UNICODE, _ASCII, _OURS = b"UNICODE\0", b"ASCII\0\0\0", b"ella_kd\0"
 
 
@@ -25,7 +27,8 @@ def written(kind: str, texts: Mapping[str, str], quality: int = QUALITY) -> dict
     """What Pillow's `image.save` takes to write a picture of a kind with these texts.
 
     In EXIF `parameters` is the UserComment, where the web UI reads it, and `ella_kd` the MakerNote. quality: 1 to 100,
-    of JPEG and WebP; at 100 a WebP is lossless. Raises ValueError for another.
+    of JPEG and WebP; at 100 a WebP is lossless. Raises ValueError for another. What a JPEG has no room for is left
+    out with a warning, `parameters` first, which `ella_kd` says too.
     """
     if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100:
         raise ValueError(f"quality is a whole number from 1 to 100, got {quality!r}")
@@ -34,14 +37,27 @@ def written(kind: str, texts: Mapping[str, str], quality: int = QUALITY) -> dict
         for name, text in texts.items():
             info.add_text(name, text)
         return {"pnginfo": info}
+    kept = dict(texts)
+    exif = _exif_of(kept)
+    for name in ("parameters", "ella_kd"):
+        if kind == "JPEG" and name in kept and len(exif.tobytes()) > _EXIF_BYTES:
+            del kept[name]
+            exif = _exif_of(kept)
+    if left := [name for name in texts if name not in kept]:
+        warnings.warn(f"the text {' and '.join(left)} of {max(map(len, texts.values()))} letters is left out, for "
+                      "which a JPEG has no room: save a PNG to keep it", stacklevel=4)
+    own = {"subsampling": 0} if kind == "JPEG" else {"lossless": quality == 100}  # 0: colours at the full size
+    return {"quality": quality, **own, **({"exif": exif} if kept else {})}
+
+
+def _exif_of(texts: Mapping[str, str]) -> Image.Exif:
     exif = Image.Exif()
     block = exif.get_ifd(_EXIF)
     if "parameters" in texts:
         block[_COMMENT] = _UNICODE + texts["parameters"].encode("utf-16-be")
     if "ella_kd" in texts:
         block[_MAKER] = _OURS + texts["ella_kd"].encode()
-    own = {"subsampling": 0} if kind == "JPEG" else {"lossless": quality == 100}  # 0: colours at the full size
-    return {"quality": quality, **own, **({"exif": exif} if texts else {})}
+    return exif
 
 
 def texts_of(image: Image.Image) -> dict[str, str]:

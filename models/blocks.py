@@ -181,9 +181,12 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, wider: int = 1) -> Tensor:
         """wider: how many times stride, padding and dilation are what they are otherwise."""
+        op, padding = self.op, wider
         if wider == 1:
-            return self.op(x)
-        return F.conv2d(x, self.op.weight, self.op.bias, 2 * wider, wider, wider)
+            return op(x)
+        if op.padding_mode != "zeros":  # seamless
+            x, padding = F.pad(x, [wider] * 4, op.padding_mode), 0
+        return F.conv2d(x, op.weight, op.bias, 2 * wider, padding, wider)
 
 
 class Upsample(nn.Module):

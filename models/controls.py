@@ -178,11 +178,13 @@ class Added:
         """What leaves an input block, with what is added before it becomes a skip."""
         return self._add(x, [(rows, each.inside.get(block)) for rows, each in self.found])
 
-    def outside(self, middle: Tensor, skips: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """What leaves the middle, and the skips."""
+    def outside(self, middle: Tensor | None, skips: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        """What leaves the middle, if it was worked out, and the skips."""
         added = [self._add(skip, [(rows, each.skips.get(i)) for rows, each in self.found])
                  for i, skip in enumerate(skips)]
-        return self._add(middle, [(rows, each.middle) for rows, each in self.found]), added
+        if middle is not None:
+            middle = self._add(middle, [(rows, each.middle) for rows, each in self.found])
+        return middle, added
 
     def _add(self, x: Tensor, terms: Sequence[tuple[tuple[int, ...], Tensor | None]]) -> Tensor:
         for rows, term in terms:

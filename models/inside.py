@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ella_kd.models.context import Context
-from ella_kd.models.network import Levels, Patches, above
+from ella_kd.models.network import Deep, Levels, Patches, above
 from ella_kd.models.networks import ByRow, Several
 from ella_kd.models.patches import Patch
 from ella_kd.models.unet import UNet
@@ -158,11 +158,12 @@ class Inside(nn.Module):
         twin.now = changes
         return twin
 
-    def forward(self, x: Tensor, t: Tensor, context: Context, patches: Patches = ()) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Context, patches: Patches = (),
+                deep: Deep | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if not self.now:
             raise ValueError("what changes inside a UNet is decided by sigma, and t does not tell it: call "
                              "network.at((sigma,))(x, t, context), as a denoiser does")
-        return self.unet(x, t, context, patches, self.now)
+        return self.unet(x, t, context, patches, self.now, deep)
 
 
 def with_changes(network: Any, *changes: Change) -> Any:

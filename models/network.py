@@ -1,7 +1,7 @@
 """What a network is to everything else: `network(x, t, context, patches=()) -> out`."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
@@ -17,6 +17,15 @@ Patches = Sequence[tuple[int, "Patch | None"]]
 """What rows of a batch do differently in one call: how many rows, and their patch, in the order of the batch."""
 Levels = tuple[float, ...]
 """The sigmas of a call, known to the host: one for the whole batch, or one per row."""
+
+
+@dataclass(frozen=True, eq=False)
+class Deep:
+    """A UNet's features below the skip of input_blocks[branch]: those of an earlier call, in place of working them out
+    again, or None to have them worked out. The call then gives its answer and the features."""
+
+    branch: int
+    features: Tensor | None = None
 
 
 def above(level: float, boundary: float) -> bool:

@@ -12,7 +12,7 @@ from ella_kd.models.context import Context
 from ella_kd.models.controls import added
 from ella_kd.models.encoder import Encoder, transformer
 from ella_kd.models.image_prompts import ready
-from ella_kd.models.network import Levels, Patches
+from ella_kd.models.network import Deep, Levels, Patches
 from ella_kd.models.parameters import zero_init
 from ella_kd.models.patches import for_all
 from ella_kd.models.reference import beside_references
@@ -230,8 +230,9 @@ class UNet(Encoder):
         return self
 
     def forward(self, x: Tensor, t: Tensor, context: Context | Tensor, patches: Patches = (),
-                changes: "Sequence[Change]" = ()) -> Tensor:
+                changes: "Sequence[Change]" = (), deep: Deep | None = None) -> Tensor | tuple[Tensor, Tensor]:
         seen = Context.of(context)
+        given, cut = (None, None) if deep is None else (deep.features, self.cut(deep.branch))
         latents, x, tokens, mask = x, seen.beside_x(x), seen.tokens, seen.mask
         self._check(x, t, tokens, mask)
         if seen.references:
@@ -242,8 +243,10 @@ class UNet(Encoder):
         emb = self._embedding(x, t, seen)
         images = ready(seen.images, self) if seen.images else ()
         more = added(seen, latents, t, self.config) if seen.controls else None
-        skips = []
+        skips: list[Tensor] = []
         for n, stage in enumerate(self.input_blocks):
+            if given is not None and deep is not None and n > deep.branch:
+                break
             wider = 1
             for change in changes:
                 wider *= change.wider(n)
@@ -254,16 +257,28 @@ class UNet(Encoder):
             skips.append(x)
             for change in changes:
                 x = change.after_skip(n, x)
-        x = self.middle_block(x, emb, tokens, mask, patches, None, images)
-        x, skips = (x, skips) if more is None else more.outside(x, skips)
+        middle = None if given is not None else self.middle_block(x, emb, tokens, mask, patches, None, images)
+        middle, skips = (middle, skips) if more is None else more.outside(middle, skips)
+        x = given if middle is None else middle
+        features = x
         for n, stage in enumerate(self.output_blocks):
+            if given is not None and n < cut:
+                continue
+            features = x if n == cut else features
             skip = skips.pop()
             x = resized(x, skip)  # where a change made it smaller
             for change in changes:
                 x, skip = change.joined(n, x, skip)
             size = skips[-1].shape[2:] if skips else None
             x = stage(torch.cat([x, skip], dim=1), emb, tokens, mask, patches, size, images)
-        return self.out(x)
+        return self.out(x) if deep is None else (self.out(x), features)
+
+    def cut(self, branch: int) -> int:
+        """The output block that takes the skip of input_blocks[branch]. ValueError where there is none."""
+        last = len(self.output_blocks) - 1
+        if not 0 <= branch <= last:
+            raise ValueError(f"a branch of this UNet is one of its skips, 0 (the finest) to {last}, got {branch}")
+        return last - branch
 
     def _check_patches(self, patches: Patches, batch: int) -> None:
         rows = [n for n, _ in patches]

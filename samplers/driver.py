@@ -19,10 +19,21 @@ from tqdm.auto import tqdm
 
 from ella_kd.samplers.cfg_pp import CFGpp
 from ella_kd.samplers.checks import check_latents, check_sigmas
-from ella_kd.samplers.model import Bound, Callback, Model, NoiseSampler, Record, bind, check_answer, digests, rounded
+from ella_kd.samplers.model import (
+    Bound,
+    Callback,
+    Model,
+    NoiseSampler,
+    Record,
+    bind,
+    check_answer,
+    digests,
+    memory,
+    rounded,
+)
 from ella_kd.samplers.noise import noise_of_steps
 from ella_kd.samplers.solver import Solver, State, Step
-from ella_kd.samplers.state import GIVEN, RESERVED, begin, check_given, given, save_run, without_history
+from ella_kd.samplers.state import GIVEN, RESERVED, REUSED, begin, check_given, given, save_run, without_history
 
 
 class Interrupted(KeyboardInterrupt):
@@ -82,8 +93,15 @@ class Run(Iterator[Record]):
         self._evaluate = Evaluations(bound, levels, guidance, lambdas, callback, sigmas, values, self._steps)
         self._noise = noise_of_steps(solver, self._steps, x, sigmas, noise_sampler, self._kept)
         history = {key: value.to(x.device) for key, value in self._kept.items() if key not in RESERVED}
+        reused = {key: history.pop(key) for key in list(history) if key.startswith(REUSED)}
+        if memory(bound) is not None:
+            bound.resume({key.removeprefix(REUSED): value for key, value in reused.items()})
+        elif reused:
+            raise ValueError("the state holds what its model reuses of earlier steps: resume with that model, or go on "
+                             "with this one from state=without_history(state)")
         self._kept = without_history(self._kept)
-        self._at = start, x, history  # one assignment, so that an interrupt leaves the old step or the new one
+        # One assignment, so that an interrupt leaves the old step or the new one.
+        self._at = start, x, history, memory(bound)
 
     @property
     def step(self) -> int:
@@ -104,7 +122,14 @@ class Run(Iterator[Record]):
     def state(self) -> State:
         """A flat dict of tensors from which `sample` or a new Run goes on, together with `x`."""
         now = {GIVEN: given(digests(self._evaluate.bound)), "step": torch.tensor(self._at[0])}
-        return {**self._kept, **self._at[2], **now}
+        return {**self._kept, **self._at[2], **self._reused(), **now}
+
+    def _reused(self) -> State:
+        bound: Any = self._evaluate.bound
+        if memory(bound) is None:
+            return {}
+        bound.memory = self._at[3]
+        return {REUSED + key: value for key, value in bound.saved().items()}
 
     def save(self, path: str | Path) -> None:
         """Writes x and the state to a safetensors file, from which `load_run` brings them back."""
@@ -125,14 +150,16 @@ class Run(Iterator[Record]):
     def advance(self, steps: int = 1, progress: tqdm | None = None) -> None:
         """Takes so many steps. Reads the counts of NaN and Inf at the last one; ValueError names the first."""
         for _ in range(steps):
-            i, x, history = self._at
+            i, x, history, kept = self._at
+            if kept is not None:  # of the whole steps: one that was interrupted leaves nothing
+                self._evaluate.bound.memory = kept  # type: ignore[attr-defined]
             self._evaluate.begin(i)
             x, history = self._solver.step(self._steps[i], x, history, self._evaluate, self._noise(i))
             if self._evaluate.guidance is not None:
                 x = x + self._evaluate.guidance
             if i + 1 == self.stop:
                 self._evaluate.raise_if_not_finite()
-            self._at = i + 1, x, history
+            self._at = i + 1, x, history, memory(self._evaluate.bound)
             if progress is not None:
                 progress.update()
 

@@ -72,6 +72,13 @@ def bind(model: Any, x: Tensor, sigmas: Sequence[float] | None, need_uncond: boo
     return wrapped
 
 
+def memory(bound: Any) -> Any:
+    """What a bound run keeps of its evaluations for later ones, a value that is replaced and never changed; None of one
+    that keeps nothing. It is set as `bound.memory`, and `bound.saved()` has it as named tensors, from which
+    `bound.resume(tensors)` begins anew."""
+    return getattr(bound, "memory", None)
+
+
 def digests(bound: Bound) -> dict[str, str]:
     """What a run is made with beside x, its method and its schedule, as the model says: name -> digest.
 

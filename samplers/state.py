@@ -18,6 +18,7 @@ from ella_kd.files import write_safetensors
 from ella_kd.samplers.noise import check_seeds
 from ella_kd.samplers.solver import Solver, State
 
+REUSED = "reused."  # begins the keys of what the model keeps of one evaluation for the next ones
 GIVEN = "given"  # what the model is given, by its digests
 RESERVED = ("sigmas", "step", "seeds", "like", "solver", GIVEN)  # the driver's own keys of a state; the rest is history
 FORMAT = "ella_kd run 1"
@@ -117,7 +118,7 @@ def _check_resumed(state: State, own: State) -> None:
     if not isinstance(step, Tensor) or step.is_floating_point() or step.numel() != 1 or int(step) < 0:
         raise ValueError(f"a state's step counts the steps done, a tensor of one whole number, 0 or more, got {step}")
     begun, solver = (bytes(s.get("solver", own["solver"]).tolist()).decode() for s in (state, own))
-    history = sorted(state.keys() - set(RESERVED))
+    history = sorted(key for key in state.keys() - set(RESERVED) if not key.startswith(REUSED))
     if history and begun != solver:
         raise ValueError(
             f"the state holds the history ({', '.join(history)}) of {begun}, got {solver}: resume with the same "

@@ -19,12 +19,16 @@ import ella_kd
 from ella_kd import Pipeline, addons, cli, generate, read_settings
 from ella_kd.addon_words import AddOn, in_prompt, read
 from ella_kd.generation import jobs
+from ella_kd.images import Picture
 from ella_kd.models import UNet
 from ella_kd.models.addons.controlnet import ControlNet
 from ella_kd.models.addons.ip_adapter import IPAdapter
 from ella_kd.models.addons.lora import LoRA
 from ella_kd.models.files.folders import look_up
+from ella_kd.pictures.canvas import Canvas
+from ella_kd.pictures.options import FromPicture
 from ella_kd.request import Request
+from ella_kd.texts import texts_of
 from test_addons_ip_adapter import made, vision
 from tiny import randomised
 
@@ -210,6 +214,34 @@ def test_a_control_is_of_the_whole_picture_where_a_part_is_drawn(pipeline: Pipel
         assert seen == [part.tobytes()] * 2
 
 
+@pytest.mark.parametrize(("asked", "size", "hint", "at"), [  # at: the left edge and the width of the square
+    ({}, (48, 48), (96, 48), (12, 24)),
+    ({}, (48, 48), (192, 96), (12, 24)),
+    ({}, (96, 48), (192, 96), (72, 48)),  # nothing is cut: as it came
+    ({"extend": "left=96"}, (96, 48), (96, 48), (132, 24)),
+    ({"extend": "left=96"}, (96, 48), (192, 48), (36, 24)),  # of the canvas
+    ({"extend": "left=96"}, (48, 48), (96, 48), (108, 24)),
+])
+def test_a_control_is_cut_and_extended_as_the_start_is(asked: dict[str, Any], size: tuple[int, int],
+                                                       hint: tuple[int, int], at: tuple[int, int]) -> None:
+    start = Image.new("RGB", (96, 48))
+    start.paste((255, 255, 255), (36, 12, 60, 36))
+    canvas = Canvas.of(FromPicture(start=start, **asked), size, (48, 48), 8)
+    picture = start if hint == start.size else Image.new("RGB", hint)
+    if picture is not start:
+        picture.paste(start.resize((hint[1] * 2, hint[1])), (0, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        part = canvas.part(picture)
+    box = part.point(lambda value: 255 * (value > 127)).getbbox()
+    assert box is not None and (box[0], box[2] - box[0]) == at
+    if hint != (192, 48):
+        theirs = canvas.image.resize(part.size).point(lambda value: 255 * (value > 127)).getbbox()
+        assert theirs is not None and max(abs(a - b) for a, b in zip(theirs, box)) <= 1
+    with pytest.warns(UserWarning, match="the control's picture is 40x90 and what is drawn .*: it is stretched"):
+        canvas.part(Image.new("RGB", (40, 90)))
+
+
 def test_a_lora_for_a_window_of_noise_levels(pipeline: Pipeline, files: Path) -> None:
     style, write = LoRA.load("style.safetensors"), write_lora(files / "text.safetensors", {LORA: 32}, 3)
     always, plain = draw(pipeline, lora="style.safetensors"), draw(pipeline)
@@ -305,6 +337,31 @@ def test_settings_draw_it_again(pipeline: Pipeline, files: Path, name: str) -> N
     write_lora(files / "style.safetensors", seed=9)
     with pytest.warns(UserWarning, match="style.safetensors is not the file that drew the picture: its sha256 begins"):
         generate(pipeline, models_dir=files, progress=False, **kept)
+
+
+def test_what_a_pipeline_wears_is_in_its_name_and_not_twice(pipeline: Pipeline, files: Path) -> None:
+    worn = pipeline.with_lora([("style.safetensors", 0.8), ("style.safetensors", 0.0)]).with_embeddings(
+        ["zz.safetensors"])
+    assert worn.name == f"{pipeline.name} + style:0.8 + zz" and pipeline.name
+    assert replace(pipeline, name="").with_lora(("style.safetensors", {"unet": 1, "text": 0.5})).name == "style:0.5:1"
+    made = Request("a", model=worn.name)
+    assert Request.from_text(made.parameters()).model == worn.name
+    asked = Request("a", mode="clip", lora=("style.safetensors:0.8",), embedding=("zz.safetensors",))
+    assert addons.AddOns().dressed(pipeline, asked.add_ons, asked).name == pipeline.name
+
+
+@pytest.mark.parametrize(("letters", "kept"), [(1000, ["ella_kd", "parameters"]), (30000, ["ella_kd"]), (70000, [])])
+def test_a_picture_is_saved_however_long_its_prompt_is(tmp_path: Path, letters: int, kept: list[str]) -> None:
+    picture = Picture(Image.new("RGB", (8, 8)), Request(letters * "a"))
+    for name, wanted in (("a.jpg", kept), ("a.webp", ["ella_kd", "parameters"]), ("a.png", ["ella_kd", "parameters"])):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            picture.save(tmp_path / name)
+        assert len(told) == (len(wanted) < 2) and all("save a PNG to keep it" in str(each.message) for each in told)
+        with Image.open(tmp_path / name) as image:
+            assert sorted(name for name in texts_of(image) if name in ("ella_kd", "parameters")) == wanted
+    if kept:
+        assert read_settings(tmp_path / "a.jpg") == read_settings(tmp_path / "a.png")
 
 
 def test_a1111_reads_them_and_its_pictures_are_read(pipeline: Pipeline, files: Path) -> None:

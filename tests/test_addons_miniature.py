@@ -5,9 +5,11 @@ The files in models/miniature/addons were trained by `benchmarks.miniature.addon
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import studio
 from benchmarks import addons
@@ -15,9 +17,14 @@ from benchmarks.miniature import captions
 from benchmarks.miniature.addons import BUNDLED, MASCOT
 from benchmarks.miniature.scenes import Scene, Thing, parse, render
 from ella_kd import CFG, PAG, Pipeline, generate
+from ella_kd.addons import AddOns
 from ella_kd.conditioning import Concat, Stack
 from ella_kd.models.addons.controlnet import ControlNet
+from ella_kd.models.inside import Inside
 from ella_kd.models.networks import ByRow, BySigma
+from ella_kd.models.seamless import seamless
+from ella_kd.models.tome import ToMe
+from ella_kd.request import Request
 
 COUNT = 6
 LORAS = {name: BUNDLED / f"{name}.safetensors" for name in ("striped", "azure")}
@@ -142,3 +149,18 @@ def test_by_name_in_the_text() -> None:
                               scale=3.0, progress=False)
     assert [parse(np.asarray(each.image)).things for each in (picture, other)] == [
         (Thing(4, "heart", "red", fill),) for fill in ("striped", "plain")]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_control_is_told_against_what_a_fast_or_changed_network_was_made_of(lora: bool) -> None:
+    """A Control-LoRA finds its base's weights, a merged LoRA's among them, in whatever the pipeline draws with."""
+    sd = with_loras(azure=1.0) if lora else studio.miniature()
+    want = ControlNet.load(BUNDLED / "edges.safetensors", base=sd.unet).state_dict()
+    fast: Any = sd.fast_on_cpu().unet
+    for unet in (fast, seamless(fast), Inside(fast, ToMe(0.5)), BySigma(sd.unet, fast, at=2.0), ByRow([fast, sd.unet])):
+        shelf, asked = AddOns(), Request("a", control=(f"{BUNDLED / 'edges.safetensors'}:room.png",))
+        found = shelf._network(replace(sd, unet=unet), asked.add_ons[0]).state_dict()
+        assert all(torch.equal(found[name], x) for name, x in want.items()) and found.keys() == want.keys()
+    plain = ControlNet.load(BUNDLED / "edges.safetensors", base=studio.miniature().unet).state_dict()
+    assert lora == any(not torch.equal(plain[name], x) for name, x in want.items())

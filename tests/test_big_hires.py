@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sampler": {"hires": "2:0.7", "hires_sampler": "euler_ancestral", "hires_schedule": "exponential"},
     "texts": {"hires": 2, "hires_prompt": "a (red:1.2) [ring|heart]", "hires_negative": "grey", "syntax": True},
     "scale of guidance": {"hires": 2, "hires_scale": 3.0, "guidance": "Rescale(CFG(2), 0.5)"},
+    "reuse": {"hires": "2:0.5", "reuse": "2:2", "steps": 4},
     "cfg_pp": {"hires": 2, "sampler": "euler_cfg_pp", "scale": 0.5, "hires_sampler": "dpmpp_2m", "hires_scale": 2.0},
 }  # fmt: skip
 

@@ -16,6 +16,8 @@ from ella_kd import CFG, PAG, SLG, GuidedDenoiser, LDMDenoiser
 from ella_kd.bound import Branch
 from ella_kd.conditioning import Constant
 from ella_kd.models import NoiseSchedule, TextFeatures, UNet, UNetConfig, fast_on_cpu
+from ella_kd.models.addons.controlnet import ControlNet
+from ella_kd.models.blocks import Downsample
 from ella_kd.models.context import Context
 from ella_kd.models.freeu import FreeU
 from ella_kd.models.hidiffusion import (
@@ -31,6 +33,7 @@ from ella_kd.models.hidiffusion import (
     hidiffusion,
 )
 from ella_kd.models.inside import Change, Inside, finest
+from ella_kd.models.seamless import around
 from ella_kd.models.tome import ToMe
 from ella_kd.samplers import sample_dpmpp_2m
 from tiny import WIDTH, noise, randomised, relative, tiny_unet
@@ -234,6 +237,38 @@ def test_rules_that_patch_rows_stand_beside(rule: Any) -> None:
 
     away = answer() - answer(patch=rule.perturbation())
     assert relative(got, plain + rule.scale * away) < 1e-5
+
+
+def test_a_controls_features_are_resized_to_the_skips_as_published() -> None:
+    """The published UNet brings each residual to its feature's size, bicubic, and adds it."""
+    unet = tiny_unet().double()
+    net = randomised(ControlNet.of(unet, "edges"), 3, 0.1)
+    x, t, tokens = inputs(unet, 20, 14)
+    picture = torch.rand(1, 3, 160, 112, generator=torch.Generator().manual_seed(0))
+    seen = Constant(TextFeatures(tokens)).with_control(net, picture, 0.7)(t)
+    got = Inside(unet, WiderStride(2)).at((9.0,))(x, t, seen)
+    twin = as_diffusers(unet)
+    twin.num_upsamplers += 12
+    strided(twin.down_blocks[0].downsamplers[0].conv)
+    found = seen.controls[0].residuals(x, t, seen, unet.config)
+
+    def fitted(residual: Tensor, small: bool) -> Tensor:
+        return F.interpolate(residual, (5, 4), mode="bicubic") if small else residual
+
+    down = [fitted(residual, n > 1) for n, residual in sorted(found.skips.items())]
+    want = twin(x, t, tokens, down_block_additional_residuals=down,
+                mid_block_additional_residual=fitted(found.middle, True)).sample
+    assert relative(got, want) < 1e-12
+    assert relative(got, Inside(unet, WiderStride(2)).at((9.0,))(x, t, Context(tokens))) > 1e-4
+    off = Constant(TextFeatures(tokens)).with_control(net, picture, 0.0)(t)
+    assert torch.equal(Inside(unet, WiderStride(2)).at((9.0,))(x, t, off),
+                       Inside(unet, WiderStride(2)).at((9.0,))(x, t, Context(tokens)))
+
+
+def test_a_seamless_downsampler_stays_seamless() -> None:
+    down = around(randomised(Downsample(8), 0).double())
+    x = noise(1, 8, 16, 12, dtype=torch.float64)
+    assert relative(down(x.roll((4, 8), (2, 3)), 2), down(x, 2).roll((1, 2), (2, 3))) < 1e-14
 
 
 def test_what_cannot_be() -> None:

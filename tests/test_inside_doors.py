@@ -78,6 +78,14 @@ def test_a_lora_by_sigma_is_changed_in_each_of_its_networks() -> None:
     assert Request(PROMPT).changed(sd, 64, 64) is sd
 
 
+def test_the_second_pass_is_changed_at_its_own_size(recwarn: pytest.WarningsRecorder) -> None:
+    sd = Pipeline.miniature()
+    how: dict[str, Any] = {"steps": 2, "seeds": 5, "hires": "2:0.9", "progress": False}
+    changed, plain = (generate(sd, PROMPT, hidiffusion=on, **how)[0] for on in (True, False))
+    assert changed.image.size == (96, 96) and not np.array_equal(changed.image, plain.image)
+    assert not [each for each in recwarn if "larger than" in str(each.message)]
+
+
 def test_the_published_numbers_of_each_family() -> None:
     xl = UNet(UNetConfig(4, 4, 32, (1, 2, 4), 2, (0, 1, 1), 24, 2))
     sd2 = UNet(UNetConfig(4, 4, 32, (1, 2, 4, 4), 2, (1, 1, 1, 0), 1024, 2))

@@ -112,7 +112,8 @@ class Conditioning(ABC):
         counts, a number, one per row, or a function of sigma; 0 is off, bitwise. With `cond.with_reference(z)` and
         `uncond.with_reference(z, 1 - f)` f is the style fidelity, .5 in most use; 0 steers both alike. In `how`, all
         optional: window: (hi, lo), where it acts, lo < sigma <= hi; seed: of the noise that hides the picture, the same
-        at every sigma; sigma_data: that of an EDM schedule. The UNet runs once more for these rows.
+        at every sigma; sigma_data: that of an EDM schedule. The UNet runs once more for these rows, and what else
+        changes self-attention (ToMe) leaves them as they are.
         """
         from ella_kd.conditioning.reference import with_reference
 

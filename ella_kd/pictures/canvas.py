@@ -20,6 +20,7 @@ class Canvas:
     hard (L): what is repainted; strengths [H, W]: how far, 0 to 1; both of image's size, None for everything alike.
     soft (L): of original's size; None where nothing of it is kept. box: which part of original image is.
     size: width and height that were asked for, or found. depth (L): of image's size, None where none is given.
+    start: the size of the start picture as it came, before anything of it was cut off or added.
     """
 
     asked: FromPicture
@@ -30,6 +31,7 @@ class Canvas:
     soft: Image.Image | None
     box: masks.Box | None
     size: Size
+    start: Size
     depth: Image.Image | None = None
 
     @classmethod
@@ -40,6 +42,7 @@ class Canvas:
         """
         assert asked.start is not None
         picture, alpha = read_picture(asked.start)
+        start = picture.size
         mask = _mask(asked, picture.size, alpha)
         blur = factor / 2 if asked.mask_blur is None else asked.mask_blur
         if asked.crop_to_mask:
@@ -49,7 +52,8 @@ class Canvas:
             box = masks.box_of(mask, asked.padding, size)
             part = picture.crop(box).resize(size, Image.Resampling.LANCZOS)
             hard = mask.crop(box).resize(size, Image.Resampling.BILINEAR)
-            return cls(asked, _filled(asked, part, hard), picture, hard, None, masks.softened(mask, blur), box, size)
+            return cls(asked, _filled(asked, part, hard), picture, hard, None, masks.softened(mask, blur), box, size,
+                       start)
         size = given or masks.edge(picture.size, factor)
         if given is None and size != picture.size:
             warnings.warn(f"the picture is {picture.width}x{picture.height}, and is drawn at {size[0]}x{size[1]}, in "
@@ -67,7 +71,8 @@ class Canvas:
             picture, mask, soft, strengths = _extended(picture, mask, soft, strengths, sides, factor)
         elif strengths is not None:
             soft = _paste_of(strengths)
-        return cls(asked, _filled(asked, picture, mask), picture, mask, strengths, soft, None, size, depth or None)
+        return cls(asked, _filled(asked, picture, mask), picture, mask, strengths, soft, None, size, start,
+                   depth or None)
 
     def back(self, drawn: Image.Image) -> Image.Image:
         """A drawn picture of image's size as a picture of original's, the original's pixels where it is kept."""
@@ -76,10 +81,30 @@ class Canvas:
         return drawn if self.soft is None else masks.pasted(self.original, drawn, self.soft, self.box)
 
     def part(self, picture: Image.Image) -> Image.Image:
-        """What is drawn on of another picture of the whole, such as a control's: all of it but for crop_to_mask."""
-        if self.box is None:
-            return picture
-        return picture.resize(self.original.size, Image.Resampling.LANCZOS).crop(self.box)
+        """What is drawn on of another picture of the whole, such as a control's, so that both stay one over the other.
+
+        A picture of the start's proportions goes the start's way: it is cut where that was, cropped to the mask, or
+        lies on black where that was extended. One of the canvas's own proportions is taken as it is, and one of others
+        too, with a warning, as it will be stretched.
+        """
+        if self.box is not None:
+            if not _alike(picture.size, self.start):
+                self._warn_of(picture, "the start picture", self.start)
+            return picture.resize(self.original.size, Image.Resampling.LANCZOS).crop(self.box)
+        whole, sides = self.image.size, self.asked.sides
+        if picture.size != whole and _alike(picture.size, self.start):
+            if not sides and _alike(self.start, whole):
+                return picture
+            part = Image.new("RGB", whole)
+            part.paste(_fitted(picture, self.size), (sides.get("left", 0), sides.get("top", 0)))
+            return part
+        if not _alike(picture.size, whole):
+            self._warn_of(picture, "what is drawn", whole)
+        return picture
+
+    def _warn_of(self, picture: Image.Image, what: str, size: Size) -> None:
+        warnings.warn(f"the control's picture is {picture.width}x{picture.height} and {what} {size[0]}x{size[1]}: it "
+                      "is stretched; give one of the start picture's proportions", stacklevel=5)
 
 
 def _mask(asked: FromPicture, size: Size, alpha: Image.Image | None) -> Image.Image | None:
@@ -96,10 +121,15 @@ def _mask(asked: FromPicture, size: Size, alpha: Image.Image | None) -> Image.Im
 
 def _same(image: Image.Image, what: str, size: Size) -> Image.Image:
     """ValueError for other proportions, by more than a pixel."""
-    if abs(image.width * size[1] - image.height * size[0]) > max(*size, *image.size):
+    if not _alike(image.size, size):
         raise ValueError(f"{what} is {image.width}x{image.height} and the picture {size[0]}x{size[1]}: give both the "
                          "same proportions")
     return image
+
+
+def _alike(one: Size, other: Size) -> bool:
+    """Whether two sizes have the same proportions, but for a pixel."""
+    return abs(one[0] * other[1] - one[1] * other[0]) <= max(*one, *other)
 
 
 def _fitted(image: Image.Image, size: Size) -> Image.Image:

@@ -21,7 +21,8 @@ LATENTS = {"latent": ("bilinear", False), "latent (antialiased)": ("bilinear", T
            "latent (nearest)": ("nearest", False), "latent (nearest-exact)": ("nearest-exact", False)}
 PIXELS = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC,
           "bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
-STRENGTH = 0.5  # where nobody says
+STRENGTH, IN_TILES = 0.5, 0.3  # where nobody says
+_TILES = re.compile(r"tiles:(\d*\.?\d+)(?::(\d*\.?\d+))?")
 _SAID = re.compile(r"(?:(\d+)x(\d+)|(\d*\.?\d+))?(?::(\d*\.?\d+))?")
 
 
@@ -67,6 +68,25 @@ class Enlargement:
         return (width, height), given
 
 
+@dataclass(frozen=True)
+class InTiles:
+    """By how much a picture is enlarged, and how far it may change: "tiles:2" or "tiles:2:0.3"."""
+
+    scale: float
+    strength: float = IN_TILES
+
+    @classmethod
+    def read(cls, said: str) -> "InTiles":
+        """Raises ValueError for another text."""
+        found = _TILES.fullmatch(said.strip())
+        if not found or not 1 <= float(found[1]) <= 64:
+            raise ValueError(f"upscale is tiles:SCALE or tiles:SCALE:STRENGTH, tiles:2:0.3, got {said!r}")
+        return cls(float(found[1]), check_strength(float(found[2] or IN_TILES)))
+
+    def __str__(self) -> str:
+        return f"tiles:{self.scale:g}:{self.strength:g}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class FromHires:
     """A second pass over the picture, enlarged, as img2img of it: A1111's hires fix. None: as in the first pass.
@@ -81,6 +101,9 @@ class FromHires:
     hires_upscaler: Upscaler = field(default="lanczos", metadata={
         "help": "How it is enlarged: latent, latent (nearest-exact) ..., lanczos, bicubic ..., or a network's file.",
         "metavar": "NAME"})
+    upscale: str | None = field(default=None, metadata={
+        "help": "Enlarge the start picture, or what was drawn, and draw over it tile by tile: tiles:SCALE:STRENGTH, "
+                "tiles:2:0.3.", "metavar": "HOW"})
     hires_steps: int | None = field(default=None, metadata={
         "help": "Steps of the second pass.  [default: --steps]", "metavar": "N", "least": 1})
     hires_sampler: str | None = field(default=None, metadata={
@@ -100,10 +123,12 @@ class FromHires:
             object.__setattr__(self, name, value)
 
         own("hires_upscaler", check_upscaler(self.hires_upscaler))
+        own("upscale", self.upscale and str(InTiles.read(self.upscale)))
         if self.hires in (None, ""):
             own("hires", None)
+            allowed = {"upscale", "hires_upscaler"} if self.upscale else set()
             if given := [name for name, each in FromHires.__dataclass_fields__.items()
-                         if getattr(self, name) != each.default]:
+                         if name not in allowed and getattr(self, name) != each.default]:
                 raise ValueError(f"{given[0]} is about a second pass: give hires, such as 2:0.5")
             return
         own("hires", str(Enlargement.read(self.hires)))
@@ -122,7 +147,7 @@ class FromHires:
         return {name: value for name, value in given.items() if value is not None}
 
 
-NO_SECOND = {name: each.default for name, each in FromHires.__dataclass_fields__.items()}
+NO_SECOND = {name: each.default for name, each in FromHires.__dataclass_fields__.items() if name != "upscale"}
 
 
 def check_upscaler(upscaler: object) -> Upscaler:
@@ -149,10 +174,11 @@ def upscaler_said(upscaler: Upscaler) -> str:
 def write(values: Mapping[str, Any]) -> dict[str, Any]:
     """The web UI's words for a request's fields about hires."""
     if values["hires"] is None:
-        return {}
+        return {} if values["upscale"] is None else {
+            "Upscale": values["upscale"], "Hires upscaler": upscaler_said(values["hires_upscaler"])}
     how, named = Enlargement.read(values["hires"]), values["hires_sampler"]
     scheduled = values["hires_schedule"]
-    return {"Denoising strength": f"{how.strength:g}",
+    return {"Upscale": values["upscale"], "Denoising strength": f"{how.strength:g}",
             "Hires upscale": None if how.scale is None else f"{how.scale:g}",
             "Hires resize": None if how.size is None else f"{how.size[0]}x{how.size[1]}",
             "Hires steps": values["hires_steps"], "Hires upscaler": upscaler_said(values["hires_upscaler"]),
@@ -166,9 +192,12 @@ def read(given: dict[str, str]) -> dict[str, Any]:
     """A request's fields of the web UI's words, which are taken out of given."""
     if "Hires upscaler" not in given:
         return {}
+    larger = {"upscale": given.pop("Upscale")} if "Upscale" in given else {}
+    if larger and "Denoising strength" not in given:
+        return {**larger, "hires_upscaler": given.pop("Hires upscaler")}
     scale, size = given.pop("Hires upscale", None), given.pop("Hires resize", None)
     strength = given.pop("Denoising strength", f"{STRENGTH}")
-    found: dict[str, Any] = {"hires": f"{size or scale or ''}:{strength}"}
+    found: dict[str, Any] = {**larger, "hires": f"{size or scale or ''}:{strength}"}
     for label, name, kind in (("Hires upscaler", "upscaler", str), ("Hires steps", "steps", int),
                               ("Hires sampler", "sampler", str), ("Hires schedule type", "schedule", str),
                               ("Hires CFG Scale", "scale", float), ("Hires prompt", "prompt", str),

@@ -1,7 +1,7 @@
 """Inpainting with any checkpoint: a guided denoiser that gives back the original where a mask says so."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ from ella_kd.denoiser import Denoiser
 from ella_kd.digests import digest
 from ella_kd.models.devices import upload
 from ella_kd.models.noise_schedule import EDMSchedule, NoiseSchedule
-from ella_kd.samplers.model import Bound, Prediction, bind, digests
+from ella_kd.samplers.model import Bound, Prediction, bind, digests, memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +134,22 @@ class KeepRun:
     def digests(self) -> dict[str, str]:
         """As `samplers.model.digests`: the picture and the mask beside what the inner run is made with."""
         return {**digests(self.inner), "picture": digest(self.picture), "mask": digest(self.mask)}
+
+    @property
+    def memory(self) -> Any:
+        """As `samplers.model.memory`, with the next two."""
+        return memory(self.inner)
+
+    @memory.setter
+    def memory(self, kept: Any) -> None:
+        self.inner.memory = kept  # type: ignore[attr-defined]
+
+    def saved(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = self.inner.saved()  # type: ignore[attr-defined]
+        return found
+
+    def resume(self, tensors: Mapping[str, Tensor]) -> None:
+        self.inner.resume(tensors)  # type: ignore[attr-defined]
 
     def __call__(self, x: Tensor, levels: float | Levels, scale: float | None = None) -> Prediction:
         found = self.inner(x, levels, scale)

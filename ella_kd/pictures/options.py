@@ -101,6 +101,8 @@ class FromPicture(FromNoise):
         "help": "A strength per pixel, white --strength and black none.", "metavar": "PICTURE"})
     depth: str | Image.Image | None = field(default=None, metadata={
         "help": "How far things are, white near, for a network that sees it (depth2img).", "metavar": "PICTURE"})
+    noise_level: int = field(default=20, metadata={
+        "help": "With the x4 upscaler, how much noise the start picture gets, 0 to 350.", "metavar": "N", "least": 0})
     foreground: str | Image.Image | None = field(default=None, metadata={
         "help": "What a network that relights (IC-Light) shows in another light; best transparent around it.",
         "metavar": "PICTURE"})

@@ -1,15 +1,17 @@
 """ControlNets in files: LDM's and diffusers' spelling, "difference" files, Control-LoRAs; single files and folders."""
 
 import json
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ella_kd.models.addons.controlnet import COPIED, WIDTHS, ControlNet
+from ella_kd.models.addons.lora.merging import merged
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.files.building import build, check_dtypes, fill
 from ella_kd.models.files.checkpoint import heads_of
@@ -18,6 +20,7 @@ from ella_kd.models.files.layout import Part, json_in
 from ella_kd.models.files.metadata import CONFIG
 from ella_kd.models.files.names import Source, unet_to_ldm
 from ella_kd.models.files.weights import Weights, write_tensors
+from ella_kd.models.parameters import Recipe
 from ella_kd.models.shapes import Shapes, count_of, shape_of
 from ella_kd.models.unet import UNet, UNetConfig
 
@@ -34,14 +37,15 @@ class ControlPart(Part):
         return {name: self.sources[name].name if name in self.sources else self.prefix + name for name in names}
 
 
-def load_controlnet(path: str | Path, *, base: UNet | None = None, pooled: bool | None = None,
+def load_controlnet(path: str | Path, *, base: nn.Module | None = None, pooled: bool | None = None,
                     dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> ControlNet:
     """Read a ControlNet: a single file in LDM's or diffusers' names, or diffusers' folder of one.
 
-    base: the UNet that a "difference" file or a Control-LoRA is told against, which other files do not need. pooled:
-    whether its outputs are averaged over the picture; None: as the configuration says, or a name with "_shuffle". dtype
-    None: fp32 on a CPU, fp16 elsewhere. Raises FileNotFoundError, or ValueError naming what is missing, misshapen or
-    extra, for a file of another kind, for a union ControlNet, and for a base that is missing or of another kind.
+    base: the UNet that a "difference" file or a Control-LoRA is told against, `fast_on_cpu` or not, or a network made
+    of UNets, whose first counts; other files do not need it. pooled: whether its outputs are averaged over the picture;
+    None: as the configuration says, or a name with "_shuffle". dtype None: fp32 on a CPU, fp16 elsewhere. Raises
+    FileNotFoundError, or ValueError naming what is missing, misshapen or extra, for a file of another kind, for a union
+    ControlNet, and for a base that is missing or of another kind.
     """
     device = check_device(device)
     dtype = check_dtype(dtype, device)
@@ -56,12 +60,14 @@ def load_controlnet(path: str | Path, *, base: UNet | None = None, pooled: bool 
         raise ValueError(f"{path} takes pictures in the order {config['controlnet_conditioning_channel_order']!r}: "
                          "only rgb is read")
     lora, difference = "lora_controlnet" in weights, "difference" in weights
-    if base is None and (lora or difference):
+    unet = unet_of(base)
+    if unet is None and (lora or difference):
         kind = "a Control-LoRA" if lora else 'a "difference" ControlNet'
         raise ValueError(f"{path} is {kind}, told against a base model: give its UNet, base=sd.unet")
     if lora or difference:
-        assert base is not None
-        tensors = with_base(weights, base) if lora else added_to_base(weights, base)
+        assert unet is not None
+        unet = unfinished(unet)
+        tensors = with_base(weights, unet) if lora else added_to_base(weights, unet)
         weights = replace_tensors(weights, tensors)
     part = part_of(weights, config)
     if "input_hint_block.0.weight" not in part.sources:
@@ -72,8 +78,8 @@ def load_controlnet(path: str | Path, *, base: UNet | None = None, pooled: bool 
         said = config.get("global_pool_conditions", own_config(weights).get("pooled"))
         pooled = bool(said) if said is not None else any(mark in name.lower() for mark in SHUFFLE)
     heads = heads_of(part)
-    if base is not None and not heads:
-        told_heads = {"num_heads": base.config.num_heads, "head_dim": base.config.head_dim}
+    if unet is not None and not heads:
+        told_heads = {"num_heads": unet.config.num_heads, "head_dim": unet.config.head_dim}
         heads = {name: count for name, count in told_heads.items() if count is not None}
     net = build(lambda of: ControlNet(config_of_shapes(of.shapes, **heads), widths_of(of.shapes), name, pooled), part,
                 told)
@@ -133,6 +139,26 @@ def widths_of(shapes: Shapes) -> tuple[int, ...]:
     if shape_of(shapes, "input_hint_block.0.weight", 4)[1] != 3:
         raise ValueError("its picture is not RGB: input_hint_block.0.weight is "
                          f"{list(shapes['input_hint_block.0.weight'])}")
+    return found
+
+
+def unet_of(network: Any) -> UNet | None:
+    """The first UNet of a network that is made of some, or that torch.compile has wrapped; None for another make."""
+    while hasattr(network, "networks"):
+        network = network.networks[0]
+    network = getattr(network, "_orig_mod", network)
+    return network if isinstance(network, UNet) else None
+
+
+def unfinished(unet: UNet) -> UNet:
+    """The same UNet, LoRAs included, before `fast_on_cpu` exchanged the layers whose weights are asked for."""
+    recipe = Recipe.of(unet)
+    if not recipe.finish:
+        return unet
+    loras = [(each.lora, each.strength) for each in recipe.changes]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a file has for CLIP was said when it was merged first
+        found: UNet = merged({"unet": recipe.plain}, loras, partial=True)["unet"]
     return found
 
 

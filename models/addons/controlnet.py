@@ -54,7 +54,7 @@ class ControlNet(Encoder):
         return net
 
     @classmethod
-    def load(cls, path: "str | Path", *, base: UNet | None = None, pooled: bool | None = None,
+    def load(cls, path: "str | Path", *, base: nn.Module | None = None, pooled: bool | None = None,
              dtype: "str | torch.dtype | None" = None, device: "str | torch.device" = "cpu") -> "ControlNet":
         """Read one from a file or folder: `models.addons.control_files.load_controlnet`."""
         from ella_kd.models.addons.control_files import load_controlnet

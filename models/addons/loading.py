@@ -3,17 +3,18 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ella_kd.models.addons.control_files import load_controlnet
 from ella_kd.models.addons.controlnet import ControlNet
 from ella_kd.models.addons.t2i import T2IAdapter
 from ella_kd.models.files.kinds import kind_of_path
-from ella_kd.models.unet import UNet
 
 
-def load_control(path: str | Path, *, base: UNet | None = None, dtype: str | torch.dtype | None = None,
+def load_control(path: str | Path, *, base: nn.Module | None = None, dtype: str | torch.dtype | None = None,
                  device: str | torch.device = "cpu") -> ControlNet | T2IAdapter:
-    """A ControlNet or a T2I-Adapter; base: the UNet, which "difference" files and Control-LoRAs are told against.
+    """A ControlNet or a T2I-Adapter; base: the UNet, or a network made of it, which "difference" files and
+    Control-LoRAs are told against.
 
     Raises as `ControlNet.load` and `T2IAdapter.load` do.
     """

@@ -42,8 +42,9 @@ def with_lora(target: Any, loras: "Given | Sequence[Given]", *, partial: bool = 
 
     The twin shares every untouched tensor with the target, which stays as it is; merged weights cost nothing a step,
     and their memory once more. A strength is a number, {"unet": 0.8, "text": 0.5}, or a `Strength` with block weights;
-    of 0, and of [], the target's own tensors are left. What was merged before is kept, from the original weights: lists
-    add up. On a network that is `fast_on_cpu` the twin is too; that of a compiled one is not compiled.
+    of 0, and of [], the target's own tensors are left. What was merged before is kept, from the original weights (of a
+    twin that was moved to another dtype: as they are in that one): lists add up. On a network that is `fast_on_cpu` the
+    twin is too; that of a compiled one is not compiled.
     Raises FileNotFoundError, or ValueError naming file and modules that the target has not (partial: a warning).
     """
     if hasattr(target, "with_lora"):

@@ -1,0 +1,72 @@
+"""Where the miniature draws at twice its size: `python -m benchmarks.big_miniature`.
+
+One thing is asked, at a place; how much of what is no background lies in that place's cell, twice as large, 2 px of
+margin around it? Its sprites have one scale, so the pictures cannot be read back as scenes, and it decides what stands
+where at other sigmas than Stable Diffusion does: nothing is to be tuned by these numbers.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.machine import machine
+from benchmarks.miniature.captions import dense, text
+from benchmarks.miniature.scenes import CELL, SIZE, SMUDGE, Scene, _canvas, random_scene
+from benchmarks.results import Results, writes
+from ella_kd import Pipeline, generate
+from ella_kd.models.hidiffusion import AFTER_35, AFTER_40, AFTER_70, Shrink, WiderStride
+from ella_kd.models.inside import Change, Inside
+
+MARGIN = 2
+WAYS: dict[str, tuple[Change, ...]] = {
+    "plain": (),
+    **{f"RAU-Net's stride above sigma {sigma:g}": (WiderStride(2, sigma_lo=sigma),)
+       for sigma in (AFTER_40, AFTER_70, 0.0)},
+    **{f"deep shrink of stage 0 above sigma {sigma:g}": (Shrink(0, sigma_lo=sigma),) for sigma in (AFTER_35, 0.0)},
+}
+
+
+def share(picture: np.ndarray, scene: Scene, times: int) -> float:
+    """Of the pixels that are far from the asked background those in the asked cell; NaN without any."""
+    side = SIZE * times
+    background = np.asarray(Image.fromarray(_canvas(scene.background)).resize((side, side), Image.Resampling.BILINEAR))
+    away = np.sqrt(((picture.astype(float) - background) ** 2).mean(2)) > SMUDGE
+    row, column = divmod(scene.things[0].place, 3)
+    rows, columns = (slice(max(0, CELL * n * times - MARGIN), CELL * (n + 1) * times + MARGIN) for n in (row, column))
+    return float(away[rows, columns].sum() / away.sum()) if away.any() else float("nan")
+
+
+@click.command()
+@click.option("--count", type=int, default=16, show_default=True)
+@writes("big_miniature")
+def main(results: Results, count: int) -> None:
+    """The share of what is drawn that lies in the asked cell."""
+    rng, sd = random.Random(0), Pipeline.miniature()
+    scenes = [random_scene(rng, 1) for _ in range(count)]
+    prompts = [text(dense(scene, rng)) for scene in scenes]
+    rows = ["| network | pixels | share in the asked cell |", "|---|---|---|"]
+
+    def measure(name: str, pipeline: Pipeline, times: int) -> None:
+        side = SIZE * times
+        pictures = generate(pipeline, prompts, seeds=list(range(count)), width=side, height=side, scale=3.0,
+                            progress=False)
+        found = [share(np.asarray(each.image), scene, times) for each, scene in zip(pictures, scenes)]
+        rows.append(f"| {name} | {side} | {np.nanmean(found):.2f} |")
+        click.echo(rows[-1])
+
+    torch.manual_seed(0)
+    measure("plain", sd, 1)
+    for name, changes in WAYS.items():
+        measure(name, replace(sd, unet=Inside(sd.unet, *changes)), 2)  # type: ignore[arg-type]
+    results.write_tables({"big miniature": "\n".join(rows), "big miniature measured":
+                          f"`python -m benchmarks.big_miniature --count {count}` on {machine()}."})
+
+
+if __name__ == "__main__":
+    main()
