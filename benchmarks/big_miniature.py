@@ -19,9 +19,15 @@ from benchmarks.machine import machine
 from benchmarks.miniature.captions import dense, text
 from benchmarks.miniature.scenes import CELL, SIZE, SMUDGE, Scene, _canvas, random_scene
 from benchmarks.results import Results, writes
-from ella_kd import Pipeline, generate
+from ella_kd import CFG, Pipeline, generate
+from ella_kd.denoiser import Denoiser
+from ella_kd.images import to_images
+from ella_kd.models.demofusion import LocalAndGlobal
 from ella_kd.models.hidiffusion import AFTER_35, AFTER_40, AFTER_70, Shrink, WiderStride
 from ella_kd.models.inside import Change, Inside
+from ella_kd.models.tiled import Tiled
+from ella_kd.pictures.progressive import sample_progressively
+from ella_kd.samplers import get_schedule, randn
 
 MARGIN = 2
 WAYS: dict[str, tuple[Change, ...]] = {
@@ -42,6 +48,20 @@ def share(picture: np.ndarray, scene: Scene, times: int) -> float:
     return float(away[rows, columns].sum() / away.sum()) if away.any() else float("nan")
 
 
+def grown(sd: Pipeline, prompts: list[str]) -> list[Image.Image]:
+    """DemoFusion, from a first phase at the miniature's own size; euler, as its steps begin without history."""
+    side, seeds = SIZE // sd.vae.factor, list(range(len(prompts)))
+
+    def denoiser_of(k: int) -> Denoiser:
+        return (replace(sd, unet=LocalAndGlobal(sd.unet, k, side)) if k > 1 else sd).denoiser(CFG(3.0))
+
+    sigmas = get_schedule("karras").sigmas(20, denoiser_of(1))
+    z = sample_progressively("euler", denoiser_of, randn((len(seeds), 4, side, side), seeds) * sigmas[0], sigmas,
+                             {"cond": sd.encode(prompts), "uncond": sd.encode("")}, scale=2, seeds=seeds, disable=True)
+    with torch.no_grad():
+        return to_images(sd.vae.decode(z))
+
+
 @click.command()
 @click.option("--count", type=int, default=16, show_default=True)
 @writes("big_miniature")
@@ -56,7 +76,11 @@ def main(results: Results, count: int) -> None:
         side = SIZE * times
         pictures = generate(pipeline, prompts, seeds=list(range(count)), width=side, height=side, scale=3.0,
                             progress=False)
-        found = [share(np.asarray(each.image), scene, times) for each, scene in zip(pictures, scenes)]
+        add(name, [each.image for each in pictures], times)
+
+    def add(name: str, pictures: list[Image.Image], times: int) -> None:
+        side = SIZE * times
+        found = [share(np.asarray(each), scene, times) for each, scene in zip(pictures, scenes)]
         rows.append(f"| {name} | {side} | {np.nanmean(found):.2f} |")
         click.echo(rows[-1])
 
@@ -64,6 +88,9 @@ def main(results: Results, count: int) -> None:
     measure("plain", sd, 1)
     for name, changes in WAYS.items():
         measure(name, replace(sd, unet=Inside(sd.unet, *changes)), 2)  # type: ignore[arg-type]
+    measure("tiles of the one prompt, half over each other", replace(sd, unet=Tiled(  # type: ignore[arg-type]
+        sd.unet, SIZE // sd.vae.factor, SIZE // sd.vae.factor // 2)), 2)
+    add("DemoFusion", grown(sd, prompts), 2)
     results.write_tables({"big miniature": "\n".join(rows), "big miniature measured":
                           f"`python -m benchmarks.big_miniature --count {count}` on {machine()}."})
 

@@ -64,11 +64,10 @@ class Dilated(nn.Module):
         small = _apart((blurred - own_mean) / own_std * std + mean, k)
         channels = None if seen.channels is None else _apart(F.pad(seen.channels, (before, 0, above, 0)), k)
         found: list[Tensor] = []
-        step = 1 if patches else self.at_once
-        for i in range(0, k * k, step):
-            n = min(step, k * k - i)
+        for i in range(0, k * k, self.at_once):
+            n = min(self.at_once, k * k - i)
             contexts = [seen if channels is None else replace(seen, channels=channels[j]) for j in range(i, i + n)]
-            out = self.network(torch.cat([*small[i:i + n]]), t.repeat(n), Context.stack(contexts), patches)
+            out = self.network(torch.cat([*small[i:i + n]]), t.repeat(n), Context.stack(contexts), tuple(patches) * n)
             found += out.chunk(n)
         answer = padded.new_empty(len(x), found[0].shape[1], *padded.shape[2:])
         for i, part in enumerate(found):

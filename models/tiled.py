@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from ella_kd.models.added import PIXELS, count_told
 from ella_kd.models.context import Context
 from ella_kd.models.network import Levels, Patches, as_network
 from ella_kd.models.partial import Box, cut, rows_of, runs
+
+if TYPE_CHECKING:
+    from ella_kd.models.patches import Patch
 
 Where = Sequence[Tensor | None]
 """Of each answer of a call (cond, uncond, the prompt of a region), all of as many rows: where in the picture it counts,
@@ -131,16 +134,14 @@ class Tiled(nn.Module):
         if len(boxes) == 1:
             return self.network(x, t, seen, patches)
         seen = self._told(x, seen)
-        each = [patch for count, patch in patches for _ in range(count)]
         rows = [_wanted(tuple(where), box, len(x)) for box in boxes]
-        at_once = 1 if patches else self.at_once  # a patch may look from one row of its tile at another
         found: Tensor | None = None
-        for some in _calls([len(own) for own in rows], at_once * len(x)):
+        for some in _calls([len(own) for own in rows], self.at_once * len(x)):
             mine = [row for k in some for row in rows[k]]
             out = self.network(
                 torch.cat([cut(rows_of(x, rows[k]), boxes[k]) for k in some]), rows_of(t, mine),
                 Context.stack([_crop(seen.take(rows[k]), boxes[k], canvas) for k in some]),
-                tuple((1, each[row]) for row in mine) if patches else ())
+                tuple(own for k in some for own in _of_rows(patches, rows[k])))
             if found is None:
                 found = out.new_zeros(len(x), out.shape[1], *canvas,
                                       dtype=torch.promote_types(out.dtype, torch.float32))
@@ -228,6 +229,15 @@ def _wanted(where: tuple[Tensor | None, ...], box: Box, batch: int) -> tuple[int
     own = batch // max(len(where), 1)
     return tuple(row for i, area in enumerate(where or (None,)) if area is None or bool(cut(area, box).any())
                  for row in range(i * own, (i + 1) * own))
+
+
+def _of_rows(patches: Patches, rows: Sequence[int]) -> Iterator[tuple[int, "Patch | None"]]:
+    """The patches of a tile's rows, with the rows each had together: it may look from one at another."""
+    start = 0
+    for count, patch in patches:
+        if own := sum(start <= row < start + count for row in rows):
+            yield own, patch
+        start += count
 
 
 def _crop(seen: Context, box: Box, canvas: tuple[int, int]) -> Context:
