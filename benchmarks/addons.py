@@ -127,7 +127,7 @@ def placed(sd: Pipeline, folder: Path, count: int) -> str:
     """Prompts that say no place, edges that do: of the things asked for, how many stand where the edges say."""
     wanted = held_out(count)
     controls: dict[str, ControlNet | T2IAdapter] = {
-        "ControlNet": ControlNet.load(folder / "edges.safetensors", base=sd.unet)}  # type: ignore[arg-type]
+        "ControlNet": ControlNet.load(folder / "edges.safetensors", base=sd.unet)}
     if (folder / "outline.safetensors").exists():
         controls["T2I-Adapter"] = T2IAdapter.load(folder / "outline.safetensors")
     rows = ["| | where the edges say | shape too | colour too | fill and rim too |", "|---|---|---|---|---|"]

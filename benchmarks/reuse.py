@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import score
@@ -34,12 +35,12 @@ WAYS: dict[str, dict[str, int]] = {
 }
 
 
-def network(unet: UNet, way: dict[str, int]) -> Any:
+def network(unet: nn.Module, way: dict[str, int]) -> Any:
     return Reuse(unet, **way) if way else unet
 
 
 @contextmanager
-def counted(unet: UNet) -> Iterator[list[float]]:
+def counted(unet: nn.Module) -> Iterator[list[float]]:
     """The rows of whole and of partial calls of a UNet."""
     rows = [0.0, 0.0]
 

@@ -131,9 +131,9 @@ class Request(FromPicture, FromHires, FromAddOns, FromInside):
             self.second_pass()
         if self.upscale is not None:
             own = [each for each in fields(FromPicture) if each.name not in (*FromNoise.names(), "start")]
-            if said := [each.name for each in own if getattr(self, each.name) != each.default] + ["control"] * bool(
+            if clash := [each.name for each in own if getattr(self, each.name) != each.default] + ["control"] * bool(
                     self.control):
-                raise ValueError(f"upscale draws over a whole picture tile by tile, without {said[0]}: leave it out, "
+                raise ValueError(f"upscale draws over a whole picture tile by tile, without {clash[0]}: leave it out, "
                                  "or draw the enlarged picture with it")
 
     def _set(self, name: str, value: object) -> None:

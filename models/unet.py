@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -232,7 +232,7 @@ class UNet(Encoder):
     def forward(self, x: Tensor, t: Tensor, context: Context | Tensor, patches: Patches = (),
                 changes: "Sequence[Change]" = (), deep: Deep | None = None) -> Tensor | tuple[Tensor, Tensor]:
         seen = Context.of(context)
-        given, cut = (None, None) if deep is None else (deep.features, self.cut(deep.branch))
+        given, cut = (None, -1) if deep is None else (deep.features, self.cut(deep.branch))
         latents, x, tokens, mask = x, seen.beside_x(x), seen.tokens, seen.mask
         self._check(x, t, tokens, mask)
         if seen.references:
@@ -257,9 +257,9 @@ class UNet(Encoder):
             skips.append(x)
             for change in changes:
                 x = change.after_skip(n, x)
-        middle = None if given is not None else self.middle_block(x, emb, tokens, mask, patches, None, images)
+        middle: Any = None if given is not None else self.middle_block(x, emb, tokens, mask, patches, None, images)
         middle, skips = (middle, skips) if more is None else more.outside(middle, skips)
-        x = given if middle is None else middle
+        x = middle if given is None else given
         features = x
         for n, stage in enumerate(self.output_blocks):
             if given is not None and n < cut:

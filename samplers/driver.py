@@ -93,9 +93,9 @@ class Run(Iterator[Record]):
         self._evaluate = Evaluations(bound, levels, guidance, lambdas, callback, sigmas, values, self._steps)
         self._noise = noise_of_steps(solver, self._steps, x, sigmas, noise_sampler, self._kept)
         history = {key: value.to(x.device) for key, value in self._kept.items() if key not in RESERVED}
-        reused = {key: history.pop(key) for key in list(history) if key.startswith(REUSED)}
+        reused = {key.removeprefix(REUSED): history.pop(key) for key in list(history) if key.startswith(REUSED)}
         if memory(bound) is not None:
-            bound.resume({key.removeprefix(REUSED): value for key, value in reused.items()})
+            bound.resume(reused)  # type: ignore[attr-defined]
         elif reused:
             raise ValueError("the state holds what its model reuses of earlier steps: resume with that model, or go on "
                              "with this one from state=without_history(state)")

@@ -101,7 +101,7 @@ def test_a_word_is_drawn_where_the_prompt_says_and_beside_ella() -> None:
 
 @cache
 def edges() -> ControlNet:
-    return ControlNet.load(BUNDLED / "edges.safetensors", base=studio.miniature().unet)  # type: ignore[arg-type]
+    return ControlNet.load(BUNDLED / "edges.safetensors", base=studio.miniature().unet)
 
 
 def where(**options: object) -> float:

@@ -50,10 +50,14 @@ def test_a_second_pass_is_img2img_of_the_first(pipeline: Pipeline, monkeypatch: 
     seen: list[dict[str, Any]] = []
     texts: dict[str, Any] = {"uncond": pipeline.encode(""), "progress": False, "sampler": "euler", "steps": 3}
     before: list[Tensor] = []
-    monkeypatch.setattr("ella_kd.pictures.hires.enlarged_latents",
-                        lambda vae, z, *rest: before.append(z) or upscalers.enlarged_latents(vae, z, *rest))
-    how = Hires((32, 16), 0.5, "latent", steps=4, cond=pipeline.encode("a blue ring"), guidance=3.0)
-    cond = pipeline.encode("a red circle")
+
+    def enlarged_latents(vae: Any, z: Tensor, *rest: Any) -> Tensor:
+        before.append(z)
+        return upscalers.enlarged_latents(vae, z, *rest)
+
+    monkeypatch.setattr("ella_kd.pictures.hires.enlarged_latents", enlarged_latents)
+    cond, ring = pipeline.encode("a red circle"), pipeline.encode("a blue ring")
+    how = Hires((32, 16), 0.5, "latent", steps=4, cond=ring, guidance=3.0)
     [twice] = draw(pipeline, cond, width=16, height=8, seeds=7, hires=how, callback=seen.append, **texts)
     assert twice.size == (32, 16) and len(seen) == 3 + 4
     whole = pipeline.denoiser()
@@ -67,7 +71,7 @@ def test_a_second_pass_is_img2img_of_the_first(pipeline: Pipeline, monkeypatch: 
     noise = (seen[3]["x"] - upscalers.enlarged_latents(pipeline.vae, before[0], (32, 16), "latent")) / sigmas[0]
     assert abs(float(noise.std()) - 1) < 0.3
     texts |= {"uncond": texts["uncond"], "steps": 9}
-    [again] = draw(pipeline, how.cond, latents=seen[3]["x"], sigmas=sigmas, seeds=1, guidance=3.0,
+    [again] = draw(pipeline, ring, latents=seen[3]["x"], sigmas=sigmas, seeds=1, guidance=3.0,
                    **{**texts, "steps": 9})
     assert again.tobytes() == twice.tobytes()  # euler: no noise of its own
 

@@ -20,7 +20,7 @@ from tiny import WIDTH, features, noise, relative, row, tiny_tsc, tiny_unet
 
 SEEDS, SHAPE = [7, 8], (2, 4, 4, 6)
 SIGMAS = get_sigmas_karras(6, 0.05, 10.0)
-CONDITIONS = {"cond": features(2, 5, seed=1), "uncond": features(3, seed=2)}
+CONDITIONS: dict[str, Any] = {"cond": features(2, 5, seed=1), "uncond": features(3, seed=2)}
 UNET, TSC = tiny_unet(), tiny_tsc()
 NOISE = randn(SHAPE, SEEDS) * SIGMAS[0]
 

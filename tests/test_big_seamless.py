@@ -1,6 +1,7 @@
 """Seamless textures: on a torus every network commutes with moves around the edges; nothing else is touched."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,8 @@ def test_tiling_by_the_door(tiny_files: dict[str, str], tmp_path: Path) -> None:
     [again] = generate(pipeline, progress=False, **read_settings(tmp_path / "a.png"))
     assert again.image.tobytes() == picture.image.tobytes()
     assert Request.from_text(picture.settings.parameters()).tiling
-    start, texts = randn((1, 4, 4, 4), [1]), {"uncond": pipeline.encode(""), "steps": 2, "progress": False}
+    start = randn((1, 4, 4, 4), [1])
+    texts: dict[str, Any] = {"uncond": pipeline.encode(""), "steps": 2, "progress": False}
     one, other = (np.asarray(draw(pipeline.seamless(), pipeline.encode("a"), noise=z, **texts)[0]).astype(int)
                   for z in (start, start.roll(2, 3)))
     assert np.abs(np.roll(one, 2 * pipeline.vae.factor, 1) - other).max() <= 1

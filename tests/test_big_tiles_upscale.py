@@ -26,7 +26,7 @@ def test_tiles(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def prompts(tiles: list[Image.Image]) -> Any:
         seen.extend(tile.size for tile in tiles)
-        return pipeline.encode([f"a {'red' if tile.getpixel((0, 0))[0] > 99 else 'blue'} ring" for tile in tiles])
+        return pipeline.encode([f"a {'red' if np.asarray(tile)[0, 0, 0] > 99 else 'blue'} ring" for tile in tiles])
 
     one, four = (upscale(pipeline, picture, prompts, batch_size=n, **options) for n in (1, 4))
     assert one.size == (32, 24) and seen == [(16, 16)] * 12

@@ -1,6 +1,7 @@
 """The x4 upscaler against diffusers' pipeline, over a whole trajectory of a tiny system read from its files."""
 
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -25,11 +26,16 @@ def test_equal_to_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     pipeline = Pipeline.load(parts.save_folder(tmp_path / "x4", **BETAS), device="cpu")
     assert pipeline.purpose == "x4 upscaler"
     whole = AutoencoderKL.decode
-    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z: decoded.append(z) or whole(self, z))
+
+    def decode(self: AutoencoderKL, z: Tensor) -> Tensor:
+        decoded.append(z)
+        return whole(self, z)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", decode)
     cond, uncond, first = noise(1, 5, 48, seed=1), noise(1, 5, 48, seed=2), randn((1, 4, 8, 16), [5])
     scheduler = diffusers.DDIMScheduler(**BETAS, prediction_type="v_prediction", clip_sample=False, steps_offset=1)
-    pipe = diffusers.StableDiffusionUpscalePipeline(parts.vae, None, None, parts.unet,
-                                                    diffusers.DDPMScheduler(**BETAS), scheduler)
+    pipe: Any = diffusers.StableDiffusionUpscalePipeline(parts.vae, None, None, parts.unet,
+                                                         diffusers.DDPMScheduler(**BETAS), scheduler)
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         theirs = pipe(prompt_embeds=cond, negative_prompt_embeds=uncond, image=PICTURE, noise_level=LEVEL,
@@ -49,7 +55,7 @@ def test_equal_to_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_rows_and_the_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline.load(system("x4").save_folder(tmp_path / "x4", **BETAS), device="cpu")
-    options = {"start": PICTURE, "noise_level": 2, "steps": 2, "progress": False}
+    options: dict[str, Any] = {"start": PICTURE, "noise_level": 2, "steps": 2, "progress": False}
     cond, uncond = noise(1, 5, 48, seed=1), noise(1, 5, 48, seed=2)
     pair, alone = (draw(pipeline, cond, uncond=uncond, seeds=seeds, **options) for seeds in ([1, 2], [2]))
     assert np.abs(np.asarray(pair[1]).astype(int) - np.asarray(alone[0])).max() <= 1

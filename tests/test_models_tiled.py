@@ -42,7 +42,7 @@ class Listening(nn.Module):
 
     def __init__(self, vector_dim: int | None = None) -> None:
         super().__init__()
-        self.vector_dim = vector_dim  # type: ignore[assignment]
+        self.vector_dim = vector_dim
         self.calls: list[Context] = []
 
     def at(self, levels: Sequence[float]) -> "Listening":

@@ -120,7 +120,9 @@ def test_inpainting(pipeline: Pipeline, decoded: list[Tensor], quiet: None) -> N
 @pytest.mark.parametrize("circular", [False, True])
 def test_a_panorama(circular: bool, pipeline: Pipeline, decoded: list[Tensor], quiet: None) -> None:
     """MultiDiffusion, windows of 8 latents, a stride of 4: theirs are averaged after DDIM's steps, ours before."""
-    class Small(diffusers.StableDiffusionPanoramaPipeline):  # type: ignore[misc]
+    panorama: Any = diffusers.StableDiffusionPanoramaPipeline
+
+    class Small(panorama):
         def get_views(self, height: int, width: int, circular_padding: bool = False) -> Any:
             return super().get_views(8 * height // FACTOR, 8 * width // FACTOR, 8, 4, circular_padding)
 

@@ -74,7 +74,7 @@ def upscale(
         with pipeline.at_work("vae"):
             z = torch.cat([pipeline.vae.encode(each) for each in tiles]).float().cpu()
         own = torch.cat([noise[..., top:top + h, left:left + w] for top, left, h, w in some])
-        seen = cond(tiles) if callable(cond) and not hasattr(cond, "rows") else cond
+        seen: Any = cond(tiles) if callable(cond) and not hasattr(cond, "rows") else cond
         drawn = draw(pipeline, seen, latents=z + own * float(sigmas[0]), sigmas=sigmas,
                      seeds=[other_seeds([noise_seed], STREAM, k + 1)[0] for k in numbers], **more)
         for image, (top, left, h, w) in zip(drawn, places, strict=True):
