@@ -88,7 +88,7 @@ def main(results: Results, count: int) -> None:
     measure("plain", sd, 1)
     for name, changes in WAYS.items():
         measure(name, replace(sd, unet=Inside(sd.unet, *changes)), 2)  # type: ignore[arg-type]
-    measure("tiles of the one prompt, half over each other", replace(sd, unet=Tiled(  # type: ignore[arg-type]
+    measure("tiles of the one prompt, half over each other", replace(sd, unet=Tiled(
         sd.unet, SIZE // sd.vae.factor, SIZE // sd.vae.factor // 2)), 2)
     add("DemoFusion", grown(sd, prompts), 2)
     results.write_tables({"big miniature": "\n".join(rows), "big miniature measured":

@@ -264,6 +264,8 @@ def _in_tiles(pipeline: Pipeline, asked: Request, guidance: Guidance | float, ho
         job = Job([replace(r, model=pipeline.name, version=VERSION, hashes=asked.hashes, dtype=str(
             pipeline.dtype).removeprefix("torch.")) for r in batch], list) if first is None else first(batch, **shown)
 
+        how_to: dict[str, Any] = {**asked.of_method, **shown}
+
         def larger() -> list[Image.Image]:
             pictures = job.draw() if start is None else [start] * len(batch)
             found = []
@@ -271,7 +273,7 @@ def _in_tiles(pipeline: Pipeline, asked: Request, guidance: Guidance | float, ho
                 cond, uncond = steered(*read([r]))
                 found.append(upscale(pipeline, picture, cond, uncond=uncond, scale=how.scale, strength=how.strength,
                                      upscaler=asked.hires_upscaler, schedule=asked.schedule, steps=asked.steps,
-                                     seed=r.seed, guidance=guidance, sampler=asked.sampler, **asked.of_method, **shown))
+                                     seed=r.seed, guidance=guidance, sampler=asked.sampler, **how_to))
             return found
 
         return Job(job.requests, larger)
