@@ -51,6 +51,8 @@ class FromInside:
         if self.tile and (self.hidiffusion or self.deep_shrink):
             raise ValueError("tiles have the size that the model knows, which hidiffusion and deep_shrink are not for: "
                              "choose one")
+        if self.tile and getattr(self, "tiling", False):
+            raise ValueError("with tiling each tile would meet itself at its edges: choose tile or tiling")
         self.tiles(1)
 
     def tiles(self, factor: int) -> tuple[int, int] | None:

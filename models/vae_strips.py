@@ -133,13 +133,23 @@ def hold(x: Map, onto: "Store | None" = None) -> Map:
     return Map(x.shape, x.like, store.read, moments, store)
 
 
+def around(x: Map, a: int, b: int, layer: nn.Conv2d | Any) -> tuple[Tensor, int]:
+    """Rows a .. b of x for a layer, and the number of the first: as far as there are any, or, where the layer is
+    seamless, those of the opposite edge."""
+    h = x.shape[1]
+    if "circular" not in (getattr(layer, "padding_mode", None), getattr(layer, "padding", None)):
+        return x.read(max(a, 0), min(b, h)), max(a, 0)
+    parts = [(h + a, h)] * (a < 0) + [(max(a, 0), min(b, h))] + [(0, b - h)] * (b > h)
+    return torch.cat([x.read(*part) for part in parts], 2), a
+
+
 def conv(layer: nn.Conv2d, x: Map) -> Map:
     """A convolution of stride 1 that keeps the size; what it pads at the edge of a strip is cut off."""
-    (_, h, w), around = x.shape, layer.kernel_size[0] // 2
+    (_, h, w), beyond = x.shape, layer.kernel_size[0] // 2
 
     def read(a: int, b: int) -> Tensor:
-        top = max(a - around, 0)
-        return layer(x.read(top, min(b + around, h)))[:, :, a - top:b - top]
+        rows, top = around(x, a - beyond, b + beyond, layer)
+        return layer(rows)[:, :, a - top:b - top]
 
     return x.to((layer.out_channels, h, w), read)
 
@@ -148,8 +158,8 @@ def upsample(layer: Any, x: Map) -> Map:
     _, h, w = x.shape
 
     def read(a: int, b: int) -> Tensor:
-        top = max(a // 2 - 1, 0)
-        return layer(x.read(top, min((b + 1) // 2 + 1, h)))[:, :, a - 2 * top:b - 2 * top]
+        rows, top = around(x, a // 2 - 1, (b + 1) // 2 + 1, layer.conv)
+        return layer(rows)[:, :, a - 2 * top:b - 2 * top]
 
     return x.to((layer.conv.out_channels, 2 * h, 2 * w), read)
 
@@ -157,7 +167,7 @@ def upsample(layer: Any, x: Map) -> Map:
 def downsample(layer: Any, x: Map) -> Map:
     """Rows 2a .. 2b of x, and the one below that the layer pads at the bottom of the picture."""
     _, h, w = x.shape
-    return x.to((layer.conv.out_channels, h // 2, w // 2), lambda a, b: layer(x.read(2 * a, min(2 * b + 1, h))))
+    return x.to((layer.conv.out_channels, h // 2, w // 2), lambda a, b: layer(around(x, 2 * a, 2 * b + 1, layer)[0]))
 
 
 def normed(norm: nn.GroupNorm, x: Map, silu: bool = True) -> Map:

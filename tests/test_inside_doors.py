@@ -67,6 +67,8 @@ def test_tiles(tmp_path: Any) -> None:
         generate(sd, PROMPT, tile="44:16", **how)
     with pytest.raises(ValueError, match="choose one"):
         Request(PROMPT, tile="48", hidiffusion=True)
+    with pytest.raises(ValueError, match="choose tile or tiling"):
+        Request(PROMPT, tile="48", tiling=True)
 
 
 def test_a_lora_by_sigma_is_changed_in_each_of_its_networks() -> None:
