@@ -257,13 +257,11 @@ class AutoencoderKL(nn.Module):
 
     def _exactly(self, x: Tensor, *layers: nn.Module) -> Tensor:
         """The layers' answer, computed for as many pictures at once as make `AT_ONCE` pixels, and for one of more than
-        `WHOLE` in strips: neither a batch nor a large picture takes more memory. Not where gradients are wanted, nor
-        of a seamless one."""
+        `WHOLE` in strips: neither a batch nor a large picture takes more memory. Not where gradients are wanted."""
         side = 1 if layers[0] is self.encoder else self.factor
         pixels = max(x.shape[2] * x.shape[3] * side * side, 1)
         wanted = torch.is_grad_enabled() and (x.requires_grad or self.quant_conv.weight.requires_grad)
-        around = self.decoder.conv_in.padding_mode != "zeros"  # the last rows see the first: no strip has both
-        network = (nn.Sequential if pixels <= WHOLE or wanted or around else InStrips)(*layers)
+        network = (nn.Sequential if pixels <= WHOLE or wanted else InStrips)(*layers)
         n = max(AT_ONCE // pixels, 1)
         if len(x) <= n:
             return self._some(x, network)

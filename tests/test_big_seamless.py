@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from ella_kd import Pipeline, draw, generate, read_settings
@@ -55,14 +54,3 @@ def test_tiling_by_the_door(tiny_files: dict[str, str], tmp_path: Path) -> None:
     one, other = (np.asarray(draw(pipeline.seamless(), pipeline.encode("a"), noise=z, **texts)[0]).astype(int)
                   for z in (start, start.roll(2, 3)))
     assert np.abs(np.roll(one, 2 * pipeline.vae.factor, 1) - other).max() <= 1
-
-
-@torch.no_grad()
-def test_a_large_texture_is_seamless_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a picture is otherwise computed in strips."""
-    vae = seamless(Pipeline.miniature().vae)
-    z = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    whole = vae.decode(z)
-    monkeypatch.setattr("ella_kd.models.vae.WHOLE", 1)
-    assert torch.equal(vae.decode(z), whole)
-    assert relative(vae.decode(z.roll((1, 2), (2, 3))), whole.roll((8, 16), (2, 3))) < 1e-5
