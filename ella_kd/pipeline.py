@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,17 +27,14 @@ from ella_kd.models.files.hub import find, find_all, with_preset
 from ella_kd.models.files.metadata import size_of
 from ella_kd.models.files.saving import save
 from ella_kd.models.noise_schedule import EDMSchedule, PredictionType
-from ella_kd.models.parameters import moved
 from ella_kd.models.seamless import seamless
 from ella_kd.models.t5 import T5TextEncoder
 from ella_kd.models.tokenizers import published_clip_tokenizer
-from ella_kd.models.winograd import WinogradConv2d
-from ella_kd.placement import Name, Placement, carried
+from ella_kd.placement import Name, Placement, carried, moved_part
 from ella_kd.request import Mode, mode_named
 from ella_kd.scale import Scale
 
 File = str | Path
-M = TypeVar("M", bound=nn.Module)
 MINIATURE = Path(str(files("ella_kd.models") / "miniature"))
 FIXED_LENGTH = 128  # the T5 tokens that ELLA was trained on, padding included
 
@@ -243,12 +240,12 @@ class Pipeline:
         clip, t5 = self.clip, self.t5
         return replace(
             self,
-            unet=_moved(self.unet, device, dtype),
-            vae=_moved(self.vae, device, dtype),
-            clip=clip and clip.moved(lambda model: _moved(model, device, dtype)),
-            text_models=tuple(each and _moved(each, device, dtype) for each in self.text_models),
-            tsc=self.tsc and _moved(self.tsc, device, dtype),
-            t5=t5.moved(lambda model: _moved(model, device, dtype)) if isinstance(t5, T5TextEncoder) else t5,
+            unet=moved_part(self.unet, device, dtype),
+            vae=moved_part(self.vae, device, dtype),
+            clip=clip and clip.moved(lambda model: moved_part(model, device, dtype)),
+            text_models=tuple(each and moved_part(each, device, dtype) for each in self.text_models),
+            tsc=self.tsc and moved_part(self.tsc, device, dtype),
+            t5=t5.moved(lambda model: moved_part(model, device, dtype)) if isinstance(t5, T5TextEncoder) else t5,
             placement=self.placement and replace(self.placement, device=device or self.placement.device,
                                                  dtype=dtype or self.placement.dtype),
         )
@@ -345,15 +342,6 @@ def _and(name: str, more: Sequence[str]) -> str:
 
 def _models(clip: CLIPTextEncoder | TwoTextEncoders) -> list[nn.Module]:
     return [clip.first.model, clip.second.model] if isinstance(clip, TwoTextEncoders) else [clip.model]
-
-
-def _moved(module: M, device: str | torch.device | None, dtype: torch.dtype | None) -> M:
-    """A copy of the module there; tensors that need no change are shared, which stays below two copies in memory."""
-    if dtype is not None and any(isinstance(part, WinogradConv2d) and part.into.dtype != dtype
-                                 for part in module.modules()):
-        raise ValueError(f"the filters of a network that is fast_on_cpu are rounded once: cast it to {dtype} first, "
-                         "sd.to(dtype=...).fast_on_cpu()")
-    return moved(module, device, dtype)
 
 
 def _count(part: object) -> str:

@@ -3,12 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 
 from ella_kd.models.devices import check_device, check_dtype
+from ella_kd.models.parameters import moved
+from ella_kd.models.winograd import WinogradConv2d
+
+M = TypeVar("M", bound=nn.Module)
 
 Name = Literal["unet", "vae", "clip", "tsc", "t5"]
 OVERFLOWS = ("sdxl", "refiner", "ssd-1b", "vega")  # families whose autoencoder is lost in float16
@@ -75,3 +79,12 @@ def carried(module: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for x, data in zip(tensors, waiting):
             x.data = data
+
+
+def moved_part(module: M, device: str | torch.device | None, dtype: torch.dtype | None) -> M:
+    """A copy of the module there, which shares the tensors that need no change. ValueError for rounded filters."""
+    if dtype is not None and any(isinstance(part, WinogradConv2d) and part.into.dtype != dtype
+                                 for part in module.modules()):
+        raise ValueError(f"the filters of a network that is fast_on_cpu are rounded once: cast it to {dtype} first, "
+                         "sd.to(dtype=...).fast_on_cpu()")
+    return moved(module, device, dtype)
