@@ -32,15 +32,16 @@ def main() -> None:
     parser.add_argument("--what", nargs="+", default=["decode", "encode"], choices=["decode", "encode"])
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--dtype", choices=DTYPES, help="by default float32 on a CPU, else float16")
-    parser.add_argument("--whole", action="store_true", help="as small pictures are computed")
+    parser.add_argument("--how", choices=["strips", "whole"], help="by default as the size decides")
     asked = parser.parse_args()
     dtype = check_dtype(asked.dtype, asked.device)
     torch.manual_seed(0)
     network = AutoencoderKL().to(asked.device, dtype)
-    if asked.whole:
-        vae.WHOLE = asked.side ** 2
+    if asked.how:
+        vae.WHOLE = asked.side ** 2 if asked.how == "whole" else 0
     network.decode(network.encode(torch.zeros(1, 3, 64, 64)))
-    print(f"{asked.side} px, {dtype}, {'whole' if asked.whole else 'in strips'}; {machine()}", flush=True)
+    way = "whole" if asked.side ** 2 <= vae.WHOLE else "in strips"
+    print(f"{asked.side} px, {dtype}, {way}; {machine()}", flush=True)
     for what in asked.what:
         side = asked.side // (network.factor if what == "decode" else 1)
         before, start = peak(asked.device), time.perf_counter()
