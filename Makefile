@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := PASSIVE
 bench bench-speed: export MALLOC_MMAP_MAX_ := 0
 bench bench-speed: export MALLOC_TRIM_THRESHOLD_ := 34359738368
 
-.PHONY: demo test test-slow mutants check bench bench-score bench-wordings bench-exactness bench-samplers bench-speed install clean
+.PHONY: demo test test-slow mutants check bench bench-score bench-wordings bench-exactness bench-samplers bench-speed docs install clean
 
 demo: $(STAMP)          ## draw eight dense prompts with the miniature
 	$(PY) -m benchmarks.demo
@@ -53,6 +53,14 @@ bench: $(STAMP)         ## all five; ARGS that all of them understand
 	$(PY) -m benchmarks.samplers $(ARGS)
 	$(PY) -m benchmarks.steps_per_second $(ARGS)
 
+# NO_MKDOCS_2_WARNING: an advertisement in every build.
+docs: $(VENV)/.docs     ## the documentation as a site, in site/: no server, nothing from elsewhere
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet --clean $(ARGS)
+
+$(VENV)/.docs: $(STAMP)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
 install: $(STAMP)
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
@@ -63,4 +71,4 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
