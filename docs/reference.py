@@ -35,6 +35,7 @@ MORE = {  # what the pages speak of beside them
     "Many requests": ["ella_kd.generation.jobs", "ella_kd.generation.Job", "ella_kd.placement.Placement"],
 }
 CFG_PP, FORMS = "_cfg_pp", "CFG++ forms"
+ORDER = ["Samplers", FORMS, "Schedules", "Functions", "Classes", "Tables and types"]
 
 
 @cache
@@ -69,7 +70,7 @@ def _page(home: str) -> str:
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(_group(name, getattr(module, name)), []).append(name)
-    for title, some in groups.items():
+    for title, some in sorted(groups.items(), key=lambda group: ORDER.index(group[0])):
         text += f"## {title}\n\n" if len(groups) > 1 else ""
         if title == FORMS:
             text += _forms(some, home)
@@ -106,7 +107,8 @@ def _entry(name: str, whole: bool = False) -> str:
     module = importlib.import_module(home)
     if _described(getattr(module, last)):
         return f"::: {name}\n    options: {{heading_level: 3, show_root_full_path: {str(whole).lower()}}}\n\n"
-    return f"### `{last}` {{#{name}}}\n\n{_said(module, last)}\n\n"
+    said = "The version that is installed." if last == "__version__" else _said(module, last)
+    return f"### <span id=\"{name}\"></span>`{last}`\n\n{said}\n\n"
 
 
 def _described(value: object) -> bool:
@@ -132,7 +134,7 @@ def _said(module: Any, name: str) -> str:
 def _first(value: object) -> str:
     """The first sentence of a docstring, for a cell."""
     text = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
-    return re.split(r"(?<=[.:])\s", text)[0].rstrip(":").replace("|", "\\|")
+    return re.split(r"(?<=[.:])(?<! al\.)(?<! eq\.)\s", text)[0].rstrip(":").replace("|", "\\|")
 
 
 def _command() -> str:
