@@ -35,6 +35,7 @@ class Served:
     """A page that is being served."""
 
     url: str
+    studio: Studio
     blocks: gr.Blocks
     cache: tempfile.TemporaryDirectory[str]
 
@@ -67,7 +68,7 @@ def serve(pipeline: Pipeline, *, out: str | Path = "out", models_dir: str | Path
         theme=theme, css=view.CSS + view.PIXELATED * (pipeline.size < 256), max_file_size="20mb",
         allowed_paths=[str(Path(out).resolve())], ssr_mode=False, enable_monitoring=False, run_history=False,
         mcp_server=False, footer_links=["api", "settings"], app_kwargs={"middleware": hosts})
-    served = Served(url, blocks, cache)
+    served = Served(url, studio, blocks, cache)
     if block:
         print(f"The page is at {url} (Ctrl-C ends it); pictures go to {out}", flush=True)
         served.wait()
@@ -85,7 +86,7 @@ class Page:
         title = f"ella_kd: {self.studio.pipeline.name}"
         with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as blocks:
             with gr.Row(elem_id="head"):
-                gr.Markdown(f"## ella_kd\n{self._what()}")
+                gr.Markdown(f"## ella_kd\n{self._what()}", elem_id="title")
                 dark = gr.Button("Light / dark", size="sm", scale=0, min_width=110, elem_id="dark")
             dark.click(None, js="() => { document.body.classList.toggle('dark'); }", api_visibility="private")
             with gr.Tabs() as tabs:
@@ -109,7 +110,8 @@ class Page:
         studio, add = self.studio, self.inputs
         first = Form(prompt=EXAMPLE if studio.pipeline.name == "miniature" else "",
                      scale=3.0 if studio.pipeline.name == "miniature" else Form.scale)  # what its README draws it at
-        side = {"precision": 0, "placeholder": str(studio.pipeline.size), "minimum": 0, "maximum": studio.limits.side}
+        side = {"precision": 0, "minimum": 0, "maximum": studio.limits.side, "step": studio.pipeline.vae.factor,
+                "min_width": 100}
         names = [name for name in (*SAMPLERS, *RANGE_SAMPLERS)
                  if not (name.endswith(CFG_PP) and name.removesuffix(CFG_PP) in SAMPLERS)]
         modes = [(label, mode) for label, mode in MODES.items() if mode in studio.modes]
@@ -140,14 +142,14 @@ class Page:
             add["guidance"] = gr.Textbox(label="Rule, in place of the scale", placeholder="Rescale(CFG(7), 0.7)",
                                          elem_id="guidance", min_width=180)
         with gr.Row():
-            add["width"] = gr.Number(None, label="Width", elem_id="width", min_width=90, **side)
-            add["height"] = gr.Number(None, label="Height", elem_id="height", min_width=90, **side)
+            add["width"] = gr.Number(0, label="Width (0: its own)", elem_id="width", **side)
+            add["height"] = gr.Number(0, label="Height (0: its own)", elem_id="height", **side)
             add["count"] = gr.Slider(1, studio.limits.count, 1, step=1, label="Pictures", elem_id="count",
                                      min_width=140)
-        with gr.Row():
+        with gr.Row(equal_height=True, elem_id="seeds"):
             add["seed"] = gr.Number(RANDOM, precision=0, label="Seed (-1: any)", elem_id="seed", min_width=140)
             buttons["dice"] = gr.Button("Dice", size="sm", elem_id="dice", min_width=80)
-            buttons["reuse"] = gr.Button("Reuse", size="sm", elem_id="reuse", min_width=80)
+            buttons["reuse"] = gr.Button("Reuse the picture's", size="sm", elem_id="reuse", min_width=80)
         with gr.Accordion("Start picture and mask", open=False, elem_id="start-box"):
             add["start"] = gr.ImageEditor(
                 type="pil", label="Paint over what is to be drawn anew; nothing painted: the whole", format="png",
@@ -208,7 +210,8 @@ class Page:
         studio, add = self.studio, self.inputs
         shown = [right[name] for name in ("status", "gallery", "text", "saved", "chosen")]
         draw = buttons["draw"].click(self.draw, [*add.values()], shown, show_progress="minimal",
-                                     show_progress_on=right["status"], api_visibility="private", **ONE)
+                                     show_progress_on=right["status"], api_name="page", api_visibility="private",
+                                     **ONE)
         buttons["cancel"].click(lambda: view.said("Stopped; what was done is saved."), None, right["status"],
                                 cancels=[draw], **QUIET)
         add["prompt"].change(studio.tokens, add["prompt"], buttons["tokens"], trigger_mode="always_last", **QUIET)

@@ -21,7 +21,9 @@ CSS = """
 .ella-bad { border-left: .25rem solid var(--error-border-color, #b91c1c); padding-left: .6rem;
   overflow-wrap: anywhere; }
 .ella-note { opacity: .75; overflow-wrap: anywhere; }
-#tokens { font-size: var(--text-sm); opacity: .75; text-align: right; }
+#tokens { font-size: var(--text-sm); opacity: .75; text-align: right; margin: -.7rem 0; }
+#title h2, #title p { margin: 0; }
+#seeds button { align-self: center; }
 #gallery img { image-rendering: auto; }
 """
 # The miniature's pictures are 48 px: enlarged, their pixels are shown as they are.
