@@ -158,9 +158,9 @@ def test_errors_are_one_line(error: Exception, message: str) -> None:
 def test_a_preview_shows_the_colours_that_the_autoencoder_makes() -> None:
     sd, scenes = miniature(), random.Random(0)
     show, errors = Preview.fit(sd.vae, side=6), []
-    for _ in range(12):
+    for _ in range(24):
         picture = Image.fromarray(render(random_scene(scenes, 2)))
         [seen] = show(sd.vae.encode(picture))
         assert seen.size == (6, 6)
         errors.append(np.abs(np.asarray(seen, float) - np.asarray(picture.reduce(8), float)).mean())
-    assert np.mean(errors) < 32  # of 255; the best linear map of these scenes errs by 36 in the mean square's sense
+    assert np.mean(errors) < 34  # of 255; their mean colour errs by 69

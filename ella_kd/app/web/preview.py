@@ -20,11 +20,13 @@ class Preview:
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, vae: AutoencoderKL, side: int = 16, count: int = 32) -> Self:
+    def fit(cls, vae: AutoencoderKL, side: int = 16) -> Self:
         """By least squares on coloured patches, so many latents wide: what the autoencoder makes of them and back.
 
-        On the miniature's scenes it errs by 29 of 255 as the best linear map does; fitted to decoded noise by 60.
+        On the miniature's scenes it errs by 28 of 255, no worse than a linear map that is fitted to those; fitted to
+        decoded noise it errs by 63, and their mean colour by 69.
         """
+        count = max(16, 2304 // side**2)
         latents = vae.encode(patches(count, side * vae.factor).to(next(vae.parameters())))
         seen = F.avg_pool2d(vae.decode(latents).double().cpu().clamp(-1, 1), vae.factor)
         x, y = _rows(latents.double().cpu()), seen.permute(0, 2, 3, 1).flatten(0, 2)
