@@ -12,16 +12,23 @@ export OMP_WAIT_POLICY := PASSIVE
 bench bench-speed: export MALLOC_MMAP_MAX_ := 0
 bench bench-speed: export MALLOC_TRIM_THRESHOLD_ := 34359738368
 
-.PHONY: demo test test-slow mutants check bench bench-score bench-wordings bench-exactness bench-samplers bench-speed docs install clean
+.PHONY: demo web test test-slow test-web mutants check bench bench-score bench-wordings bench-exactness bench-samplers bench-speed docs install clean
 
 demo: $(STAMP)          ## draw eight dense prompts with the miniature
 	$(PY) -m benchmarks.demo
+
+web: $(STAMP)-web       ## serve the page with the miniature; ARGS as ella-kd web takes them
+	$(PY) -m ella_kd web --models-dir models/miniature/addons $(ARGS)
 
 test: $(STAMP)          ## every test but the slow ones
 	$(PY) -m pytest -n auto $(ARGS)
 
 test-slow: $(STAMP)     ## the tests that take minutes or gigabytes
 	$(PY) -m pytest -m slow $(ARGS)
+
+test-web: $(STAMP)-web-test  ## drive the page in a browser, which is installed where there is none
+	$(PY) tests/web/browser.py
+	$(PY) -m pytest -m web tests/web $(ARGS)
 
 mutants: $(STAMP)       ## plant 300 small faults, one at a time: which do the tests not notice?
 	$(PY) tests/mutants.py $(ARGS)
@@ -54,12 +61,8 @@ bench: $(STAMP)         ## all five; ARGS that all of them understand
 	$(PY) -m benchmarks.steps_per_second $(ARGS)
 
 # NO_MKDOCS_2_WARNING: an advertisement in every build.
-docs: $(VENV)/.docs     ## the documentation as a site, in site/: no server, nothing from elsewhere
+docs: $(STAMP)-docs    ## the documentation as a site, in site/: no server, nothing from elsewhere
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet --clean $(ARGS)
-
-$(VENV)/.docs: $(STAMP)
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
-	@touch $@
 
 install: $(STAMP)
 
@@ -68,6 +71,10 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	$(PY) -m pip install --quiet --no-deps k-diffusion==0.1.1.post1 spandrel==0.4.2
+	@touch $@
+
+$(STAMP)-docs $(STAMP)-web $(STAMP)-web-test: $(STAMP)-%: $(STAMP)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
 clean:
