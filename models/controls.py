@@ -194,7 +194,6 @@ class Added:
         return x
 
 
-@torch.compiler.disable  # it runs networks of its own, which may be compiled by themselves
 def added(seen: Context, x: Tensor, t: Tensor, unet: "UNetConfig") -> Added:
     """What the controls of a context add to a UNet's features. Raises ValueError for one that does not fit the UNet."""
     return Added([(control.rows, control.residuals(x, t, seen, unet)) for control in seen.controls or ()], x.dtype)
