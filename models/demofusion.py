@@ -5,14 +5,15 @@ Du et al. 2023, arXiv 2311.16973, sections 3.2 and 3.4; the loop around them is 
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from ella_kd.models.around import AroundOne
 from ella_kd.models.context import Context
-from ella_kd.models.network import Levels, Patches, as_network
+from ella_kd.models.network import Patches, as_network
 from ella_kd.models.tiled import Tiled
 
 LEAST = 0.01  # of the blur, where the noise is gone
@@ -23,7 +24,7 @@ def fading(t: Tensor, timesteps: int = 1000) -> Tensor:
     return (1 + torch.cos(math.pi * (timesteps - t) / timesteps)) / 2
 
 
-class Dilated(nn.Module):
+class Dilated(AroundOne):
     """A network that sees a picture as k x k interleaved ones of every k-th latent, each of the whole scene.
 
     What it sees is blurred before, so that the small pictures agree, by a Gaussian of 2k - 1 latents whose deviation
@@ -37,23 +38,8 @@ class Dilated(nn.Module):
             raise ValueError(f"a picture is taken apart into k x k others, k at least 1, got {k!r}")
         self.network, self.k, self.sigma, self.at_once = as_network(network), k, sigma, at_once
 
-    in_channels = property(lambda self: self.network.in_channels)
-    out_channels = property(lambda self: self.network.out_channels)
-    dtype = property(lambda self: self.network.dtype)
-    places = property(lambda self: self.network.places)
-    config = property(lambda self: self.network.config)
-    vector_dim = property(lambda self: getattr(self.network, "vector_dim", None))
-    guidance_dim = property(lambda self: getattr(self.network, "guidance_dim", None))
-
-    def compile(self, *args: Any, **options: Any) -> None:
-        self.network.compile(*args, **options)
-
-    def of(self, network: Any) -> "Dilated":
-        return Dilated(network, self.k, self.sigma, self.at_once)
-
-    def at(self, levels: Levels) -> "Dilated":
-        network = self.network.at(levels)
-        return self if network is self.network else self.of(network)
+    def of(self, network: Any, *others: Any) -> Self:
+        return type(self)(network, self.k, self.sigma, self.at_once)
 
     def forward(self, x: Tensor, t: Tensor, context: Context | Tensor, patches: Patches = ()) -> Tensor:
         k, seen = self.k, Context.of(context)
@@ -75,7 +61,7 @@ class Dilated(nn.Module):
         return answer[:, :, above:, before:]
 
 
-class LocalAndGlobal(nn.Module):
+class LocalAndGlobal(AroundOne):
     """DemoFusion's network for a picture k times as large as the network's own: tiles, and the dilated whole.
 
     `LocalAndGlobal(unet, 2, size=64)`: (1 - c) * local + c * global with c = `fading(t)`, so the whole scene decides
@@ -87,27 +73,14 @@ class LocalAndGlobal(nn.Module):
                  overlap: int | tuple[int, int] | None = None, sigma: float = 1.0, at_once: int = 4) -> None:
         super().__init__()
         height, width = size if isinstance(size, tuple) else (size, size)
-        self.tiled = Tiled(network, (height, width), (height // 2, width // 2) if overlap is None else overlap,
+        self.network = as_network(network)
+        self.tiled = Tiled(self.network, (height, width), (height // 2, width // 2) if overlap is None else overlap,
                            at_once=at_once)
-        self.dilated = Dilated(self.tiled.network, k, sigma, at_once)
+        self.dilated = Dilated(self.network, k, sigma, at_once)
 
-    in_channels = property(lambda self: self.tiled.in_channels)
-    out_channels = property(lambda self: self.tiled.out_channels)
-    dtype = property(lambda self: self.tiled.dtype)
-    places = property(lambda self: self.tiled.places)
-    config = property(lambda self: self.tiled.config)
-    vector_dim = property(lambda self: self.tiled.vector_dim)
-    guidance_dim = property(lambda self: self.tiled.guidance_dim)
-
-    def compile(self, *args: Any, **options: Any) -> None:
-        self.tiled.compile(*args, **options)
-
-    def at(self, levels: Levels) -> "LocalAndGlobal":
-        network = self.tiled.network.at(levels)
-        if network is self.tiled.network:
-            return self
-        return LocalAndGlobal(network, self.dilated.k, self.tiled.tiles.size, self.tiled.tiles.overlap,
-                              self.dilated.sigma, self.dilated.at_once)
+    def of(self, network: Any, *others: Any) -> Self:
+        return type(self)(network, self.dilated.k, self.tiled.tiles.size, self.tiled.tiles.overlap,
+                          self.dilated.sigma, self.dilated.at_once)
 
     def forward(self, x: Tensor, t: Tensor, context: Context | Tensor, patches: Patches = ()) -> Tensor:
         local, whole = self.tiled(x, t, context, patches), self.dilated(x, t, context, patches)

@@ -8,13 +8,14 @@ of one network share what no LoRA has touched, so that each costs no more than i
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby, pairwise
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from ella_kd.models.around import Around
 from ella_kd.models.context import Context
 from ella_kd.models.devices import upload
 from ella_kd.models.network import Levels, Patches, above
@@ -22,7 +23,7 @@ from ella_kd.models.network import Levels, Patches, above
 ALIKE = ("in_channels", "out_channels", "dtype", "vector_dim", "guidance_dim")
 
 
-class Several(nn.Module):
+class Several(Around):
     """What is made of networks of equal inputs, outputs and dtype.
 
     networks: in their order, one may come more than once. Raises ValueError for none, or for networks that differ,
@@ -44,53 +45,6 @@ class Several(nn.Module):
                                  f"{', '.join(map(str, values))}")
         self.networks: Any = nn.ModuleList(networks)
 
-    def each(self, f: Callable[[Any], Any]) -> Self:
-        """The same made of f(network), f called once for each network that comes more than once."""
-        found: dict[int, Any] = {}
-        for network in self.networks:
-            if id(network) not in found:
-                found[id(network)] = f(network)
-        return self.of([found[id(network)] for network in self.networks])
-
-    def of(self, networks: Sequence[Any]) -> Self:
-        """The same of other networks."""
-        return type(self)(networks)
-
-    @property
-    def in_channels(self) -> int:
-        return self.networks[0].in_channels
-
-    @property
-    def out_channels(self) -> int:
-        return self.networks[0].out_channels
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.networks[0].dtype
-
-    @property
-    def vector_dim(self) -> int | None:
-        return getattr(self.networks[0], "vector_dim", None)
-
-    @property
-    def guidance_dim(self) -> int | None:
-        return getattr(self.networks[0], "guidance_dim", None)
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """Where a patch can act in all of them."""
-        first, *rest = (network.places for network in self.networks)
-        return tuple(place for place in first if all(place in other for other in rest))
-
-    @property
-    def config(self) -> Any:
-        return self.networks[0].config
-
-    def compile(self, **options: Any) -> None:
-        """Compile each network in place: what is called is one of them."""
-        for network in {id(network): network for network in self.networks}.values():
-            network.compile(**options)
-
 
 class BySigma(Several):
     """One network after another as the noise falls: `BySigma(high, low, at=5.0)`, as `Switch` is of conditions.
@@ -108,8 +62,8 @@ class BySigma(Several):
             raise ValueError(f"{len(networks)} networks by sigma need {len(networks) - 1} falling sigmas between them, "
                              f"got {list(self.boundaries)}")
 
-    def of(self, networks: Sequence[Any]) -> Self:
-        return type(self)(*networks, at=self.boundaries)
+    def of(self, network: Any, *others: Any) -> Self:
+        return type(self)(network, *others, at=self.boundaries)
 
     def at(self, levels: Levels) -> Any:
         """The network that holds; of one level per row, where several do, a `ByRow` of them."""
@@ -138,12 +92,15 @@ class ByRow(Several):
     batch of another size, and as `Several` does.
     """
 
+    def of(self, network: Any, *others: Any) -> Self:
+        return type(self)((network, *others))
+
     def at(self, levels: Levels) -> Any:
         if len(levels) not in (1, len(self.networks)):
             raise ValueError(f"a network by row was made for {len(self.networks)} rows, got {len(levels)}")
         if len(levels) == 1:
             return self._now(self.each(lambda network: network.at(levels)))
-        return self._now(self.of([network.at((level,)) for network, level in zip(self.networks, levels)]))
+        return self._now(self.of(*(network.at((level,)) for network, level in zip(self.networks, levels))))
 
     def _now(self, found: Self) -> Self:
         return self if all(a is b for a, b in zip(found.networks, self.networks)) else found

@@ -1,10 +1,11 @@
 """Textures that meet themselves: networks whose convolutions see the opposite edge beyond an edge, A1111's "tiling"."""
 
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
+from ella_kd.models.around import Around
 from ella_kd.models.parameters import Recipe, sharing
 from ella_kd.models.vae import VAEDownsample
 from ella_kd.models.winograd import WinogradConv2d
@@ -19,9 +20,8 @@ def seamless(network: M) -> M:
     stays as it is and shares its tensors; of a network made of networks each one is changed. Before or after
     `with_lora` and `fast_on_cpu`. A ControlNet beside it keeps its own edges.
     """
-    each: Any = getattr(network, "each", None)
-    if each is not None:
-        return each(seamless)
+    if isinstance(network, Around):
+        return network.each(seamless)
     recipe = Recipe.of(network)
     return replace(recipe, finish=(*recipe.finish, around)).on(around(sharing(network)))
 

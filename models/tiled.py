@@ -10,14 +10,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ella_kd.models.added import PIXELS, count_told
+from ella_kd.models.around import AroundOne
 from ella_kd.models.context import Context
-from ella_kd.models.network import Levels, Patches, as_network
+from ella_kd.models.network import Patches, as_network
 from ella_kd.models.partial import Box, cut, rows_of, runs
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Tiles:
         return rows[:, None] * columns
 
 
-class Tiled(nn.Module):
+class Tiled(AroundOne):
     """A `models.network.Network` around another one: `Tiled(unet, 64, 16)`, sizes in latents, each a number or
     (height, width).
 
@@ -83,45 +84,10 @@ class Tiled(nn.Module):
         self.network, self.at_once = as_network(network), at_once
         self.tiles = Tiles(sizes, overlaps, weights, wrap)
 
-    @property
-    def in_channels(self) -> int:
-        return self.network.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        return self.network.out_channels
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.network.dtype
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        return self.network.places
-
-    @property
-    def config(self) -> Any:
-        return self.network.config
-
-    @property
-    def vector_dim(self) -> int | None:
-        return getattr(self.network, "vector_dim", None)
-
-    @property
-    def guidance_dim(self) -> int | None:
-        return getattr(self.network, "guidance_dim", None)
-
-    def compile(self, *args: Any, **options: Any) -> None:
-        """Compile the network in place: tiles have one size, so one compilation serves pictures of every size."""
-        self.network.compile(*args, **options)
-
-    def of(self, network: Any) -> "Tiled":
+    def of(self, network: Any, *others: Any) -> Self:
         """The same tiles of another network."""
-        return Tiled(network, self.tiles.size, self.tiles.overlap, self.tiles.weights, self.tiles.wrap, self.at_once)
-
-    def at(self, levels: Levels) -> "Tiled":
-        network = self.network.at(levels)
-        return self if network is self.network else self.of(network)
+        return type(self)(network, self.tiles.size, self.tiles.overlap, self.tiles.weights, self.tiles.wrap,
+                          self.at_once)
 
     def extra_repr(self) -> str:
         return f"{self.tiles}"

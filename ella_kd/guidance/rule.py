@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ella_kd.bound import COND, UNCOND, Branch
-from ella_kd.conditioning import Levels, above
+from ella_kd.conditioning import Levels
 from ella_kd.models.devices import upload
+from ella_kd.models.network import check_window, within
 from ella_kd.scale import Scale, check_scale, resolve
 
 
@@ -146,8 +147,7 @@ class Interval(Guidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.sigma_lo < self.sigma_hi:
-            raise ValueError(f"an interval needs 0 <= sigma_lo < sigma_hi, got {self.sigma_lo} and {self.sigma_hi}")
+        check_window(self.sigma_lo, self.sigma_hi)
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -158,7 +158,7 @@ class Interval(Guidance):
         return True
 
     def at(self, levels: Levels) -> Guidance:
-        inside = tuple(above(level, self.sigma_lo) and not above(level, self.sigma_hi) for level in levels)
+        inside = tuple(within(level, self.sigma_lo, self.sigma_hi) for level in levels)
         if not any(inside):
             return _Rows(CFG(1.0), (False,))
         base = self.base.at(levels)
