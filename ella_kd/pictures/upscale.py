@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ella_kd.denoiser import Condition
-from ella_kd.drawing import check_multiples, draw
+from ella_kd.drawing import draw
 from ella_kd.models.tiled import Tiles
 from ella_kd.pictures.hires_options import IN_TILES, Size, Upscaler
 from ella_kd.pictures.segments import other_seeds
@@ -21,6 +21,7 @@ from ella_kd.pictures.upscalers import enlarged
 from ella_kd.pipeline import Pipeline
 from ella_kd.request import Request, seed_number
 from ella_kd.samplers import randn
+from ella_kd.starting import check_multiples
 
 OVERLAP = 8  # latents: 64 px of Stable Diffusion
 STREAM = 2**20 + 1  # of the seeds
