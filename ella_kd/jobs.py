@@ -105,7 +105,7 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
     steered = partial(steered, part=begun.part)
     plain, (_, h, w), factor = pipeline, begun.shape, pipeline.vae.factor
     pipeline = asked.changed(pipeline, w * factor, h * factor, from_text=asked.mask is None and not asked.extend,
-                             first=asked.hires is not None)
+                             first=asked.hires is not None, begins=float(begun.sigmas[0]))
     levels = begun.sigmas.tolist() if asked.syntax else None
     read = reader(pipeline, asked, levels)
     own = replace(asked, mode="clip", negative_mode=None) if refiner is not None and refiner.tsc is None else asked
@@ -179,15 +179,16 @@ def _second(asked: Request, rule: Guidance | None, size: Size, steered: Callable
             dressed: Callable[[Sequence[AddOn], Request], Pipeline]) -> Callable[[list[Request]], Hires]:
     """What makes of a batch its second pass, whose prompts are read for its own noise levels."""
     later = asked.second_pass()
-    pipeline = later.changed(dressed(later.add_ons, later), *size)
+    pipeline = dressed(later.add_ons, later)
     own = rule if asked.hires_scale is None and rule is not None else SCALE if later.scale is None else later.scale
     how = Hires(size, Enlargement.read(asked.hires).strength, asked.hires_upscaler, later.sampler, later.schedule,
-                later.steps, own, network=lambda _: pipeline.unet)
-    levels = how.sigmas(pipeline, later.schedule, later.steps).tolist() if later.syntax else None
-    read = reader(pipeline, later, levels)
+                later.steps, own)
+    levels = how.sigmas(pipeline, later.schedule, later.steps).tolist()
+    pipeline = later.changed(pipeline, *size, begins=levels[0])
+    read = reader(pipeline, later, levels if later.syntax else None)
 
     def again(batch: list[Request]) -> Hires:
         cond, uncond = steered(*read([r.second_pass() for r in batch]))
-        return replace(how, cond=cond, uncond=uncond)
+        return replace(how, cond=cond, uncond=uncond, network=lambda _: pipeline.unet)
 
     return again

@@ -15,21 +15,18 @@ from benchmarks.speed.ways import as_diffusers
 from ella_kd import CFG, PAG, SLG, GuidedDenoiser, LDMDenoiser
 from ella_kd.bound import Branch
 from ella_kd.conditioning import Constant
-from ella_kd.models import NoiseSchedule, TextFeatures, UNet, UNetConfig, fast_on_cpu
+from ella_kd.models import EDMSchedule, NoiseSchedule, TextFeatures, UNet, UNetConfig, fast_on_cpu
 from ella_kd.models.addons.controlnet import ControlNet
 from ella_kd.models.blocks import Downsample
 from ella_kd.models.context import Context
 from ella_kd.models.freeu import FreeU
 from ella_kd.models.hidiffusion import (
-    AFTER_16,
-    AFTER_30,
     AFTER_35,
-    AFTER_40,
-    AFTER_70,
     Shrink,
     WiderStride,
     WindowAttention,
     Windows,
+    after,
     hidiffusion,
 )
 from ella_kd.models.inside import Change, Inside, finest
@@ -91,6 +88,10 @@ def windowed(block: Any, size: Callable[[], tuple[int, int]], quarters: int) -> 
         return grid.reshape(x.shape)
 
     block.attn1.forward = forward
+
+
+# Sigmas of Stable Diffusion's schedule after so many percent of the timesteps.
+AFTER_16, AFTER_30, AFTER_40, AFTER_70 = 6.142, 3.325, 2.280, 0.832
 
 
 @pytest.mark.parametrize("sigma", [9.0, 3.0, 1.0, 0.3])
@@ -173,10 +174,20 @@ def test_shrink_equals_comfyuis(config: UNetConfig, stage: int, factor: float, s
 
 
 def test_the_thresholds_are_shares_of_the_timesteps() -> None:
-    schedule = NoiseSchedule.sd15()
-    for share, sigma in ((0.16, AFTER_16), (0.3, AFTER_30), (0.35, AFTER_35), (0.4, AFTER_40), (0.7, AFTER_70)):
-        t = torch.tensor(999 * (1 - share), dtype=torch.float64)
-        assert float(schedule.t_to_sigma(t)) == pytest.approx(sigma, abs=6e-4)
+    for share, sigma in ((0.16, AFTER_16), (0.3, AFTER_30), (0.35, 2.739), (0.4, AFTER_40), (0.7, AFTER_70)):
+        assert after(share) == pytest.approx(sigma, abs=6e-4)
+
+
+def test_the_thresholds_follow_the_schedule_and_where_a_run_begins() -> None:
+    """As the published code's, whose steps are those of the shortened run; an EDM model has logarithms for timesteps,
+    as ComfyUI's percents of it (Playground v2.5: .002 to 80)."""
+    edm, sd15 = EDMSchedule(), NoiseSchedule.sd15()
+    assert after(0.4, edm) == pytest.approx(80 ** 0.6 * 0.002**0.4)
+    for begins in (1.18, 5.0):
+        t = sd15.sigma_to_t(torch.tensor(begins, dtype=torch.float64))
+        assert after(0.4, sd15, begins) == pytest.approx(float(sd15.t_to_sigma(0.6 * t)))
+    unet = random_unet(SDXL)
+    assert [type(change) for change in hidiffusion(unet, 256, 256, schedule=edm)] == [Shrink, WindowAttention]
 
 
 def test_windows_move_with_sigma_and_place_alone() -> None:
