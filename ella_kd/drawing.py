@@ -29,6 +29,7 @@ from ella_kd.starting import begin, check_multiples, repaints
 
 OTHER_WORDS = {"scale": "guidance", "cond_scale": "guidance", "cfg_scale": "guidance", "negative": "uncond",
                "prompt": "cond", "num_inference_steps": "steps", "guidance_scale": "guidance"}
+SEEN = 18  # latents beyond an edge that a decoder's convolutions see
 
 
 @torch.no_grad()
@@ -110,8 +111,17 @@ def draw(
         return draw(hires.pipeline(pipeline), again.pop("cond", cond), latents=x, sigmas=sigmas, seeds=rows,
                     refiner=refiner, callback=callback, progress=progress, **again)
     with pipeline.at_work("vae"):
-        images = to_images(pipeline.vae.decode(x.to(pipeline.vae.dtype)))
+        images = to_images(decoded(pipeline, x))
     return [begun.back(image) for image in images]
+
+
+def decoded(pipeline: Pipeline, latents: Tensor) -> Tensor:
+    """Latents [B, C, h, w] as pictures [B, 3, H, W]; a panorama's whole way round, so that its edges meet."""
+    beyond = min(SEEN, latents.shape[3]) if getattr(pipeline.unet, "wraps", False) else 0
+    around = torch.cat([latents[..., -beyond:], latents, latents[..., :beyond]], 3) if beyond else latents
+    pictures = pipeline.vae.decode(around.to(pipeline.vae.dtype))
+    side = beyond * pipeline.vae.factor
+    return pictures[..., side:-side] if beyond else pictures
 
 
 def _noise(asked: FromPicture, shape: tuple[int, int, int, int], seeds: Sequence[int]) -> Tensor:

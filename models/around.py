@@ -60,6 +60,11 @@ class Around(nn.Module):
     def guidance_dim(self) -> int | None:
         return getattr(self.networks[0], "guidance_dim", None)
 
+    @property
+    def wraps(self) -> bool:
+        """Whether the picture's right edge goes on at its left one (`Tiled`)."""
+        return any(getattr(network, "wraps", False) for network in self.networks)
+
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile each network in place: what is called is one of them."""
         for network in {id(network): network for network in self.networks}.values():

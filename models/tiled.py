@@ -89,6 +89,10 @@ class Tiled(AroundOne):
         return type(self)(network, self.tiles.size, self.tiles.overlap, self.tiles.weights, self.tiles.wrap,
                           self.at_once)
 
+    @property
+    def wraps(self) -> bool:
+        return self.tiles.wrap or super().wraps
+
     def extra_repr(self) -> str:
         return f"{self.tiles}"
 
