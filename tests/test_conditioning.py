@@ -63,7 +63,7 @@ def test_planned_equals_unplanned(kind: str, lengths: list[int]) -> None:
 
 @given(st.lists(st.tuples(KINDS, st.integers(1, 9)), min_size=1, max_size=4), st.sampled_from([1, 5, 1 << 24]))
 def test_all_that_share_a_connector_are_planned_in_few_calls(kinds: list[tuple[str, int]], read: int) -> None:
-    """One call where it fits, bitwise what each says alone, the same call wherever a run begins; and never more rows than fit."""
+    """One call where it fits, bitwise what each says alone, wherever a run begins; and never more rows than fit."""
     tsc, plan = PointwiseTSC(), plan_of(5, 7, 9)
     ones: list[Conditioning] = []
     for i, (kind, length) in enumerate(kinds):
