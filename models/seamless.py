@@ -26,6 +26,12 @@ def seamless(network: M) -> M:
     return replace(recipe, finish=(*recipe.finish, around)).on(around(sharing(network)))
 
 
+def is_seamless(network: Any) -> bool:
+    """Whether something of it is."""
+    return isinstance(network, nn.Module) and any(
+        isinstance(module, nn.Conv2d) and module.padding_mode == "circular" for module in network.modules())
+
+
 def around(network: M) -> M:
     """The network itself, every convolution that pads made circular."""
     for module in network.modules():

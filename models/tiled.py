@@ -21,6 +21,7 @@ from ella_kd.models.context import Context
 from ella_kd.models.network import Levels, Patches, as_network
 from ella_kd.models.partial import Box, cut, rows_of, runs
 from ella_kd.models.patches import Patch, Recorder, in_part
+from ella_kd.models.seamless import is_seamless
 
 Where = Sequence[Tensor | None]
 """Of each answer of a call (cond, uncond, the prompt of a region), all of as many rows: where in the picture it counts,
@@ -62,7 +63,7 @@ class Tiled(nn.Module):
     channels and controls, and SDXL's sizes as those of a crop of the picture. Where a prompt counts for a part of the
     picture only (`Regions`), only the tiles there are asked about it. A picture as large as one tile is the network's
     own answer, bit for bit; a pointwise network's answer is the same in tiles. Raises ValueError for tiles that cannot
-    cover a picture.
+    cover a picture, and for a seamless network.
     """
 
     takes_where = True
@@ -79,6 +80,9 @@ class Tiled(nn.Module):
             raise ValueError(f'the weights of tiles are "uniform" or "gaussian", got {weights!r}')
         if type(at_once) is not int or at_once < 1:
             raise ValueError(f"at_once is how many tiles go into one call, at least 1, got {at_once!r}")
+        if is_seamless(network):
+            raise ValueError("each tile of a seamless network would meet itself at its edges: give tiles an ordinary "
+                             "one, wrap=True for a panorama")
         self.network, self.at_once = as_network(network), at_once
         self.tiles = Tiles(sizes, overlaps, weights, wrap)
 

@@ -242,11 +242,10 @@ class UNet(Encoder):
             self._check_patches(patches, len(x))
         emb = self._embedding(x, t, seen)
         images = ready(seen.images, self) if seen.images else ()
-        more = added(seen, latents, t, self.config) if seen.controls else None
+        stages = None if given is None or deep is None else deep.branch + 1
+        more = added(seen, latents, t, self.config, stages) if seen.controls else None
         skips: list[Tensor] = []
-        for n, stage in enumerate(self.input_blocks):
-            if given is not None and deep is not None and n > deep.branch:
-                break
+        for n, stage in enumerate(self.input_blocks[:stages]):
             wider = 1
             for change in changes:
                 wider *= change.wider(n)
