@@ -121,8 +121,8 @@ class LocalAndGlobal(nn.Module):
         start = 0
         for rows, patch in patches:
             if isinstance(patch, Recorder):
-                both = (F.interpolate(own[patch].received, x.shape[2:]) for own in (tiles, apart))
-                patch.keep(torch.lerp(*both, share[start:start + rows]))
+                one, other = (F.interpolate(own[patch].received, x.shape[2:]) for own in (tiles, apart))
+                patch.keep(torch.lerp(one, other, share[start:start + rows]))
             start += rows
         return torch.lerp(local, whole, share)
 

@@ -115,7 +115,7 @@ def test_a_controlnet(tmp_path: Path, quiet: None) -> None:
     cond, uncond = (sd.encode(said, "clip").with_control(ours, picture, 0.8) for said in ("a red fox", "bad"))
     args = {"cond": cond, "uncond": uncond, "cond_scale": 4.0}
     runs = []
-    for system in (sd, changed(sd, sd.unet.config.num_res_blocks + 1)):  # type: ignore[union-attr, operator]
+    for system in (sd, changed(sd, pipe.unet.config.layers_per_block + 1)):
         denoiser = system.denoiser()
         sigmas = torch.cat([denoiser.t_to_sigma(pipe.scheduler.timesteps.double()), torch.zeros(1)]).float()
         runs.append(sample_ddim(denoiser, latents * (1 + sigmas[0] ** 2).sqrt(), sigmas, extra_args=args,

@@ -111,7 +111,7 @@ def test_the_map_of_a_deep_place_is_its_first_blocks() -> None:
 def test_what_is_received_in_a_call_of_several_parts() -> None:
     """In tiles the mean of what they say, of several networks each row's own, of DemoFusion's pictures each pixel's."""
     unet, other, place = sharp_unet(), sharp_unet(), "middle_block.1"
-    other.get_submodule(place).transformer_blocks[0].attn1.to_q.weight *= -1  # type: ignore[union-attr, index, operator]
+    other.get_submodule(place).transformer_blocks[0].attn1.to_q.weight *= -1  # type: ignore[union-attr, index]
     x, t = noise(3, 4, 8, 12, dtype=torch.float64), torch.full((3,), 300.0)
     tokens = noise(3, 3, WIDTH, seed=4, dtype=torch.float64)
 
