@@ -64,8 +64,8 @@ class FromInside:
         side, mark, overlap = self.tile.partition(":")
         numbers = [int(n) if n.isdecimal() else -1 for n in (side, overlap if mark else "0")]
         if not 0 <= numbers[1] < numbers[0] or any(n % factor for n in numbers):
-            raise ValueError(f"tile is a side and an overlap less than it, in px, multiples of {factor}: 512:64, got "
-                             f"{self.tile!r}")
+            raise ValueError("tile is a side and an overlap less than it, in px"
+                             f"{f', multiples of {factor}' * (factor > 1)}: 512:64, got {self.tile!r}")
         return numbers[0] // factor, numbers[1] // factor
 
     @property

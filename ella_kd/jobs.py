@@ -23,6 +23,7 @@ from ella_kd.pictures.hires_options import NO_SECOND, Enlargement, InTiles, Size
 from ella_kd.pictures.reading import read_picture
 from ella_kd.pictures.start import sigmas_by_strength
 from ella_kd.pictures.upscale import upscale
+from ella_kd.pictures.upscalers import enlarger
 from ella_kd.pipeline import Pipeline
 from ella_kd.placement import Placement
 from ella_kd.refining import Refiner
@@ -135,6 +136,7 @@ def _in_tiles(pipeline: Pipeline, asked: Request, guidance: Guidance | float, ho
     """What makes a job of requests that are enlarged in tiles: the start picture, or what `first` draws."""
     sigmas = sigmas_by_strength(asked.schedule, asked.steps, pipeline.denoiser(), how.strength, "comfyui")
     read = reader(pipeline, asked, sigmas.tolist() if asked.syntax else None)
+    enlarger(asked.hires_upscaler)  # before anything is drawn
 
     def ready(batch: list[Request], **shown: Any) -> Job:
         start = None if asked.start is None else read_picture(asked.start)[0]

@@ -14,6 +14,7 @@ from torch import Tensor
 from ella_kd.models.around import AroundOne
 from ella_kd.models.context import Context
 from ella_kd.models.network import Patches, as_network
+from ella_kd.models.patches import Recorder, in_part
 from ella_kd.models.tiled import Tiled
 
 LEAST = 0.01  # of the blur, where the noise is gone
@@ -50,15 +51,19 @@ class Dilated(AroundOne):
         small = _apart((blurred - own_mean) / own_std * std + mean, k)
         channels = None if seen.channels is None else _apart(F.pad(seen.channels, (before, 0, above, 0)), k)
         found: list[Tensor] = []
+        maps: list[dict[Recorder, Recorder]] = []
         for i in range(0, k * k, self.at_once):
             n = min(self.at_once, k * k - i)
             contexts = [seen if channels is None else replace(seen, channels=channels[j]) for j in range(i, i + n)]
-            out = self.network(torch.cat([*small[i:i + n]]), t.repeat(n), Context.stack(contexts), tuple(patches) * n)
+            own = [in_part(patches) for _ in range(n)]
+            out = self.network(torch.cat([*small[i:i + n]]), t.repeat(n), Context.stack(contexts),
+                               [patch for part, _ in own for patch in part])
             found += out.chunk(n)
-        answer = padded.new_empty(len(x), found[0].shape[1], *padded.shape[2:])
-        for i, part in enumerate(found):
-            answer[:, :, i // k::k, i % k::k] = part
-        return answer[:, :, above:, before:]
+            maps += [recorders for _, recorders in own]
+        for whole in maps[0]:
+            received = [F.interpolate(recorders[whole].received, small[0].shape[2:]) for recorders in maps]
+            whole.keep(_together(received, k)[:, :, above:, before:])
+        return _together(found, k)[:, :, above:, before:]
 
 
 class LocalAndGlobal(AroundOne):
@@ -83,8 +88,16 @@ class LocalAndGlobal(AroundOne):
                           self.dilated.sigma, self.dilated.at_once)
 
     def forward(self, x: Tensor, t: Tensor, context: Context | Tensor, patches: Patches = ()) -> Tensor:
-        local, whole = self.tiled(x, t, context, patches), self.dilated(x, t, context, patches)
-        return torch.lerp(local, whole, fading(t).to(local.dtype)[:, None, None, None])
+        (near, tiles), (far, apart) = in_part(patches), in_part(patches)
+        local, whole = self.tiled(x, t, context, near), self.dilated(x, t, context, far)
+        share = fading(t).to(local.dtype)[:, None, None, None]
+        start = 0
+        for rows, patch in patches:
+            if isinstance(patch, Recorder):
+                one, other = (F.interpolate(own[patch].received, x.shape[2:]) for own in (tiles, apart))
+                patch.keep(torch.lerp(one, other, share[start:start + rows]))
+            start += rows
+        return torch.lerp(local, whole, share)
 
 
 def blur(x: Tensor, size: int, sigma: Tensor) -> Tensor:
@@ -99,3 +112,11 @@ def blur(x: Tensor, size: int, sigma: Tensor) -> Tensor:
 
 def _apart(x: Tensor, k: int) -> list[Tensor]:
     return [x[:, :, i::k, j::k] for i in range(k) for j in range(k)]
+
+
+def _together(parts: list[Tensor], k: int) -> Tensor:
+    """What `_apart` took apart."""
+    whole = parts[0].new_empty(*parts[0].shape[:2], *(k * side for side in parts[0].shape[2:]))
+    for i, part in enumerate(parts):
+        whole[:, :, i // k::k, i % k::k] = part
+    return whole

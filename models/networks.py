@@ -13,12 +13,14 @@ from itertools import groupby, pairwise
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ella_kd.models.around import Around
 from ella_kd.models.context import Context
 from ella_kd.models.devices import upload
 from ella_kd.models.network import Levels, Patches, above
+from ella_kd.models.patches import Recorder, in_part
 
 ALIKE = ("in_channels", "out_channels", "dtype", "vector_dim", "guidance_dim")
 
@@ -88,8 +90,8 @@ class ByRow(Several):
         cond = Stack(*(twin.encode(prompt, "clip") for twin in twins))
         draw(replace(sd, unet=ByRow([twin.unet for twin in twins])), cond, uncond=..., seeds=[7, 7, 7])
 
-    A patch that looks from one row at another, or records a map, needs both in one network. Raises ValueError for a
-    batch of another size, and as `Several` does.
+    A patch that looks from one row at another needs both in one network. Raises ValueError for a batch of another size,
+    and as `Several` does.
     """
 
     def of(self, network: Any, *others: Any) -> Self:
@@ -115,11 +117,21 @@ class ByRow(Several):
             rows.setdefault(id(self.networks[row % own]), []).append(row)
         if len(rows) == 1:
             return self.networks[0](x, t, seen, patches)
-        parts = []
+        parts: list[Tensor] = []
+        maps: dict[Recorder, Tensor] = {}
         for wanted in rows.values():
             index = upload(torch.tensor(wanted), x.device)
-            some = [(len(list(run)), patch) for patch, run in groupby(each[row] for row in wanted)] if each else []
+            runs = groupby(each[row] for row in wanted) if each else ()
+            some, recorders = in_part([(len(list(run)), patch) for patch, run in runs])
             parts.append(self.networks[wanted[0] % own](x[index], t[index], seen.take(wanted), some))
+            for whole, part in recorders.items():
+                watched = [row for row, patch in enumerate(each) if patch is whole]
+                received = F.interpolate(part.received, x.shape[2:])  # networks may differ in the sizes of their maps
+                found = maps.setdefault(whole, received.new_zeros(len(watched), 1, *x.shape[2:]))
+                here = torch.tensor([watched.index(row) for row in wanted if each[row] is whole])
+                found[upload(here, x.device)] = received
+        for whole, found in maps.items():
+            whole.keep(found)
         order = [row for wanted in rows.values() for row in wanted]
         back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
         return torch.cat(parts)[upload(back, x.device)]

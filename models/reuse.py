@@ -24,7 +24,8 @@ class Reuse(AroundOne):
     below which they lie, 0 the finest. uncond: how many share the whole answer about the uncond, 1 for none. sigma_lo <
     sigma <= sigma_hi: where; elsewhere, and outside of runs, it is the network itself. A run's levels are counted from
     the first in the window. Of a level that a method evaluates twice (Heun) or comes back to (restart), the second
-    evaluation reuses what is still held of the same group. dpm_adaptive and the k-diffusion package's samplers tell no
+    evaluation reuses what is still held of the same group. Where deep features are reused, a ControlNet runs no further
+    than they begin. dpm_adaptive and the k-diffusion package's samplers tell no
     levels beforehand: there nothing is reused, nor inside tiles.
     Raises TypeError for a network whose inside is not known, ValueError for numbers that make no sense.
     """

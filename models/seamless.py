@@ -1,7 +1,7 @@
 """Textures that meet themselves: networks whose convolutions see the opposite edge beyond an edge, A1111's "tiling"."""
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -24,6 +24,12 @@ def seamless(network: M) -> M:
         return network.each(seamless)
     recipe = Recipe.of(network)
     return replace(recipe, finish=(*recipe.finish, around)).on(around(sharing(network)))
+
+
+def is_seamless(network: Any) -> bool:
+    """Whether something of it is."""
+    return isinstance(network, nn.Module) and any(
+        isinstance(module, nn.Conv2d) and module.padding_mode == "circular" for module in network.modules())
 
 
 def around(network: M) -> M:

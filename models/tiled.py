@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ella_kd.models.added import PIXELS, count_told
@@ -20,9 +21,8 @@ from ella_kd.models.around import AroundOne
 from ella_kd.models.context import Context
 from ella_kd.models.network import Patches, as_network
 from ella_kd.models.partial import Box, cut, rows_of, runs
-
-if TYPE_CHECKING:
-    from ella_kd.models.patches import Patch
+from ella_kd.models.patches import Patch, Recorder, in_part
+from ella_kd.models.seamless import is_seamless
 
 Where = Sequence[Tensor | None]
 """Of each answer of a call (cond, uncond, the prompt of a region), all of as many rows: where in the picture it counts,
@@ -64,7 +64,7 @@ class Tiled(AroundOne):
     channels and controls, and SDXL's sizes as those of a crop of the picture. Where a prompt counts for a part of the
     picture only (`Regions`), only the tiles there are asked about it. A picture as large as one tile is the network's
     own answer, bit for bit; a pointwise network's answer is the same in tiles. Raises ValueError for tiles that cannot
-    cover a picture.
+    cover a picture, and for a seamless network.
     """
 
     takes_where = True
@@ -81,6 +81,9 @@ class Tiled(AroundOne):
             raise ValueError(f'the weights of tiles are "uniform" or "gaussian", got {weights!r}')
         if type(at_once) is not int or at_once < 1:
             raise ValueError(f"at_once is how many tiles go into one call, at least 1, got {at_once!r}")
+        if is_seamless(network):
+            raise ValueError("each tile of a seamless network would meet itself at its edges: give tiles an ordinary "
+                             "one, wrap=True for a panorama")
         self.network, self.at_once = as_network(network), at_once
         self.tiles = Tiles(sizes, overlaps, weights, wrap)
 
@@ -106,18 +109,27 @@ class Tiled(AroundOne):
         seen = self._told(x, seen)
         rows = [_wanted(tuple(where), box, len(x)) for box in boxes]
         found: Tensor | None = None
+        maps: dict[Recorder, Tensor] = {}
         for some in _calls([len(own) for own in rows], self.at_once * len(x)):
             mine = [row for k in some for row in rows[k]]
+            own = [in_part(tuple(_of_rows(patches, rows[k]))) for k in some]
             out = self.network(
                 torch.cat([cut(rows_of(x, rows[k]), boxes[k]) for k in some]), rows_of(t, mine),
                 Context.stack([_crop(seen.take(rows[k]), boxes[k], canvas) for k in some]),
-                tuple(own for k in some for own in _of_rows(patches, rows[k])))
+                [patch for part, _ in own for patch in part])
             if found is None:
                 found = out.new_zeros(len(x), out.shape[1], *canvas,
                                       dtype=torch.promote_types(out.dtype, torch.float32))
             shares = _shares(self.tiles, canvas, out.device, found.dtype)
             for k, answer in zip(some, out.to(found.dtype).split([len(rows[k]) for k in some]), strict=True):
                 _blend(found, answer, rows[k], boxes[k], shares[k])
+            for k, (_, recorders) in zip(some, own, strict=True):
+                for whole, part in recorders.items():
+                    received = F.interpolate(part.received, boxes[k][2:])
+                    mean = maps.setdefault(whole, received.new_zeros(len(received), 1, *canvas))
+                    _blend(mean, received, range(len(mean)), boxes[k], shares[k])
+        for whole, mean in maps.items():
+            whole.keep(mean)
         assert found is not None
         return found.to(out.dtype)
 
@@ -201,7 +213,7 @@ def _wanted(where: tuple[Tensor | None, ...], box: Box, batch: int) -> tuple[int
                  for row in range(i * own, (i + 1) * own))
 
 
-def _of_rows(patches: Patches, rows: Sequence[int]) -> Iterator[tuple[int, "Patch | None"]]:
+def _of_rows(patches: Patches, rows: Sequence[int]) -> Iterator[tuple[int, Patch | None]]:
     """The patches of a tile's rows, with the rows each had together: it may look from one at another."""
     start = 0
     for count, patch in patches:

@@ -239,6 +239,7 @@ class UNet(Encoder):
         if patches:
             self._check_patches(patches, len(x))
         emb = self._embedding(x, t, seen)
+        stages = None if given is None or deep is None else deep.branch + 1
         images: Any = ()
         more: Any = None
         if seen.images:
@@ -246,11 +247,9 @@ class UNet(Encoder):
             images = ready(seen.images, self)
         if seen.controls:
             from ella_kd.models.uncompiled import added
-            more = added(seen, latents, t, self.config)
+            more = added(seen, latents, t, self.config, stages)
         skips: list[Tensor] = []
-        for n, stage in enumerate(self.input_blocks):
-            if given is not None and deep is not None and n > deep.branch:
-                break
+        for n, stage in enumerate(self.input_blocks[:stages]):
             wider = 1
             for change in changes:
                 wider *= change.wider(n)

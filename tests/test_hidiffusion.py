@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.speed.ways import as_diffusers
+from benchmarks.speed.ways import as_diffusers, random_weights
 from ella_kd import CFG, PAG, SLG, GuidedDenoiser, LDMDenoiser
 from ella_kd.bound import Branch
 from ella_kd.conditioning import Constant
@@ -36,8 +36,12 @@ from ella_kd.samplers import sample_dpmpp_2m
 from tiny import WIDTH, noise, randomised, relative, tiny_unet
 
 SD15 = UNetConfig(4, 4, 32, (1, 2, 4, 4), 2, (1, 1, 1, 0), WIDTH, 2)
+SD21 = UNetConfig(4, 4, 32, (1, 2, 4, 4), 2, (1, 1, 1, 0), WIDTH, None, 16, linear_proj=True)
 SDXL = UNetConfig(4, 4, 32, (1, 2, 4), 2, (0, 2, 2), WIDTH, 2, linear_proj=True, middle_depth=2)
-SIZES = [(36, 28), (33, 47)]
+SIZES = [(20, 12), (17, 23)]
+TINY = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}
+WHOLE = {"sd15": UNetConfig(), "sd21": UNetConfig(context_dim=1024, num_heads=None, head_dim=64, linear_proj=True),
+         "sdxl": UNetConfig(4, 4, 128, (1, 2, 4), 2, (0, 2, 10), 256, None, 64, True, 10)}  # of 320 channels: 10 GB
 
 
 @cache
@@ -92,14 +96,32 @@ def windowed(block: Any, size: Callable[[], tuple[int, int]], quarters: int) -> 
 
 # Sigmas of Stable Diffusion's schedule after so many percent of the timesteps.
 AFTER_16, AFTER_30, AFTER_40, AFTER_70 = 6.142, 3.325, 2.280, 0.832
+KINDS = ["sd15 1024", "sd15 2048", "sd21 2048", "sdxl 2048", "sdxl 4096", "sdxl 2048 inpainting"]
+SIGMAS = [9.0, 3.0, 1.0, 0.3]
 
 
-@pytest.mark.parametrize("sigma", [9.0, 3.0, 1.0, 0.3])
-@pytest.mark.parametrize("kind", ["sd15 1024", "sd15 2048", "sdxl 2048", "sdxl 4096", "sdxl 2048 inpainting"])
+@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_equals_the_published_code_at_each_stage(kind: str, sigma: float) -> None:
-    xl = kind.startswith("sdxl")
-    unet = random_unet(SDXL if xl else SD15)
-    side = int(kind.split()[1]) // 8
+    unet = random_unet(TINY[kind.split()[0]])
+    for size in SIZES:
+        assert differing(unet, kind, sigma, inputs(unet, *size)) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_networks_of_whole_shapes_equal_the_published_code(kind: str) -> None:
+    """All blocks of Stable Diffusion 1.5 and 2.1 in their widths, of SDXL in narrower ones; fp32."""
+    torch.manual_seed(0)
+    unet = random_weights(UNet(WHOLE[kind.split()[0]])).requires_grad_(False)
+    x, t, tokens = noise(1, 4, 32, 24), torch.tensor([600.0]), noise(1, 7, unet.config.context_dim, seed=4)
+    for sigma in SIGMAS:
+        assert differing(unet, kind, sigma, (x, t, tokens)) < 1e-5
+
+
+def differing(unet: UNet, kind: str, sigma: float, args: tuple[Tensor, Tensor, Tensor]) -> float:
+    """How far the answer for latents of a kind's size is from the published code's; the plain one is far from both."""
+    xl, side = kind.startswith("sdxl"), int(kind.split()[1]) // 8
     network = Inside(unet, *hidiffusion(unet, side, side + 8, aggressive="inpainting" not in kind))
     twin = as_diffusers(unet)
     twin.num_upsamplers += 12
@@ -129,11 +151,9 @@ def test_equals_the_published_code_at_each_stage(kind: str, sigma: float) -> Non
             patch = ours[place]
             assert isinstance(patch, Windows)
             windowed(block, lambda: sizes[-1], patch.quarters)
-    for size in SIZES:
-        args = inputs(unet, *size)
-        got = network.at((sigma,))(*args)
-        assert relative(got, twin(*args).sample) < 1e-12
-        assert relative(got, unet(*args)) > 1e-6
+    got = network.at((sigma,))(*args)
+    assert relative(got, unet(*args)) > 1e-4
+    return relative(got, twin(*args).sample)
 
 
 def comfy(unet: UNet, args: tuple[Tensor, Tensor, Tensor], block: int, factor: float, after_skip: bool) -> Tensor:

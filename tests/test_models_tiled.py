@@ -20,8 +20,12 @@ from ella_kd.models import TextFeatures
 from ella_kd.models.addons.lora import LoRA, with_lora
 from ella_kd.models.context import Context
 from ella_kd.models.controls import Control, Hint
+from ella_kd.models.cpu import fast_on_cpu
+from ella_kd.models.freeu import FreeU
+from ella_kd.models.inside import Inside
 from ella_kd.models.patches import IdentityAttention, SelfAttentionPatch
 from ella_kd.models.reuse import Reuse
+from ella_kd.models.seamless import seamless
 from ella_kd.models.tiled import Tiled, Tiles
 from ella_kd.samplers import get_sampler, get_sigmas_karras
 from tiny import WIDTH, PointwiseUNet, features, noise, relative, tiny_unet
@@ -281,3 +285,11 @@ def test_perturbed_and_channels_in_a_run() -> None:
 def test_tiles_that_cannot_be_are_refused(args: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Tiled(Listening(), *args)
+
+
+def test_a_seamless_network_is_refused() -> None:
+    unet = tiny_unet()
+    for network in (seamless(unet), Inside(seamless(unet), FreeU()), fast_on_cpu(seamless(unet))):
+        with pytest.raises(ValueError, match="would meet itself"):
+            Tiled(network, 8, 2)
+    Tiled(unet, 8, 2)

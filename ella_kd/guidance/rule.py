@@ -20,8 +20,9 @@ from ella_kd.scale import Scale, check_scale, resolve
 class Answers:
     """What the network answered, for a rule to combine: `answers[branch]` is a denoised [B, C, h, w].
 
-    x [B, C, h, w]; sigma [B, 1, 1, 1]. `attention(branch)` [B, heads, hw, hw] is the self-attention map of a branch
-    that the rule watches; `evaluate(x, branch)` asks the network once more, at another x and the same sigma.
+    x [B, C, h, w]; sigma [B, 1, 1, 1]. `attention(branch)` [B, 1, h', w'] is how much self-attention each pixel
+    receives in a branch that the rule watches, 1 on average (`models.patches.Recorder`); `evaluate(x, branch)` asks the
+    network once more, at another x and the same sigma.
     """
 
     x: Tensor
@@ -74,7 +75,7 @@ class Guidance(ABC):
 
     @property
     def watched(self) -> Mapping[Branch, str]:
-        """Branches without a patch whose self-attention map it reads, and the UNet's place of it ("middle_block.1")."""
+        """Branches without a patch whose self-attention it looks at, and where in the UNet ("middle_block.1")."""
         return {name: place for rule in self._inner() for name, place in rule.watched.items()}
 
     @property
