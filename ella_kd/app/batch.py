@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 
 from ella_kd.addons import AddOns
 from ella_kd.app.remembered import remembering
-from ella_kd.app.shards import DONE, Interrupted, Shard, draw_shard, marker, member, read_json, sha256, sweep
+from ella_kd.app.shards import DONE, Interrupted, Shard, draw_shard, marker, member, read_json, sha256, sweep, threads
 from ella_kd.files import writing
 from ella_kd.generation import jobs
 from ella_kd.pipeline import Pipeline
@@ -22,6 +23,7 @@ from ella_kd.request import VERSION, Request
 
 SHARD, BATCH = 64, 8  # requests: of a shard, at once
 JOB, MANIFEST, LOCK = "job.json", "manifest.jsonl", ".lock"
+STOP = ".stop"  # a file that makes workers end after their batch
 
 
 class Requests(Protocol):
@@ -68,11 +70,13 @@ class Batch:
     parts: requests by the model that draws them, "" where there is one. about: what else decides the pictures and is
     compared when the batch is taken up again: the model's files, the sha256 of the requests. shard, batch: how the
     requests are cut; they decide which are drawn together, and so, by rounding, the bytes. tar: a file per shard.
+    threads: of a CPU, the same for all that draw; those that the batch was begun with stay.
     """
 
     def __init__(self, folder: str | Path, parts: Mapping[str, Requests], about: Mapping[str, Any], *,
-                 shard: int = SHARD, batch: int = BATCH, tar: bool = False) -> None:
-        self.folder, self.parts, self.batch_size, self.tar = Path(folder), dict(parts), batch, tar
+                 shard: int = SHARD, batch: int = BATCH, tar: bool = False,
+                 threads: int | None = None) -> None:
+        self.folder, self.parts, self.batch_size, self.tar = Path(folder).absolute(), dict(parts), batch, tar
         self._cuts: list[tuple[str, int, int, int]] = []  # of each shard: model, index, start and end in its part
         index = 0
         for model, requests in self.parts.items():
@@ -80,15 +84,17 @@ class Batch:
                 stop = min(start + shard, len(requests))
                 self._cuts.append((model, index, start, stop))
                 index += stop - start
-        self.about = {"requests": index, "shards": len(self._cuts), "shard": shard, "batch": batch, "tar": tar,
-                      **about, "version": VERSION}
+        self.about: dict[str, Any] = {
+            "requests": index, "shards": len(self._cuts), "shard": shard, "batch": batch, "tar": tar, **about,
+            "threads": threads or torch.get_num_threads(), "version": VERSION}
 
     def __len__(self) -> int:
         return sum(stop - start for _, _, start, stop in self._cuts)
 
     def shard(self, number: int) -> Shard:
         model, first, start, stop = self._cuts[number]
-        return Shard(self.folder, number, first, tuple(self.parts[model][start:stop]), self.batch_size, self.tar)
+        return Shard(self.folder, number, first, tuple(self.parts[model][start:stop]), self.batch_size, self.tar,
+                     self.about["threads"])
 
     def model(self, number: int) -> str:
         return self._cuts[number][0]
@@ -117,6 +123,7 @@ class Batch:
             with lock:
                 for folder in (self.folder, self.folder / DONE):
                     sweep(folder)
+                (self.folder / STOP).unlink(missing_ok=True)
                 if not (self.folder / JOB).exists():
                     with writing(self.folder / JOB) as temporary:
                         temporary.write_text(json.dumps(self.about, indent=1) + "\n", encoding="utf-8")
@@ -125,6 +132,7 @@ class Batch:
                     yield
                 finally:
                     write_manifest(self.folder)
+                    (self.folder / STOP).unlink(missing_ok=True)
         except Timeout as error:
             raise ValueError(f"another run is drawing into {self.folder}: wait for it, stop it, or choose another "
                              "folder") from error
@@ -138,9 +146,10 @@ class Batch:
             return
         asked = json.loads(json.dumps(self.about))
         for name in dict.fromkeys((*asked, *known)):
-            if name != "version" and asked.get(name) != known.get(name):
+            if name not in ("version", "threads") and asked.get(name) != known.get(name):
                 raise ValueError(f"{self.folder} holds another batch, whose {name} is {_short(known.get(name))}, not "
                                  f"{_short(asked.get(name))}: ask for the same or choose another folder")
+        self.about["threads"] = known["threads"]
 
     def run(self, pipelines: Callable[[str], Pipeline], *, models_dir: str | Path | AddOns | None = None,
             retry: bool = False, told: Callable[[int], None] = lambda settled: None,
@@ -193,7 +202,9 @@ class Batch:
             return Redrawn(index, entry["file"], False, None)
         system = remembering(pipeline, shard.requests)
         [job] = jobs(system, map(shard.request, batch), models_dir=models_dir, batch_size=len(batch), progress=False)
-        again = np.asarray(job.draw()[batch.index(index)].convert("RGB"), int)
+        with threads(shard.threads):
+            images = job.draw()
+        again = np.asarray(images[batch.index(index)].convert("RGB"), int)
         difference = int(np.abs(kept - again).max()) if kept.shape == again.shape else 255
         return Redrawn(index, entry["file"], whole, difference)
 

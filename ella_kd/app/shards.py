@@ -9,8 +9,8 @@ import shutil
 import tarfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Shard:
-    """Neighbouring requests of a batch. folder: the whole batch's. first: the index of the first request.
+    """Neighbouring requests of a batch. folder: the whole batch's. first: the index of the first request. threads: of a
+    CPU, which change a picture by rounding; None: as many as there are.
 
     Its pictures lie in folder/00012/, or with tar in folder/00012.tar, in WebDataset's order: index.png, index.json.
     """
@@ -49,6 +50,7 @@ class Shard:
     requests: tuple[Request, ...]
     batch_size: int = 8
     tar: bool = False
+    threads: int | None = None
 
     @property
     def pictures(self) -> Path:
@@ -115,8 +117,13 @@ def draw_shard(shard: Shard, pipeline: Pipeline, *, models_dir: str | Path | Add
     if done is not None and not (retry and done["failed"]):
         told(len(shard.requests))
         return shard.files(entry["index"] for entry in done["pictures"])
-    began = time.monotonic()
-    work = _Work(shard, done)
+    with threads(shard.threads):
+        return _draw(_Work(shard, done), pipeline, models_dir, told, stop)
+
+
+def _draw(work: "_Work", pipeline: Pipeline, models_dir: str | Path | AddOns | None, told: Callable[[int], None],
+          stop: Callable[[], bool]) -> list[Path]:
+    began, shard = time.monotonic(), work.shard
     shelf = models_dir if isinstance(models_dir, AddOns) else AddOns(models_dir)
     if work.left:
         pipeline = remembering(pipeline, shard.requests)
@@ -134,7 +141,7 @@ def draw_shard(shard: Shard, pipeline: Pipeline, *, models_dir: str | Path | Add
                 pictures = list(map(Picture, job.draw(), job.requests))
                 assert len(pictures) == len(batch)
             except Exception as error:  # what a request can cause is anything
-                if _is_lost(error):
+                if device_is_lost(error):
                     raise
                 problem = f"{type(error).__name__}: {error}", _no_memory(error)
             if problem is not None:  # here the error, and with it the tensors of its frames, is gone
@@ -280,6 +287,17 @@ def member(packed: Path, name: str) -> Image.Image:
         return Image.open(io.BytesIO(file.read()))
 
 
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """So many threads of the CPU, for the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def sweep(folder: Path) -> None:
     """Take away what a killed writer left: the temporary files of `writing`."""
     for stray in folder.glob(".*.????????????????"):
@@ -315,8 +333,8 @@ def _no_memory(error: Exception) -> bool:
         isinstance(error, RuntimeError) and "allocate" in str(error))
 
 
-def _is_lost(error: Exception) -> bool:
-    """Whether the device is of no use any more: then it is no fault of the request."""
+def device_is_lost(error: Exception) -> bool:
+    """Whether the device is of no use any more, to this process, by no fault of the request."""
     return isinstance(error, RuntimeError) and not _no_memory(error) and "CUDA error" in str(error)
 
 

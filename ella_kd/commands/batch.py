@@ -36,7 +36,8 @@ STOPPED, TERMINATED = 130, 143  # exit codes: by Ctrl-C, by SIGTERM
               help="Draw N finished pictures, chosen at random, again and compare.")
 @click.option("--ray", "address", is_flag=False, flag_value="local", metavar="[ADDRESS]",
               help="Draw on a Ray cluster, that of the address (auto, ray://host:10001), or one on this machine.")
-@click.option("--ray-cpus", type=float, default=0.5, show_default=True, metavar="N", help="CPUs that a worker takes.")
+@click.option("--ray-cpus", type=float, default=0.5, show_default=True, metavar="N",
+              help="CPUs that a worker takes, and the threads of one that draws on them.")
 @click.option("--ray-gpus", type=float, metavar="N", help="GPUs that a worker takes.  [default: 1 where there is one]")
 @request_options()
 @model_options
@@ -70,7 +71,7 @@ def batch(ctx: click.Context, jobs: str, out: Path, shard: int, tar: bool, retry
     requests = JobFile(jobs, check, asked, options["wildcards"])
     models = Models({"": {name: options[name] for name in WORDS}}, check.modes, check.sizes)
     work = Batch(out, {"": requests}, {"sha256 of the requests": check.sha256, "model": models.facts()[""]},
-                 shard=shard, batch=batch, tar=tar)
+                 shard=shard, batch=batch, tar=tar, threads=None if address is None else max(1, int(ray_cpus)))
     work.check()
     if dry_run:
         _estimate(work, models, models_dir)
