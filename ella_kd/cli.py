@@ -20,6 +20,7 @@ from ella_kd.addons import AddOns
 from ella_kd.commands.batch import batch
 from ella_kd.commands.convert import convert
 from ella_kd.commands.download import download
+from ella_kd.commands.grid import grid
 from ella_kd.commands.inspect import inspect as inspect_files
 from ella_kd.commands.invert import invert
 from ella_kd.commands.models import models
@@ -111,6 +112,7 @@ def main(ctx: click.Context) -> None:
 main.add_command(batch)
 main.add_command(convert)
 main.add_command(download)
+main.add_command(grid)
 main.add_command(models)
 main.add_command(inspect_files)
 main.add_command(invert)

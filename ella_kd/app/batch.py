@@ -77,38 +77,38 @@ class Batch:
                  shard: int = SHARD, batch: int = BATCH, tar: bool = False,
                  threads: int | None = None) -> None:
         self.folder, self.parts, self.batch_size, self.tar = Path(folder).absolute(), dict(parts), batch, tar
-        self._cuts: list[tuple[str, int, int, int]] = []  # of each shard: model, index, start and end in its part
+        self.cuts: list[tuple[str, int, int, int]] = []  # of each shard: model, index, start and end in its part
         index = 0
         for model, requests in self.parts.items():
             for start in range(0, len(requests), shard):
                 stop = min(start + shard, len(requests))
-                self._cuts.append((model, index, start, stop))
+                self.cuts.append((model, index, start, stop))
                 index += stop - start
         self.about: dict[str, Any] = {
-            "requests": index, "shards": len(self._cuts), "shard": shard, "batch": batch, "tar": tar, **about,
+            "requests": index, "shards": len(self.cuts), "shard": shard, "batch": batch, "tar": tar, **about,
             "threads": threads or torch.get_num_threads(), "version": VERSION}
 
     def __len__(self) -> int:
-        return sum(stop - start for _, _, start, stop in self._cuts)
+        return sum(stop - start for _, _, start, stop in self.cuts)
 
     def shard(self, number: int) -> Shard:
-        model, first, start, stop = self._cuts[number]
+        model, first, start, stop = self.cuts[number]
         return Shard(self.folder, number, first, tuple(self.parts[model][start:stop]), self.batch_size, self.tar,
                      self.about["threads"])
 
     def model(self, number: int) -> str:
-        return self._cuts[number][0]
+        return self.cuts[number][0]
 
     def requests_in(self, number: int) -> int:
-        _, _, start, stop = self._cuts[number]
+        _, _, start, stop = self.cuts[number]
         return stop - start
 
     def open_shards(self, retry: bool = False) -> list[int]:
         """The shards without a marker; with retry those too whose marker tells of failures."""
-        done = {number for number in range(len(self._cuts)) if marker(self.folder, number).exists()}
+        done = {number for number in range(len(self.cuts)) if marker(self.folder, number).exists()}
         if retry:
             done = {number for number in done if not (read_json(marker(self.folder, number)) or {})["failed"]}
-        return [number for number in range(len(self._cuts)) if number not in done]
+        return [number for number in range(len(self.cuts)) if number not in done]
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -178,7 +178,7 @@ class Batch:
         Raises ValueError where nothing is finished, or for the folder of another batch.
         """
         self.check()
-        drawn = [(number, entry["index"]) for number in range(len(self._cuts))
+        drawn = [(number, entry["index"]) for number in range(len(self.cuts))
                  for entry in (read_json(marker(self.folder, number)) or {"pictures": []})["pictures"]]
         if not drawn:
             raise ValueError(f"{self.folder} holds no finished shard to draw again")

@@ -25,19 +25,19 @@ WEIGHTS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 class Models:
     """The models of a run by their names there: `models("")` is a Pipeline.
 
-    options: what the command says of each (`WORDS`). modes, sizes: what the requests need, each with who says so
-    (`Checker`); checked when a model is loaded. refiner: a file that is checked with it.
+    options: what the command says of each (`WORDS`). modes, sizes: what the requests of each need, with who says so
+    (`Checker`); checked when the model is loaded.
     """
 
     options: Mapping[str, Mapping[str, Any]]
-    modes: Mapping[Any, str]
-    sizes: Mapping[tuple[int | None, int | None], str]
+    modes: Mapping[str, Mapping[Any, str]]
+    sizes: Mapping[str, Mapping[tuple[int | None, int | None], str]]
 
     def __call__(self, name: str = "") -> Pipeline:
         """Raises ValueError or FileNotFoundError for files that are not there or do not fit, and for requests that the
         model cannot draw."""
-        return _loaded(json.dumps({**WORDS, **self.options[name]}), tuple(self.modes.items()),
-                       tuple(self.sizes.items()))
+        return _loaded(json.dumps({**WORDS, **self.options[name]}), tuple(self.modes[name].items()),
+                       tuple(self.sizes[name].items()))
 
     def facts(self) -> dict[str, dict[str, str]]:
         """What of each decides the pictures: the sha256 of its files, the dtype."""

@@ -92,10 +92,10 @@ def cut(shard: Shard) -> Cut:
     """The batches of a shard: requests that `jobs` draws together, in order, up to batch_size at once."""
     groups: list[tuple[Any, list[int]]] = []
     for index, request in enumerate(shard.requests, shard.first):
-        key = _shape(request)
-        own = next((indices for known, indices in groups if known == key), None)
+        like = shape(request)
+        own = next((indices for known, indices in groups if known == like), None)
         if own is None:
-            groups.append((key, own := []))
+            groups.append((like, own := []))
         own.append(index)
     size = shard.batch_size
     return [own[start : start + size] for _, own in groups for start in range(0, len(own), size)]
@@ -175,10 +175,10 @@ class _Work:
     def alike(self) -> Cut:
         """The next batches that are of one shape and, but for the last, of one size."""
         first, batches = self.left[0], [self.left[0]]
-        shape = _shape(self.shard.request(first[0]))
+        like = shape(self.shard.request(first[0]))
         for batch in list(self.left)[1:]:
             if len(batch) > len(first) or len(batches[-1]) < len(first) or (
-                    _shape(self.shard.request(batch[0])) != shape):
+                    shape(self.shard.request(batch[0])) != like):
                 break
             batches.append(batch)
         return batches
@@ -189,9 +189,9 @@ class _Work:
             self.failed[batch[0]] = why
             self.left.popleft()
         else:
-            half, shape = (len(batch) + 1) // 2, _shape(self.shard.request(batch[0]))
+            half, like = (len(batch) + 1) // 2, shape(self.shard.request(batch[0]))
             for each in [each for each in self.left if each == batch or (
-                    no_memory and len(each) > half and _shape(self.shard.request(each[0])) == shape)]:
+                    no_memory and len(each) > half and shape(self.shard.request(each[0])) == like)]:
                 parts = [each[start : start + half] for start in range(0, len(each), half)]
                 for among in (self.batches, self.left):
                     at = among.index(each)
@@ -226,7 +226,7 @@ class _Work:
         return shard.files(self.entries)
 
 
-def _shape(request: Request) -> Any:
+def shape(request: Request) -> Any:
     """What requests have in common that `jobs` draws together."""
     return (replace(request, prompt="", negative="", seed=0), request.add_ons,
             weights(request.text) if request.syntax else ())
@@ -234,7 +234,8 @@ def _shape(request: Request) -> Any:
 
 def said(request: Request) -> dict[str, Any]:
     """What of a request is not the default, as a line of a job file says it."""
-    return {name: value for name, value in json.loads(request.json()).items() if value != _DEFAULTS[name]}
+    return {name: value for name, value in json.loads(request.json()).items()
+            if value != _DEFAULTS[name] and (name, value) != ("version", "")}
 
 
 def _entry(shard: Shard, index: int) -> dict[str, Any] | None:

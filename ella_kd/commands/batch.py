@@ -69,7 +69,7 @@ def batch(ctx: click.Context, jobs: str, out: Path, shard: int, tar: bool, retry
     check = Checker(models_dir)
     asked = {each.name: options[each.name] for each in fields(Request) if each.name in options}
     requests = JobFile(jobs, check, asked, options["wildcards"])
-    models = Models({"": {name: options[name] for name in WORDS}}, check.modes, check.sizes)
+    models = Models({"": {name: options[name] for name in WORDS}}, {"": check.modes}, {"": check.sizes})
     work = Batch(out, {"": requests}, {"sha256 of the requests": check.sha256, "model": models.facts()[""]},
                  shard=shard, batch=batch, tar=tar, threads=None if address is None else max(1, int(ray_cpus)))
     work.check()
