@@ -71,11 +71,11 @@ def read_axis(name: str, said: Any) -> Axis:
         title = str(how.get("title", name))
         if "replace" in how:
             return Axis(title, _replacing(how["replace"], how["values"]))
-        own = all(isinstance(each, Mapping) for each in how["values"]) and not isinstance(how["values"], str)
-        if own and "option" not in how:
-            return Axis(title, tuple(_several(each) for each in how["values"]))
+        values = how["values"]
+        if isinstance(values, list) and all(isinstance(each, Mapping) for each in values) and "option" not in how:
+            return Axis(title, tuple(map(_several, values)))
         option = option_named(str(how.get("option", name)))
-        return Axis(title, tuple(_one(option, each) for each in values_of(option, how["values"])))
+        return Axis(title, tuple(_one(option, each) for each in values_of(option, values)))
     except (ValueError, TypeError) as error:
         raise ValueError(f"axis {name}: {error}") from error
 

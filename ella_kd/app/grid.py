@@ -63,7 +63,8 @@ class Grid:
 
         Beside title, description, axes (`axes.read_axis`) and matrix (`axes.matrix`) every key is an option of the
         request or the model, and holds for all cells. asked, model: options where it says nothing. models_dir,
-        wildcards: as in `generate`. All cells are checked. Raises FileNotFoundError, or ValueError that names the axis or the cell.
+        wildcards: as in `generate`. All cells are checked. Raises FileNotFoundError, or ValueError that names the axis
+        or the cell.
         """
         name, found = _read(said)
         title = str(found.get("title") or name)
