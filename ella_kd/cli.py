@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from ella_kd.addons import AddOns
+from ella_kd.commands.bench import bench
 from ella_kd.commands.convert import convert
 from ella_kd.commands.download import download
 from ella_kd.commands.inspect import inspect as inspect_files
@@ -107,6 +108,7 @@ def main(ctx: click.Context) -> None:
     enable_progress_bars()
 
 
+main.add_command(bench)
 main.add_command(convert)
 main.add_command(download)
 main.add_command(models)
