@@ -117,6 +117,7 @@ def test_what_counts_as_yes() -> None:
     found = score(own, said, cells=1, missing={"x": "no sheet"})
     assert found.average.value == pytest.approx(40) and found.unclear == 3
     assert published(own, said, ["a"], cells=1).average == pytest.approx(20)  # "yes" to the letter, and .51
+    assert published(own, said, ["a"], cells=1, exact=False).average == pytest.approx(40)
     assert found.missing == {"x": "no sheet"}
 
 

@@ -44,7 +44,7 @@ class TransformersVQA:
         try:
             self.processor = AutoProcessor.from_pretrained(model)
             self.model = AutoModelForVisualQuestionAnswering.from_pretrained(model).eval()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise FileNotFoundError(f"no VQA model {str(model)!r}: expected a folder or an id on the Hugging Face hub; "
                                     f"{str(error).splitlines()[0]}") from error
         if self.model.config.model_type not in ("blip", "vilt"):

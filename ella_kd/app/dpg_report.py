@@ -24,7 +24,7 @@ def report(questions: Sequence[Question], answers: Answers, sheets: Sequence[str
     """
     meant = score(questions, answers, cells=cells, zeroing=zeroing, missing=missing)
     try:
-        old: dict[str, Any] = asdict(published(questions, answers, sheets, cells=cells))
+        old: dict[str, Any] = asdict(published(questions, answers, sheets, cells=cells, exact=False))
     except ValueError as error:
         old = {"average": None, "level_1": {}, "level_2": {}, "prompts": 0, "dropped": {}, "stops": str(error)}
     known = by_item(questions)

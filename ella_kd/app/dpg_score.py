@@ -134,20 +134,21 @@ def _mean(yes: np.ndarray, asked: np.ndarray, drawn: np.ndarray) -> Mean:
 
 
 def published(questions: Sequence[Question], answers: Answers, sheets: Iterable[str], *, cells: int = CELLS,
-              processes: int = 1, seed: int = 0) -> Published:
+              exact: bool = True, processes: int = 1, seed: int = 0) -> Published:
     """What `compute_dpg_bench.py` makes of the same answers, with its faults:
 
     - the first row of the CSV is taken for a header, and its question is lost; a question that names it as its parent
       raises, and the whole prompt is dropped;
     - an item whose rows are not adjacent keeps the last of its pieces;
-    - only the answer "yes", exactly, is a yes; a "no" reaches parents' parents as far as they are listed before;
+    - a "no" reaches the children of children as far as these are listed later;
     - categories come from the last cell alone;
     - a prompt that raises (an unknown parent, no questions under the sheet's name up to its first dot) is left out, and
       a sheet that is not there is not missed;
     - with several processes each one's categories come in an order of its own, and scores of different ones are added
       up: here the orders are drawn from the seed, there from Python's hashes.
 
-    sheets: the names of the pictures, without their endings. A probability above a half is taken for "yes".
+    sheets: the names of the pictures, without their endings. exact: only "yes" to the letter is a yes, as there, where
+    the judge says single words; else what `read_answer` takes for one, for judges that say "Yes.".
     Raises ValueError for a dependency that is no number, where the script stops.
     """
     items: dict[str, dict[int, Question]] = {}
@@ -177,7 +178,7 @@ def published(questions: Sequence[Question], answers: Answers, sheets: Iterable[
             pictures = list[float]()
             try:
                 for cell in range(cells):
-                    first = {number: float(_is_yes(answers[name, cell, number])) for number in own}
+                    first = {number: float(_is_yes(answers[name, cell, number], exact)) for number in own}
                     scores = dict(first)
                     for number, question in own.items():
                         if any(scores[parent] == 0 for parent in parents[question.line] if parent):
@@ -207,8 +208,8 @@ def _gathered(local: Sequence[Mapping[str, list[float]]], rng: np.random.Generat
             for k in range(len(names))}
 
 
-def _is_yes(answer: str | float) -> bool:
-    return answer == "yes" if isinstance(answer, str) else answer > 0.5
+def _is_yes(answer: str | float, exact: bool) -> bool:
+    return answer == "yes" if exact and isinstance(answer, str) else read_answer(answer) is True
 
 
 def _percent(values: Sequence[float]) -> float:
