@@ -21,7 +21,7 @@ from transformers.models.vilt.image_processing_pil_vilt import ViltImageProcesso
 from ella_kd.app.dpg_judges import TransformersVQA
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] [ENC] is the car red ? yes no there a".split()
-SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 PICTURES = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue", "white")] * 3
 QUESTIONS = sorted(["is the car red ?", "is there a car ? is the car red ?", "is the car ?"] * 3)
 
@@ -67,8 +67,8 @@ def test_vilt_chooses_among_its_labels(tmp_path: Path) -> None:
     model = ViltForQuestionAnswering(ViltConfig(**SMALL, vocab_size=len(WORDS), max_position_embeddings=32,
                                                 image_size=32, patch_size=16, id2label=labels,
                                                 label2id={name: i for i, name in labels.items()}))
-    images = ViltImageProcessorPil(size={"shortest_edge": 32}, size_divisor=16)
-    save(tmp_path, model, ViltProcessor(images, tokenizer(tmp_path)), 0.5, 7)
+    sides: dict[str, Any] = {"size": {"shortest_edge": 32}, "size_divisor": 16}
+    save(tmp_path, model, ViltProcessor(ViltImageProcessorPil(**sides), tokenizer(tmp_path)), 0.5, 7)
     judge = TransformersVQA(tmp_path, device="cpu")
     found = judge(PICTURES, QUESTIONS)
     assert {*found} <= {*labels.values()} and len({*found}) > 1

@@ -111,8 +111,8 @@ def test_several_processes_mix_up_categories_and_nothing_else() -> None:
 
 
 def test_what_counts_as_yes() -> None:
-    said: Answers = {("a", 0, n): answer for n, answer in enumerate(
-        ["yes", " Yes, it is.", "YES", "no", "No!", "maybe", "", "yesterday", 0.51, 0.5], 1)}
+    given: list[str | float] = ["yes", " Yes, it is.", "YES", "no", "No!", "maybe", "", "yesterday", 0.51, 0.5]
+    said: Answers = {("a", 0, n): answer for n, answer in enumerate(given, 1)}
     own = rows([("x", 1, "0", WHOLE)] + [("a", n, "0", WHOLE) for n in range(1, 11)])
     found = score(own, said, cells=1, missing={"x": "no sheet"})
     assert found.average.value == pytest.approx(40) and found.unclear == 3
@@ -122,8 +122,7 @@ def test_what_counts_as_yes() -> None:
 
 
 def test_what_lacks_an_answer_is_named_and_does_not_count() -> None:
-    said = answers(SAID)
-    del said["a", 2, 3]
+    said = {key: answer for key, answer in answers(SAID).items() if key != ("a", 2, 3)}
     found = score(rows(ROWS), said)
     assert found.missing == {"a": "1 of 16 answers are missing"} and [*found.items] == ["first", "b"]
     with pytest.raises(ValueError, match="no prompt has all its answers: first \\(8 of 8"):

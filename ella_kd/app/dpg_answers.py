@@ -22,14 +22,14 @@ from ella_kd.app.dpg_questions import Question, by_item
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 Key = tuple[str, int, int]  # item, cell, question
-Answers = dict[Key, str | float]
+Answers = Mapping[Key, str | float]
 
 
 @dataclass(frozen=True)
 class Asked:
     """answers: of the sheets that could be read. unreadable: why not, of the others."""
 
-    answers: Answers
+    answers: dict[Key, str | float]
     unreadable: dict[str, str]
 
 
@@ -124,8 +124,8 @@ def ask(sheets: Mapping[str, Path], questions: Iterable[Question], judge: Judge,
     return asked
 
 
-def _answer(batch: Sequence[tuple[Key, Question, str, Image.Image]], judge: Judge, name: str, answers: Answers,
-            file: TextIO) -> None:
+def _answer(batch: Sequence[tuple[Key, Question, str, Image.Image]], judge: Judge, name: str,
+            answers: dict[Key, str | float], file: TextIO) -> None:
     found = list(judge([picture for *_, picture in batch], [question.text for _, question, _, _ in batch]))
     if len(found) != len(batch):
         raise ValueError(f"the judge {name} was asked {len(batch)} questions and gave {len(found)} answers")
@@ -142,7 +142,7 @@ def checked(answer: object, who: str) -> str | float:
     """A text, or a probability. ValueError for anything else."""
     if isinstance(answer, str):
         return answer
-    if isinstance(answer, Real) and not isinstance(answer, bool) and 0 <= float(answer) <= 1:
+    if not isinstance(answer, bool) and isinstance(answer, Real) and 0 <= float(answer) <= 1:
         return float(answer)
     raise ValueError(f"{who} must answer with a text, or a probability of yes from 0 to 1, got {answer!r}")
 

@@ -120,7 +120,8 @@ def score(questions: Iterable[Question], answers: Answers, *, cells: int = CELLS
     drawn = np.random.default_rng(seed).multinomial(len(items), np.full(len(items), 1 / len(items)), resamples)
     single = np.ones(len(items), int)
     overall = _mean(np.array([*items.values()]), single, drawn)
-    levels = {level: {name: _mean(*(np.array([one[name] for one in of[level]]) for of in (right, asked)), drawn)
+    levels = {level: {name: _mean(np.array([one[name] for one in right[level]]),
+                                  np.array([one[name] for one in asked[level]]), drawn)
                       for name in sorted({name for one in asked[level] for name in one})} for level in asked}
     return Scored(overall, levels["level_1"], levels["level_2"], items, left_out, unclear)
 

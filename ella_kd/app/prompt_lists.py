@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ella_kd.app.dpg_questions import read_questions
 from ella_kd.app.sheets import Sheet
@@ -47,7 +48,7 @@ def write_geneval_metadata(source: Path, folder: Path) -> None:
         (folder / f"{i:05d}" / "metadata.jsonl").write_text(json.dumps(line), encoding="utf-8")
 
 
-def geneval_lines(source: Path) -> list[dict[str, object]]:
+def geneval_lines(source: Path) -> list[dict[str, Any]]:
     """Raises FileNotFoundError, or ValueError that names a line that is no JSON object with a prompt."""
     lines = []
     for number, text in enumerate(_lines(source), 1):

@@ -1,7 +1,7 @@
 """Files of one or several pictures, drawn once: a stopped run goes on with those that are missing."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def is_drawn(sheet: Sheet) -> bool:
 
 
 def draw_sheets(pipeline: Pipeline, sheets: Iterable[Sheet], asked: Request, *, guidance: Guidance | None = None,
-                models_dir: str | Path | AddOns | None = None, batch_size: int = 8) -> Iterator[Sheet]:
+                models_dir: str | Path | AddOns | None = None, batch_size: int = 8) -> Generator[Sheet, None, None]:
     """Draws sheets one after the other, and yields each as soon as its file is there, whole.
 
     asked: everything but prompts and seeds. guidance: a rule that no text can name. batch_size: pictures drawn at once,

@@ -44,13 +44,14 @@ def compbench() -> None:
 def drawing(default: str) -> Any:
     """What the three commands that draw have in common: where to, from which seed, and every option of generate."""
     def add(command: Command) -> Command:
-        for option in reversed([
+        options: list[Command] = [
             click.option("--out", type=click.Path(path_type=Path), default=Path("out") / default, show_default=True,
                          metavar="DIR", help="Where the pictures go; what is there is kept, and not drawn again."),
             click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
                          help="Of each prompt's first picture; the next take seed + 1, ..."),
             request_options(), model_options,
-        ]):
+        ]
+        for option in reversed(options):
             command = option(command)
         return command
 
