@@ -183,13 +183,11 @@ class Recorder(SelfAttentionPatch):
         self._found.append((None, received))
 
 
-def in_part(patches: Patches) -> tuple[Patches, dict[Recorder, Recorder]]:
+def in_part(patches: Patches) -> tuple[Patches, dict[Any, Recorder]]:
     """The patches of a part of a call, where recorders are the part's own; and these by the whole call's."""
-    own = dict[Recorder, Recorder]()
-    for _, whole in patches:
-        if isinstance(whole, Recorder):
-            own[whole] = Recorder(whole.place)
-    return [(n, own[patch] if isinstance(patch, Recorder) else patch) for n, patch in patches], own
+    whole: list[Any] = [patch for _, patch in patches]
+    own = {patch: Recorder(patch.place) for patch in whole if isinstance(patch, Recorder)}
+    return [(n, own.get(patch, patch)) for n, patch in patches], own
 
 
 def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
