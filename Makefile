@@ -12,16 +12,23 @@ export OMP_WAIT_POLICY := PASSIVE
 bench bench-speed: export MALLOC_MMAP_MAX_ := 0
 bench bench-speed: export MALLOC_TRIM_THRESHOLD_ := 34359738368
 
-.PHONY: demo test test-slow mutants check bench bench-score bench-wordings bench-exactness bench-samplers bench-speed install clean
+.PHONY: demo web test test-slow test-web mutants check bench bench-score bench-wordings bench-exactness bench-samplers bench-speed install clean
 
 demo: $(STAMP)          ## draw eight dense prompts with the miniature
 	$(PY) -m benchmarks.demo
+
+web: $(STAMP)-web       ## serve the page with the miniature; ARGS as ella-kd web takes them
+	$(PY) -m ella_kd web --models-dir models/miniature/addons $(ARGS)
 
 test: $(STAMP)          ## every test but the slow ones
 	$(PY) -m pytest -n auto $(ARGS)
 
 test-slow: $(STAMP)     ## the tests that take minutes or gigabytes
 	$(PY) -m pytest -m slow $(ARGS)
+
+test-web: $(STAMP)-web-test  ## drive the page in a browser, which is installed where there is none
+	$(PY) tests/web/browser.py
+	$(PY) -m pytest -m web tests/web $(ARGS)
 
 mutants: $(STAMP)       ## plant 300 small faults, one at a time: which do the tests not notice?
 	$(PY) tests/mutants.py $(ARGS)
@@ -60,6 +67,10 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	$(PY) -m pip install --quiet --no-deps k-diffusion==0.1.1.post1 spandrel==0.4.2
+	@touch $@
+
+$(STAMP)-web $(STAMP)-web-test: $(STAMP)-%: $(STAMP)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
 clean:
