@@ -17,7 +17,7 @@ from ella_kd.addons import AddOns
 from ella_kd.app.remembered import remembering
 from ella_kd.app.shards import DONE, Interrupted, Shard, draw_shard, marker, member, read_json, sha256, sweep, threads
 from ella_kd.files import writing
-from ella_kd.generation import jobs
+from ella_kd.jobs import jobs
 from ella_kd.pipeline import Pipeline
 from ella_kd.request import VERSION, Request
 
