@@ -104,8 +104,8 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
     if first != begun.size:
         begun = begin(pipeline, asked, asked.schedule, asked.steps, *first, sigmas)
     steered = partial(steered, part=begun.part)
-    plain, (_, h, w), factor = pipeline, begun.shape, pipeline.vae.factor
-    pipeline = asked.changed(pipeline, w * factor, h * factor, from_text=asked.mask is None and not asked.extend,
+    plain, size = pipeline, begun.drawn(pipeline.vae.factor)
+    pipeline = asked.changed(pipeline, *size, from_text=asked.mask is None and not asked.extend,
                              first=asked.hires is not None, begins=float(begun.sigmas[0]))
     levels = begun.sigmas.tolist() if asked.syntax else None
     read = reader(pipeline, asked, levels)
