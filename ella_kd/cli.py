@@ -17,18 +17,21 @@ from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from ella_kd.addons import AddOns
+from ella_kd.commands.batch import batch
+from ella_kd.commands.bench import bench
 from ella_kd.commands.convert import convert
 from ella_kd.commands.download import download
+from ella_kd.commands.grid import grid
 from ella_kd.commands.inspect import inspect as inspect_files
 from ella_kd.commands.invert import invert
 from ella_kd.commands.models import models
 from ella_kd.commands.web import web
 from ella_kd.drawing import innermost_scale
 from ella_kd.generation import generate as draw_all
-from ella_kd.generation import jobs
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import known, parse
 from ella_kd.images import Picture, contact_sheet, save_image
+from ella_kd.jobs import jobs
 from ella_kd.options import check_folder, load, model_options, read_prompts, request_options, use_presets
 from ella_kd.pictures.options import SOURCES
 from ella_kd.pictures.reading import read_picture
@@ -108,8 +111,11 @@ def main(ctx: click.Context) -> None:
     enable_progress_bars()
 
 
+main.add_command(batch)
+main.add_command(bench)
 main.add_command(convert)
 main.add_command(download)
+main.add_command(grid)
 main.add_command(models)
 main.add_command(inspect_files)
 main.add_command(invert)

@@ -1,12 +1,18 @@
 """The autoencoder in strips against the same one whole."""
 
+import os
+import shutil
 import subprocess
 import sys
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ella_kd import Pipeline, draw
 from ella_kd.models import AutoencoderKL, vae, vae_strips
 from ella_kd.models.seamless import seamless
 from test_models_vae import CONFIGS, error, overflowing, random_vae
@@ -64,6 +70,42 @@ def test_pictures_that_overflow_are_computed_in_float32(in_strips: pytest.Monkey
         images = network.decode(latents)
     in_strips.setattr(vae, "WHOLE", 1 << 20)
     assert images.isfinite().all() and error(images.float(), network.decode(latents).float()) < 2e-3
+
+
+def test_no_strip_is_larger_than_a_strip(in_strips: pytest.MonkeyPatch) -> None:
+    """A map of 3 channels is worked out from one of 128, and in as many rows as those leave room for."""
+    network, seen, silu = random_vae(CONFIGS["miniature"]), list[int](), F.silu
+
+    def looking(x: Tensor, inplace: bool = False) -> Tensor:
+        seen.append(x.numel() * x.element_size() - 4 * x.shape[1] * x.shape[3] * x.element_size())  # rows beyond
+        return silu(x, inplace)
+
+    in_strips.setattr(vae_strips, "STRIP", 1 << 17)
+    in_strips.setattr(vae_strips.F, "silu", looking)
+    with torch.no_grad():
+        network.moments(network.decode(torch.randn(1, 4, 32, 16)))
+    assert len(seen) > 50 and max(seen) <= 1 << 17
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_the_room_that_a_decode_takes_is_known(name: str, in_strips: pytest.MonkeyPatch) -> None:
+    network, stores, peak = random_vae(CONFIGS[name]), weakref.WeakSet[vae_strips.Store](), [0]
+    write = vae_strips.Store.write
+
+    def looking(self: vae_strips.Store, a: int, x: Tensor) -> None:
+        write(self, a, x)
+        stores.add(self)
+        peak[0] = max(peak[0], sum(os.fstat(store.file.fileno()).st_size for store in stores))
+
+    in_strips.setattr(vae_strips.Store, "write", looking)
+    in_strips.setattr(vae, "HELD", 0)
+    network.decode(torch.randn(1, 4, 16, 8))
+    assert peak[0] == pytest.approx(network.scratch(8 * network.factor, 16 * network.factor), rel=0.1)
+    pipeline = replace(Pipeline.miniature(device="cpu"), vae=network)
+    in_strips.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 0))  # type: ignore
+    with pytest.raises(OSError, match="set TMPDIR to a folder with more"):
+        draw(pipeline, pipeline.encode("a"), width=64, height=64, progress=False)
 
 
 @pytest.mark.slow
