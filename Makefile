@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := PASSIVE
 bench bench-speed: export MALLOC_MMAP_MAX_ := 0
 bench bench-speed: export MALLOC_TRIM_THRESHOLD_ := 34359738368
 
-.PHONY: demo test test-slow mutants check bench bench-score bench-wordings bench-exactness bench-samplers bench-speed install clean
+.PHONY: demo test test-slow test-batch mutants check bench bench-score bench-wordings bench-exactness bench-samplers bench-speed install clean
 
 demo: $(STAMP)          ## draw eight dense prompts with the miniature
 	$(PY) -m benchmarks.demo
@@ -22,6 +22,10 @@ test: $(STAMP)          ## every test but the slow ones
 
 test-slow: $(STAMP)     ## the tests that take minutes or gigabytes
 	$(PY) -m pytest -m slow $(ARGS)
+
+test-batch: $(STAMP)    ## batches that are killed, and on a Ray cluster of two nodes on this machine
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[batch]'
+	$(PY) -m pytest -m slow tests/test_batch_kills.py tests/cluster $(ARGS)
 
 mutants: $(STAMP)       ## plant 300 small faults, one at a time: which do the tests not notice?
 	$(PY) tests/mutants.py $(ARGS)
