@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ella_kd.addons import AddOns
 from ella_kd.commands.batch import batch
+from ella_kd.commands.bench import bench
 from ella_kd.commands.convert import convert
 from ella_kd.commands.download import download
 from ella_kd.commands.grid import grid
@@ -110,6 +111,7 @@ def main(ctx: click.Context) -> None:
 
 
 main.add_command(batch)
+main.add_command(bench)
 main.add_command(convert)
 main.add_command(download)
 main.add_command(grid)
