@@ -25,6 +25,7 @@ from ella_kd.commands.grid import grid
 from ella_kd.commands.inspect import inspect as inspect_files
 from ella_kd.commands.invert import invert
 from ella_kd.commands.models import models
+from ella_kd.commands.web import web
 from ella_kd.drawing import innermost_scale
 from ella_kd.generation import generate as draw_all
 from ella_kd.generation import jobs
@@ -118,6 +119,7 @@ main.add_command(grid)
 main.add_command(models)
 main.add_command(inspect_files)
 main.add_command(invert)
+main.add_command(web)
 
 
 @main.command()

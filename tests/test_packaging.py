@@ -42,7 +42,7 @@ def test_the_wheel_holds_the_packages_and_the_miniature_and_nothing_else(wheel: 
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
     sources = {"ella_kd": ROOT / "ella_kd", "ella_kd/models": ROOT / "models", "ella_kd/samplers": ROOT / "samplers"}
     modules = {f"{package}/{file.name}" for package, folder in sources.items() for file in folder.glob("*.py")}
-    modules |= {f"ella_kd/{file.relative_to(ROOT / 'ella_kd')}" for file in (ROOT / "ella_kd").glob("*/*.py")}
+    modules |= {f"ella_kd/{file.relative_to(ROOT / 'ella_kd')}" for file in (ROOT / "ella_kd").rglob("*.py")}
     modules |= {f"ella_kd/{file.relative_to(ROOT)}" for file in (ROOT / "models").rglob("*.py")}
     weights = {f"ella_kd/models/miniature/{name}" for name in miniature()}
     assert modules | weights | {"ella_kd/py.typed", "ella_kd/app/grid.html"} == set(names)

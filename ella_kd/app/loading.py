@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ella_kd.drawing import picture_size
+from ella_kd.starting import picture_size
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.files.hashes import sha256
 from ella_kd.models.files.hub import find, find_all, with_preset

@@ -2,10 +2,12 @@
 
 import difflib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from ella_kd.models.files.kinds import kind_of_path
 from ella_kd.models.files.weights import Weights
 
 SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
@@ -40,6 +42,26 @@ def look_up(name: str, place: str, folder: str | Path) -> Path:
         raise FileNotFoundError(f"no {place} {name} in {folder}: " + (f"there is {', '.join(near)}" if near else
                                 f"nothing lies there or in its folders {', '.join(FOLDERS[place])}"))
     return found[0]
+
+
+def names(place: str, folder: str | Path) -> list[str]:
+    """What `look_up` finds of a kind, by the shortest names that tell them apart; files of other kinds are left out.
+
+    Raises FileNotFoundError for a missing folder.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder of models at {root}")
+    found = [path for path in _known(root, place) if _kind(path) == place]
+    stems = Counter(path.stem if path.is_file() else path.name for path in _known(root, place))
+    return [path.stem if path.is_file() and stems[path.stem] == 1 else path.relative_to(root).as_posix()
+            for path in found]
+
+
+def _kind(path: Path) -> str:
+    with suppress(OSError, ValueError):
+        return kind_of_path(path).place
+    return ""
 
 
 def _is(path: Path, wanted: str) -> bool:

@@ -1,0 +1,71 @@
+"""The server without a browser: the API, its documentation, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ella_kd.request import Request
+from web.visits import Site
+
+pytestmark = pytest.mark.web
+GUIDE = Path(__file__).parents[2] / "docs" / "how-to" / "web.md"
+
+
+def get(site: Site, path: str, **headers: str) -> Any:
+    import httpx
+
+    return httpx.get(site.url + path, headers=headers, timeout=30)
+
+
+def test_nothing_outside_the_output_folder_is_read(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("42 is the code")
+    Path("beside.txt").write_text("42 is the code")  # in the folder where the server runs
+    Path("out/seen.txt").write_text("seen")
+    for path in ("/etc/passwd", tmp_path / "secret.txt", Path("beside.txt").resolve(), Path("out/../beside.txt"),
+                 Path("out").resolve() / ".." / "beside.txt"):
+        answer = get(site, f"gradio_api/file={path}")
+        assert answer.status_code in (403, 404), path
+        assert "42" not in answer.text and "root:" not in answer.text
+    assert get(site, f"gradio_api/file={Path('out/seen.txt').resolve()}").text == "seen"
+
+
+def test_a_page_of_another_site_that_was_pointed_here_is_refused(site: Site) -> None:
+    assert get(site, "config").status_code == 200
+    assert get(site, "config", Host="evil.example").status_code == 400
+
+
+def test_the_api_is_documented_and_the_guides_client_draws(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = get(site, "gradio_api/info").json()["named_endpoints"]
+    assert list(info) == ["/draw"]
+    names = [each["parameter_name"] for each in info["/draw"]["parameters"]]
+    assert names[:5] == ["prompt", "negative", "mode", "sampler", "schedule"]
+    [script] = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    done: dict[str, Any] = {}
+    exec(script.replace("http://127.0.0.1:7860", site.url), done)
+    request = Request.from_picture(done["pictures"][0]["picture"])
+    assert (request.seed, request.steps) == (1, 20)
+    assert done["pictures"][0]["parameters"] == request.parameters()
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"steps": 10**9}, "steps must be a whole number from 1 to 200, got 1000000000"),
+    ({"steps": "many"}, "steps must be a whole number"),
+    ({"width": 100_000}, "width must be a whole number from 1 to 2048"),
+    ({"width": 50}, "width and height must be multiples of 8"),
+    ({"prompt": "a <lora:/etc/passwd:1>"}, "no lora '/etc/passwd' here: there is azure, striped"),
+    ({"more": "start: /etc/passwd"}, "more options are lines"),
+    ({"scale": None}, "scale must be a number"),
+])
+def test_bad_values_come_back_as_a_sentence(site: Site, given: dict[str, Any], message: str,
+                                            capfd: pytest.CaptureFixture[str]) -> None:
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    client = Client(site.url, verbose=False)
+    with pytest.raises(AppError, match=re.escape(message)):
+        client.predict(**{"prompt": "a", **given}, api_name="/draw")
+    assert "Traceback" not in capfd.readouterr().err
