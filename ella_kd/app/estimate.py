@@ -10,8 +10,8 @@ from ella_kd.app.batch import Batch
 from ella_kd.app.loading import Pipelines
 from ella_kd.app.remembered import remembering
 from ella_kd.app.shards import Shard, cut
-from ella_kd.generation import jobs
 from ella_kd.images import Picture
+from ella_kd.jobs import jobs
 from ella_kd.request import Request
 from ella_kd.samplers import get_sampler
 

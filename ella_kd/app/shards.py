@@ -22,8 +22,8 @@ from ella_kd.addons import AddOns
 from ella_kd.app.remembered import remembering
 from ella_kd.encoding import weights
 from ella_kd.files import writing
-from ella_kd.generation import jobs
 from ella_kd.images import Picture
+from ella_kd.jobs import jobs
 from ella_kd.pipeline import Pipeline
 from ella_kd.request import Request
 

@@ -10,9 +10,9 @@ from PIL import Image, UnidentifiedImageError
 
 from ella_kd.addons import AddOns
 from ella_kd.files import writing
-from ella_kd.generation import jobs
 from ella_kd.guidance import Guidance
 from ella_kd.images import Picture, save_image
+from ella_kd.jobs import jobs
 from ella_kd.pipeline import Pipeline
 from ella_kd.request import Request
 
