@@ -15,7 +15,8 @@ from PIL import Image
 
 from ella_kd.addons import AddOns
 from ella_kd.app.remembered import remembering
-from ella_kd.app.shards import DONE, Interrupted, Shard, draw_shard, marker, member, read_json, sha256, sweep, threads
+from ella_kd.app.shard_files import member, read_json, sha256, sweep
+from ella_kd.app.shards import DONE, Interrupted, Shard, draw_shard, marker, threads
 from ella_kd.files import writing
 from ella_kd.jobs import jobs
 from ella_kd.pipeline import Pipeline
