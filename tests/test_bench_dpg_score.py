@@ -67,6 +67,7 @@ def test_as_it_is_published() -> None:
     assert found.average == 100 * (0.4375 + 0.5) / 2
     assert found.level_2 == {"attribute - color": 0, "entity - whole": 0, "global -": 100, "relation - spatial": 0}
     assert found.level_1 == {"attribute": 0, "entity": 0, "global": 100, "relation": 0}  # of the last cell
+    assert published(rows(ROWS), answers(SAID), SAID, cells=1).level_1["relation"] == 100  # before zeroing
     assert published(rows(ROWS), answers(SAID), ["b"]).average == 50  # a sheet that is not there is not missed
     assert math.isnan(published(rows(ROWS), answers(SAID), []).average)
 
