@@ -38,7 +38,8 @@ def test_the_judge_says_yes_to_a_scene_and_no_to_what_differs() -> None:
         "Is there a red heart that is striped?", "Is there a red heart with dark rim?",
         "Is there a red ring at the bottom center?", "Is there a blue heart above and right of a red ring?"]
     questions = {question.id: question for question, _ in rows}
-    about = next(each for each in questions.values() if each.text == "Is there a red heart above and left of a red ring?")
+    text = "Is there a red heart above and left of a red ring?"
+    about = next(question for question in questions.values() if question.text == text)
     assert [questions[parent].text for parent in about.parents] == ["Is there a red heart?", "Is there a red ring?"]
 
 
