@@ -42,9 +42,9 @@ LIMITS = Limits()
 class Form:
     """One value per input, by its name. scale counts without CFG++, lam with it; guidance replaces either.
 
-    width, height: None for the model's own, or the start picture's. seed: of the first picture, RANDOM for any.
-    lora: lines of NAME:STRENGTH. control: a name, beside its picture's file. start, mask: files. more: lines of
-    `name: value`, for the rest of what a request has (`MORE`).
+    width, height, strength: 0 or None for the model's own, or what is usual for the start picture. seed: of the first
+    picture, RANDOM for any. lora: lines of NAME:STRENGTH. control: a name, beside its picture's file. start, mask:
+    files. more: lines of `name: value`, for the rest of what a request has (`MORE`).
     """
 
     prompt: str = ""
@@ -190,7 +190,7 @@ def _check(request: Request, limits: Limits) -> None:
 def _picture(form: Form) -> dict[str, Any]:
     if form.start is None:
         return {}
-    strength = None if form.strength is None else _number("strength", form.strength, 0, 1)
+    strength = None if form.strength in (None, 0) else _number("strength", form.strength, 0, 1)
     return {"start": form.start, "strength": strength, **({"mask": form.mask} if form.mask else {})}
 
 

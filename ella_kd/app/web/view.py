@@ -23,8 +23,15 @@ CSS = """
 .ella-note { opacity: .75; overflow-wrap: anywhere; }
 #tokens { font-size: var(--text-sm); opacity: .75; text-align: right; margin: -.7rem 0; }
 #title h2, #title p { margin: 0; }
-#seeds button { align-self: center; }
-#gallery img { image-rendering: auto; }
+.ella-row button { align-self: center; }
+#gallery .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)); }
+#gallery .caption-label { white-space: normal; max-width: 100%; }
+@media (max-width: 600px) { #gallery .caption-label { font-size: .6rem; line-height: 1.1; padding: .1rem .2rem; } }
+#studio { display: grid; grid-template-columns: minmax(0, 1fr); }
+@media (min-width: 900px) {  /* what is drawn stands beside the prompt and the options, else between them */
+  #studio { grid-template-columns: minmax(0, 6fr) minmax(0, 5fr); grid-template-rows: auto 1fr; }
+  #drawn { grid-column: 2; grid-row: 1 / span 2; }
+}
 """
 # The miniature's pictures are 48 px: enlarged, their pixels are shown as they are.
 PIXELATED = "#gallery img, .ella-previews img { image-rendering: pixelated; }"
