@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := PASSIVE
 bench bench-speed: export MALLOC_MMAP_MAX_ := 0
 bench bench-speed: export MALLOC_TRIM_THRESHOLD_ := 34359738368
 
-.PHONY: demo web test test-slow test-web mutants check bench bench-score bench-wordings bench-exactness bench-samplers bench-speed install clean
+.PHONY: demo web test test-slow test-web test-batch mutants check bench bench-score bench-wordings bench-exactness bench-samplers bench-speed docs install clean
 
 demo: $(STAMP)          ## draw eight dense prompts with the miniature
 	$(PY) -m benchmarks.demo
@@ -25,6 +25,10 @@ test: $(STAMP)          ## every test but the slow ones
 
 test-slow: $(STAMP)     ## the tests that take minutes or gigabytes
 	$(PY) -m pytest -m slow $(ARGS)
+
+test-batch: $(STAMP)    ## batches that are killed, and on a Ray cluster of two nodes on this machine
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[batch]'
+	$(PY) -m pytest -m slow tests/test_batch_kills.py tests/cluster $(ARGS)
 
 test-web: $(STAMP)-web-test  ## drive the page in a browser, which is installed where there is none
 	$(PY) tests/web/browser.py
@@ -60,6 +64,10 @@ bench: $(STAMP)         ## all five; ARGS that all of them understand
 	$(PY) -m benchmarks.samplers $(ARGS)
 	$(PY) -m benchmarks.steps_per_second $(ARGS)
 
+# NO_MKDOCS_2_WARNING: an advertisement in every build.
+docs: $(STAMP)-docs    ## the documentation as a site, in site/: no server, nothing from elsewhere
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet --clean $(ARGS)
+
 install: $(STAMP)
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
@@ -69,9 +77,9 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --no-deps k-diffusion==0.1.1.post1 spandrel==0.4.2
 	@touch $@
 
-$(STAMP)-web $(STAMP)-web-test: $(STAMP)-%: $(STAMP)
+$(STAMP)-docs $(STAMP)-web $(STAMP)-web-test: $(STAMP)-%: $(STAMP)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

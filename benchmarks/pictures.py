@@ -22,13 +22,13 @@ from benchmarks.miniature.scenes import COLOUR_NAMES, SHAPES, SIZE, Scene, Thing
 from benchmarks.results import Results, writes
 from benchmarks.score import LAMBDA, SCALE, held_out, write_captions
 from ella_kd import Pipeline
-from ella_kd.drawing import begin_from
 from ella_kd.images import to_images
 from ella_kd.models.text import TextFeatures
 from ella_kd.pictures.inversion import undone
 from ella_kd.pictures.keep import Repaint
 from ella_kd.pictures.options import FromPicture
 from ella_kd.samplers import get_sampler, get_sigmas_karras, randn
+from ella_kd.starting import over
 
 STEPS = 20
 STRENGTHS = (0.05, 0.1, 0.2, 0.3, 0.6, 0.9)
@@ -103,7 +103,7 @@ def recoloured(before: Sequence[Scene]) -> list[Scene]:
 def drawn(sd: Pipeline, asked: Sequence[FromPicture], wanted: Sequence[Scene], sampler: str = "dpmpp_2m",
           scale: float = SCALE, steps: int = STEPS) -> list[Image.Image]:
     """A picture for each of equal-sized starts, from seeds 0, 1, 2, ..., all in one batch."""
-    starts = [begin_from(sd, each, "karras", steps, None, None) for each in asked]
+    starts = [over(sd, each, "karras", steps) for each in asked]
     begun = replace(starts[0], picture=torch.cat([each.picture for each in starts]))
     if isinstance(begun.mask, Repaint):
         repaint = torch.stack([each.repaint for each in starts])[:, None]
@@ -112,7 +112,8 @@ def drawn(sd: Pipeline, asked: Sequence[FromPicture], wanted: Sequence[Scene], s
     x = begun.x(randn(begun.picture.shape, seeds), seeds)
     assert sd.t5 is not None
     args = {"cond": texts(sd, wanted), "uncond": sd.t5(""), "cond_scale": scale}
-    out = begun.sample(sampler, sd.denoiser(), x, begun.sigmas, args, disable=True, seeds=seeds)
+    sample = begun.method(sampler, begun.sigmas)
+    out = sample(begun.kept(sd.denoiser(), x.device), x, begun.sigmas, extra_args=args, disable=True, seeds=seeds)
     return [each.canvas.back(image) for each, image in zip(starts, to_images(sd.vae.decode(out)), strict=True)]
 
 

@@ -51,6 +51,7 @@ class Branch:
 
 
 COND, UNCOND = Branch("cond"), Branch("uncond")
+"""The answers with the prompt and without it, as rules name them."""
 
 
 class Job(NamedTuple):

@@ -17,8 +17,11 @@ from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from ella_kd.addons import AddOns
+from ella_kd.commands.batch import batch
+from ella_kd.commands.bench import bench
 from ella_kd.commands.convert import convert
 from ella_kd.commands.download import download
+from ella_kd.commands.grid import grid
 from ella_kd.commands.inspect import inspect as inspect_files
 from ella_kd.commands.invert import invert
 from ella_kd.commands.models import models
@@ -108,8 +111,11 @@ def main(ctx: click.Context) -> None:
     enable_progress_bars()
 
 
+main.add_command(batch)
+main.add_command(bench)
 main.add_command(convert)
 main.add_command(download)
+main.add_command(grid)
 main.add_command(models)
 main.add_command(inspect_files)
 main.add_command(invert)

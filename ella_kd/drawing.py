@@ -4,9 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields, replace
 from difflib import get_close_matches
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,24 +16,20 @@ from ella_kd.denoiser import Condition, Denoiser
 from ella_kd.guidance import CFG, Guidance
 from ella_kd.images import to_images
 from ella_kd.models import TextFeatures
-from ella_kd.models.files.kinds import RELIT
-from ella_kd.models.network import as_network
-from ella_kd.pictures.beginning import Beginning, has_channels, seen_beside
-from ella_kd.pictures.canvas import Canvas
+from ella_kd.pictures.beside import has_channels
 from ella_kd.pictures.hires import Hires
-from ella_kd.pictures.options import SHOWN, FromNoise, FromPicture
-from ella_kd.pictures.reading import Source, read_picture
-from ella_kd.pictures.segments import sample_in_segments
+from ella_kd.pictures.options import SHOWN, FromPicture
 from ella_kd.pictures.start import slerp
-from ella_kd.pictures.x4 import LEVELS, X4, seen_by_x4
+from ella_kd.pictures.starts import Blank, Start
 from ella_kd.pipeline import Pipeline
 from ella_kd.refining import HandOver, Refiner
-from ella_kd.request import SCALE, Request, check_method_options, method_named, seed_number, whole
-from ella_kd.samplers import get_sampler, get_schedule, randn
-from ella_kd.samplers.registry import RANGE_SAMPLERS
+from ella_kd.request import SCALE, Request, check_method_options, method_named, seed_number
+from ella_kd.samplers import get_sampler, randn
+from ella_kd.starting import begin, check_multiples, repaints
 
 OTHER_WORDS = {"scale": "guidance", "cond_scale": "guidance", "cfg_scale": "guidance", "negative": "uncond",
                "prompt": "cond", "num_inference_steps": "steps", "guidance_scale": "guidance"}
+SEEN = 18  # latents beyond an edge that a decoder's convolutions see
 
 
 @torch.no_grad()
@@ -71,7 +65,7 @@ def draw(
     refiner: a system that takes over on the way, `Refiner(pipeline, cond, uncond, at=0.8)`. hires: a second pass over
     what was drawn, enlarged, `Hires((1024, 1024), strength=0.5)`, with noise of its own from the same seeds.
     more: conditions, and the fields of `ella_kd.pictures.options.FromPicture`: `draw(sd, cond, start="room.jpg",
-    mask="lamp.png")`; start may be a `Beginning` too. A network that sees a picture beside x (inpainting,
+    mask="lamp.png")`; start may be a `pictures.starts.Start` too. A network that sees a picture beside x (inpainting,
     InstructPix2Pix) is shown it.
     Raises ValueError or TypeError for an argument that cannot be met, and ValueError if a network returns NaN.
     """
@@ -83,57 +77,51 @@ def draw(
     rows = seed_rows(seeds, None if given is None else len(given))
     denoiser = pipeline.denoiser(rule if isinstance(rule, Guidance) else None)
     sigmas = None if sigmas is None else torch.as_tensor(sigmas)
-    small = small_of(pipeline, asked)
-    if asked.start is not None and small is None:
-        begun = begin_from(pipeline, asked, schedule, steps, width, height, sigmas)
+    if begun is None:
+        begun = begin(pipeline, asked, schedule, steps, width, height, sigmas, noise=noise, latents=latents)
+    elif latents is not None:
+        raise ValueError("give a start picture or latents, not both: latents are x at sigmas[0]")
+    if noise is not None and noise.shape[1:] != begun.shape:
+        raise ValueError(f"the run's latents are {list(begun.shape)} each, the noise given is {list(noise.shape)}")
     if hires is not None:
-        if begun is not None:
+        if not isinstance(begun, Blank):
             raise ValueError("hires draws over what was drawn from noise: a start picture is enlarged by width, height")
         check_multiples(*hires.size, pipeline.vae.factor)
         check_method_options(hires.sampler or sampler, asked.of_method)
-    if small is not None:
-        shape = (len(rows), pipeline.vae.config.latent_channels, small.height, small.width)
-    elif begun is None:
-        shape = latent_shape(pipeline, width, height, len(rows), given)
-    elif latents is not None:
-        raise ValueError("give a start picture or latents, not both: latents are x at sigmas[0]")
-    else:
-        shape = latent_shape(pipeline, None, None, len(rows), begun.picture if given is None else given)
-        sigmas = begun.sigmas
-    if sigmas is None:
-        sigmas = get_schedule(schedule).sigmas(whole("steps", steps), denoiser)
-    sigmas = sigmas.to(pipeline.device)
-    extra_args: dict[str, Any] = {"cond": cond, "uncond": uncond, **conditions}
-    beside = as_network(pipeline.unet).in_channels - shape[1]
-    if small is not None:
-        extra_args = seen_by_x4(small, asked.noise_level, rows, next(pipeline.unet.parameters()),
-                                denoiser.inner_model.lift, extra_args)
-    elif beside and not any(map(has_channels, extra_args.values())):
-        with pipeline.at_work("vae"):
-            extra_args = seen_beside(beside, begun, pipeline.vae, shape[2:], denoiser.inner_model.lift, extra_args,
-                                     shown_to(pipeline, asked))
-        begun = begun and begun.unkept() if beside == shape[1] + 1 and refiner is None else begun
-    elif asked.shown and not beside:
-        raise ValueError("a foreground is for a network that relights: load the pipeline with IC-Light's file, offset=")
-    if latents is None:
-        noise = (_noise(asked, shape, rows) if noise is None else noise).to(pipeline.device)
-        latents = noise * sigmas[0] if begun is None else begun.x(noise, rows)
+    extra_args: Mapping[str, Condition | None] = {"cond": cond, "uncond": uncond, **conditions}
+    shown = refiner is None and not any(map(has_channels, extra_args.values())) and repaints(pipeline)
+    extra_args = begun.seen(pipeline, denoiser.inner_model.lift, extra_args, list(asked.shown.values()), rows)
+    begun = begun.unkept() if shown else begun
+    sigmas, x = begun.sigmas.to(pipeline.device), begun.latents
+    if x is None:
+        noise = _noise(asked, (len(rows), *begun.shape), rows) if noise is None else noise
+        x = begun.x(noise.to(pipeline.device), rows)
     model, extra_args, fresh = _model(pipeline, refiner, rule, get_sampler(sampler).cfg_pp, extra_args, sigmas)
-    sample = _way(sampler, begun, fresh)
+    sample = begun.method(sampler, sigmas, fresh)
     with ExitStack() as at_work:
         for system in [pipeline] if refiner is None else [pipeline, refiner.pipeline]:
             at_work.enter_context(system.at_work("unet", "tsc"))
-        latents = sample(model, latents.to(pipeline.device), sigmas, extra_args=extra_args, callback=callback,
-                         disable=not progress, seeds=rows, **asked.of_method)
+        x = sample(begun.kept(model, sigmas.device), x.expand(len(rows), -1, -1, -1).to(sigmas.device), sigmas,
+                   extra_args=extra_args, callback=callback, disable=not progress, seeds=rows, **asked.of_method)
     if hires is not None:
+        more.pop("start", None)
         again = {"uncond": uncond, "guidance": guidance, "sampler": sampler, **more, **hires.said()}
         sigmas = hires.sigmas(pipeline, schedule, steps)
-        latents, rows = hires.start(pipeline, latents, sigmas[0], rows)
-        return draw(hires.pipeline(pipeline), again.pop("cond", cond), latents=latents, sigmas=sigmas, seeds=rows,
+        x, rows = hires.start(pipeline, x, sigmas[0], rows)
+        return draw(hires.pipeline(pipeline), again.pop("cond", cond), latents=x, sigmas=sigmas, seeds=rows,
                     refiner=refiner, callback=callback, progress=progress, **again)
     with pipeline.at_work("vae"):
-        images = to_images(pipeline.vae.decode(latents.to(pipeline.vae.dtype)))
-    return images if begun is None else [begun.canvas.back(image) for image in images]
+        images = to_images(decoded(pipeline, x))
+    return [begun.back(image) for image in images]
+
+
+def decoded(pipeline: Pipeline, latents: Tensor) -> Tensor:
+    """Latents [B, C, h, w] as pictures [B, 3, H, W]; a panorama's whole way round, so that its edges meet."""
+    beyond = min(SEEN, latents.shape[3]) if getattr(pipeline.unet, "wraps", False) else 0
+    around = torch.cat([latents[..., -beyond:], latents, latents[..., :beyond]], 3) if beyond else latents
+    pictures = pipeline.vae.decode(around.to(pipeline.vae.dtype))
+    side = beyond * pipeline.vae.factor
+    return pictures[..., side:-side] if beyond else pictures
 
 
 def _noise(asked: FromPicture, shape: tuple[int, int, int, int], seeds: Sequence[int]) -> Tensor:
@@ -157,15 +145,6 @@ def _model(pipeline: Pipeline, refiner: Refiner | None, rule: Guidance | float, 
     return both, args, both.changes(sigmas.tolist())
 
 
-def _way(sampler: str, begun: Beginning | None, fresh: list[int]) -> Callable[..., Tensor]:
-    """The sampler, in segments where some steps begin anew."""
-    if begun is not None:
-        return partial(begun.sample, sampler, fresh=fresh)
-    if fresh and sampler not in RANGE_SAMPLERS:
-        return partial(sample_in_segments, sampler, fresh=fresh)
-    return get_sampler(sampler).function
-
-
 def guided(pipeline: Pipeline, conditions: Mapping[str, Condition | None], rule: Guidance | float,
            cfg_pp: bool) -> dict[str, Any]:
     """What the pipeline's denoiser is called with: the conditions and, where no rule has it, the scale.
@@ -181,50 +160,11 @@ def guided(pipeline: Pipeline, conditions: Mapping[str, Condition | None], rule:
                                   for name, each in conditions.items()}}
 
 
-def begin_from(pipeline: Pipeline, asked: FromPicture, schedule: str, steps: int, width: int | None,
-               height: int | None, sigmas: Tensor | None = None) -> Beginning:
-    """Where a run from the start picture begins. width, height: None for the picture's own (`Canvas.of`)."""
-    given = None if (width, height) == (None, None) else picture_size(pipeline, width, height)
-    if asked.strength is None and edits(pipeline) and not asked.shown:
-        asked = replace(asked, strength=1.0)
-    canvas = Canvas.of(asked, given, picture_size(pipeline, None, None), pipeline.vae.factor)
-    with pipeline.at_work("vae"):
-        return Beginning.of(canvas, pipeline.vae, pipeline.denoiser(), schedule, whole("steps", steps), sigmas)
-
-
-def small_of(pipeline: Pipeline, asked: FromPicture) -> Image.Image | None:
-    """The picture that the x4 upscaler enlarges; None for other networks. ValueError for what it cannot be told."""
-    if pipeline.purpose != X4 or asked.start is None:
-        if asked.noise_level != FromPicture.noise_level:
-            raise ValueError("noise_level is told to the x4 upscaler, and this is no such network")
-        return None
-    own = [each for each in fields(FromPicture) if each.name not in (*FromNoise.names(), "start", "noise_level")]
-    if said := [each.name for each in own if getattr(asked, each.name) != each.default]:
-        raise ValueError(f"the x4 upscaler draws the whole start picture four times as large, without {said[0]}")
-    known = getattr(pipeline.unet.config, "classes", None) or LEVELS + 1
-    if not 0 <= asked.noise_level < known:
-        raise ValueError(f"noise_level is a whole number from 0 to {known - 1}, got {asked.noise_level}")
-    return read_picture(asked.start)[0]
-
-
-def edits(pipeline: Pipeline) -> bool:
-    """Whether the network sees a whole picture beside x, to edit it (InstructPix2Pix)."""
-    own = 2 * pipeline.vae.config.latent_channels
-    return pipeline.purpose != RELIT and as_network(pipeline.unet).in_channels == own
-
-
-def shown_to(pipeline: Pipeline, asked: FromPicture) -> list[Source]:
-    """The pictures for a network that relights. ValueError where one that is known to do so is given none."""
-    if pipeline.purpose == RELIT and not asked.shown:
-        raise ValueError("this network relights a picture: give it as foreground, best transparent around the thing")
-    return list(asked.shown.values())
-
-
-def _asked(more: Mapping[str, Any]) -> tuple[FromPicture, Beginning | None, dict[str, Any]]:
+def _asked(more: Mapping[str, Any]) -> tuple[FromPicture, Start | None, dict[str, Any]]:
     """What of a call is about a start picture and the noise, and the rest: conditions."""
     given = {name: value for name, value in more.items() if name in FromPicture.names()}
     rest = {name: value for name, value in more.items() if name not in given}
-    begun = given.pop("start") if isinstance(given.get("start"), Beginning) else None
+    begun = given.pop("start") if isinstance(given.get("start"), Start) else None
     allowed = {"eta", "s_noise", "s_churn", "variation", "variation_seed", *SHOWN}
     if begun is not None and (twice := given.keys() - allowed):
         raise ValueError(f"{min(twice)} was said when the beginning was made")
@@ -283,39 +223,6 @@ def seed_rows(seeds: int | Sequence[int], rows: int | None = None) -> list[int]:
 def several(seeds: object) -> bool:
     """Whether they are a sequence or an array of seeds, rather than one."""
     return isinstance(seeds, Iterable) and not isinstance(seeds, str) and getattr(seeds, "ndim", None) != 0
-
-
-def latent_shape(pipeline: Pipeline, width: int | None, height: int | None, rows: int,
-                 given: Tensor | None = None) -> tuple[int, int, int, int]:
-    """[B, C, h, w] of the latents. ValueError for a size that the decoder cannot do, or that is not the given start's.
-    """
-    factor, channels = pipeline.vae.factor, pipeline.vae.config.latent_channels
-    if given is not None:
-        if given.shape[1] != channels:
-            raise ValueError(f"this model's latents have {channels} channels, got {list(given.shape)}")
-        h, w = given.shape[2:]
-        if (width, height) not in ((None, None), (w * factor, h * factor)):
-            raise ValueError(f"latents of {h}x{w} are a picture of {w * factor}x{h * factor}, not {width}x{height}: "
-                             "leave out width and height")
-        return rows, channels, h, w
-    width, height = picture_size(pipeline, width, height)
-    return rows, channels, height // factor, width // factor
-
-
-def picture_size(pipeline: Pipeline, width: int | None, height: int | None) -> tuple[int, int]:
-    """Width and height in pixels, the model's own where they are None. ValueError for what the decoder cannot do."""
-    width = whole("width", pipeline.size if width is None else width)
-    height = whole("height", pipeline.size if height is None else height)
-    check_multiples(width, height, pipeline.vae.factor)
-    return width, height
-
-
-def check_multiples(width: int, height: int, multiple: int) -> None:
-    """ValueError unless both sides are multiples of a latent's pixels."""
-    if width % multiple or height % multiple:
-        near = "x".join(str(max(1, round(side / multiple)) * multiple) for side in (width, height))
-        raise ValueError(f"width and height must be multiples of {multiple} for this model, got {width}x{height}: "
-                         f"try {near}")
 
 
 def refuse_unknown(function: Callable[..., Any], given: Mapping[str, Any], other_words: Mapping[str, str],

@@ -1,13 +1,15 @@
 """What is asked of the network itself, whatever the prompt: the part of a `Request` that is about it."""
 
+import math
 import re
 import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ella_kd.models.freeu import FreeU
-from ella_kd.models.hidiffusion import Shrink, hidiffusion
+from ella_kd.models.hidiffusion import Shrink, after, hidiffusion
 from ella_kd.models.inside import Change, with_changes
+from ella_kd.models.network import above
 from ella_kd.models.reuse import Reuse
 from ella_kd.models.tiled import Tiled
 from ella_kd.models.tome import ToMe
@@ -62,8 +64,8 @@ class FromInside:
         side, mark, overlap = self.tile.partition(":")
         numbers = [int(n) if n.isdecimal() else -1 for n in (side, overlap if mark else "0")]
         if not 0 <= numbers[1] < numbers[0] or any(n % factor for n in numbers):
-            raise ValueError(f"tile is a side and an overlap less than it, in px, multiples of {factor}: 512:64, got "
-                             f"{self.tile!r}")
+            raise ValueError("tile is a side and an overlap less than it, in px"
+                             f"{f', multiples of {factor}' * (factor > 1)}: 512:64, got {self.tile!r}")
         return numbers[0] // factor, numbers[1] // factor
 
     @property
@@ -76,11 +78,11 @@ class FromInside:
         return tuple(int(number) for number in found.groups() if number)
 
     def changed(self, pipeline: "Pipeline", width: int, height: int, from_text: bool = True,
-                first: bool = False) -> "Pipeline":
+                first: bool = False, begins: float = math.inf) -> "Pipeline":
         """The pipeline with these changes, for pictures of this size; itself without any.
 
         from_text: nothing of a picture is kept. first: a larger pass follows; else it warns of what is for larger
-        pictures alone.
+        pictures alone. begins: the sigma that the run begins at.
         """
         unet, changes = pipeline.unet, list[Change]()
         if self.hidiffusion or self.deep_shrink:
@@ -91,9 +93,14 @@ class FromInside:
                                   f"{width}x{height} as it is", stacklevel=4)
             elif self.hidiffusion:
                 sides = height // pipeline.vae.factor, width // pipeline.vae.factor
-                changes += hidiffusion(unet, *sides, aggressive=from_text)
+                changes += hidiffusion(unet, *sides, aggressive=from_text, schedule=pipeline.noise_schedule,
+                                       begins=begins)
             else:
-                changes.append(Shrink())
+                change = Shrink(sigma_lo=after(0.35, pipeline.noise_schedule))
+                if not above(begins, change.sigma_lo):
+                    warnings.warn(f"deep_shrink acts above sigma {change.sigma_lo:.3g}, and this run begins at "
+                                  f"{begins:.3g}, below it: give it more strength, or take hidiffusion", stacklevel=4)
+                changes.append(change)
         if self.tome:
             changes.append(ToMe(self.tome))
         if self.freeu:

@@ -10,7 +10,6 @@ import click
 from click.core import ParameterSource
 
 from ella_kd.addon_words import read
-from ella_kd.drawing import check_multiples
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.files.checkpoint import parts_at
 from ella_kd.models.files.connector import connector_file
@@ -23,6 +22,7 @@ from ella_kd.models.tokenizers import BPE, find_clip_tokenizer
 from ella_kd.pipeline import MINIATURE, Pipeline
 from ella_kd.placement import Placement
 from ella_kd.request import MODES, Mode, Request, mode_named
+from ella_kd.starting import check_multiples
 
 Command = Callable[..., Any]
 FILES: tuple[Part, ...] = ("checkpoint", "vae", "text_encoder", "tsc", "t5", "clip_tokenizer")

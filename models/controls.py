@@ -50,8 +50,13 @@ class ControlNetwork(Protocol):
         """The parameters that `read` uses."""
         ...
 
-    def residuals(self, x: Tensor, t: Tensor, seen: Context, read: Sequence[Tensor], unet: "UNetConfig") -> Residuals:
-        """What is added for latents x [n, C, h, w] (scaled, as the UNet takes them) at t [n], read [n, ...]."""
+    def residuals(self, x: Tensor, t: Tensor, seen: Context, read: Sequence[Tensor], unet: "UNetConfig",
+                  stages: int | None = None) -> Residuals:
+        """What is added for latents x [n, C, h, w] (scaled, as the UNet takes them) at t [n], read [n, ...].
+
+        stages: how many input blocks will run, so that what belongs deeper may be left out; None for all, and the
+        middle.
+        """
         ...
 
 
@@ -108,8 +113,9 @@ class Control(ForRows):
     def crop(self, box: Box, canvas: tuple[int, int]) -> Self:
         return replace(self, hints=tuple(hint.crop(box, canvas) for hint in self.hints))
 
-    def residuals(self, x: Tensor, t: Tensor, seen: Context, unet: "UNetConfig") -> Residuals:
-        """What is added to these rows, for the whole batch's x [B, C, h, w], t [B] and context."""
+    def residuals(self, x: Tensor, t: Tensor, seen: Context, unet: "UNetConfig",
+                  stages: int | None = None) -> Residuals:
+        """What is added to these rows, for the whole batch's x [B, C, h, w], t [B] and context; stages: see above."""
         weight = self.network.reading()[0]
         if weight.device != x.device:
             raise ValueError(f"the control {self.network.name or type(self.network).__name__} is on {weight.device} "
@@ -121,9 +127,10 @@ class Control(ForRows):
             rows = replace(rows, tokens=self.own.tokens, mask=self.own.mask, vector=vector)
         read = read_hints(self.network, self.hints, (x.shape[2], x.shape[3]), weight)
         found = self.network.residuals(rows_of(x, self.rows).to(weight.dtype), rows_of(t, self.rows),
-                                       rows.to(weight.dtype), read, unet)
-        skips = {i: self._weighed(out, i, len(found.skips)) for i, out in found.skips.items()}
-        middle = None if found.middle is None else self._weighed(found.middle, len(found.skips), len(found.skips))
+                                       rows.to(weight.dtype), read, unet, stages)
+        last = len(unet.channel_mult) * (unet.num_res_blocks + 1)  # the middle, after so many input blocks
+        skips = {i: self._weighed(out, i, last) for i, out in found.skips.items()}
+        middle = None if found.middle is None else self._weighed(found.middle, last, last)
         return Residuals({i: self._scaled(out) for i, out in found.inside.items()}, skips, middle)
 
     def _weighed(self, out: Tensor, i: int, last: int) -> Tensor:
@@ -194,7 +201,10 @@ class Added:
         return x
 
 
-@torch.compiler.disable  # it runs networks of its own, which may be compiled by themselves
-def added(seen: Context, x: Tensor, t: Tensor, unet: "UNetConfig") -> Added:
-    """What the controls of a context add to a UNet's features. Raises ValueError for one that does not fit the UNet."""
-    return Added([(control.rows, control.residuals(x, t, seen, unet)) for control in seen.controls or ()], x.dtype)
+def added(seen: Context, x: Tensor, t: Tensor, unet: "UNetConfig", stages: int | None = None) -> Added:
+    """What the controls of a context add to the features of a UNet that runs so many input blocks, None for all.
+
+    Raises ValueError for one that does not fit the UNet.
+    """
+    return Added([(control.rows, control.residuals(x, t, seen, unet, stages)) for control in seen.controls or ()],
+                 x.dtype)

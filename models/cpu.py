@@ -1,12 +1,13 @@
 """Networks rearranged for inference on a CPU."""
 
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ella_kd.models.around import Around
 from ella_kd.models.attention import attend
 from ella_kd.models.blocks import Attention, FeedForward
 from ella_kd.models.parameters import Recipe, sharing
@@ -28,9 +29,8 @@ def fast_on_cpu(network: M) -> M:
     fp32.
     Of a network made of networks each one is. Raises ValueError for a network that is not fp32 or bf16 on a CPU.
     """
-    each: Any = getattr(network, "each", None)
-    if each is not None:
-        return each(fast_on_cpu)
+    if isinstance(network, Around):
+        return network.each(fast_on_cpu)
     weight = next(network.parameters())
     if weight.dtype not in (torch.float32, torch.bfloat16) or weight.device.type != "cpu":
         raise ValueError("fast_on_cpu takes a network in float32 or bfloat16 on the CPU, got "

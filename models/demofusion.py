@@ -5,14 +5,16 @@ Du et al. 2023, arXiv 2311.16973, sections 3.2 and 3.4; the loop around them is 
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from ella_kd.models.around import AroundOne
 from ella_kd.models.context import Context
-from ella_kd.models.network import Levels, Patches, as_network
+from ella_kd.models.network import Patches, as_network
+from ella_kd.models.patches import Recorder, in_part
 from ella_kd.models.tiled import Tiled
 
 LEAST = 0.01  # of the blur, where the noise is gone
@@ -23,7 +25,7 @@ def fading(t: Tensor, timesteps: int = 1000) -> Tensor:
     return (1 + torch.cos(math.pi * (timesteps - t) / timesteps)) / 2
 
 
-class Dilated(nn.Module):
+class Dilated(AroundOne):
     """A network that sees a picture as k x k interleaved ones of every k-th latent, each of the whole scene.
 
     What it sees is blurred before, so that the small pictures agree, by a Gaussian of 2k - 1 latents whose deviation
@@ -37,23 +39,8 @@ class Dilated(nn.Module):
             raise ValueError(f"a picture is taken apart into k x k others, k at least 1, got {k!r}")
         self.network, self.k, self.sigma, self.at_once = as_network(network), k, sigma, at_once
 
-    in_channels = property(lambda self: self.network.in_channels)
-    out_channels = property(lambda self: self.network.out_channels)
-    dtype = property(lambda self: self.network.dtype)
-    places = property(lambda self: self.network.places)
-    config = property(lambda self: self.network.config)
-    vector_dim = property(lambda self: getattr(self.network, "vector_dim", None))
-    guidance_dim = property(lambda self: getattr(self.network, "guidance_dim", None))
-
-    def compile(self, *args: Any, **options: Any) -> None:
-        self.network.compile(*args, **options)
-
-    def of(self, network: Any) -> "Dilated":
-        return Dilated(network, self.k, self.sigma, self.at_once)
-
-    def at(self, levels: Levels) -> "Dilated":
-        network = self.network.at(levels)
-        return self if network is self.network else self.of(network)
+    def of(self, network: Any, *others: Any) -> Self:
+        return type(self)(network, self.k, self.sigma, self.at_once)
 
     def forward(self, x: Tensor, t: Tensor, context: Context | Tensor, patches: Patches = ()) -> Tensor:
         k, seen = self.k, Context.of(context)
@@ -64,18 +51,22 @@ class Dilated(nn.Module):
         small = _apart((blurred - own_mean) / own_std * std + mean, k)
         channels = None if seen.channels is None else _apart(F.pad(seen.channels, (before, 0, above, 0)), k)
         found: list[Tensor] = []
+        maps: list[dict[Recorder, Recorder]] = []
         for i in range(0, k * k, self.at_once):
             n = min(self.at_once, k * k - i)
             contexts = [seen if channels is None else replace(seen, channels=channels[j]) for j in range(i, i + n)]
-            out = self.network(torch.cat([*small[i:i + n]]), t.repeat(n), Context.stack(contexts), tuple(patches) * n)
+            own = [in_part(patches) for _ in range(n)]
+            out = self.network(torch.cat([*small[i:i + n]]), t.repeat(n), Context.stack(contexts),
+                               [patch for part, _ in own for patch in part])
             found += out.chunk(n)
-        answer = padded.new_empty(len(x), found[0].shape[1], *padded.shape[2:])
-        for i, part in enumerate(found):
-            answer[:, :, i // k::k, i % k::k] = part
-        return answer[:, :, above:, before:]
+            maps += [recorders for _, recorders in own]
+        for whole in maps[0]:
+            received = [F.interpolate(recorders[whole].received, small[0].shape[2:]) for recorders in maps]
+            whole.keep(_together(received, k)[:, :, above:, before:])
+        return _together(found, k)[:, :, above:, before:]
 
 
-class LocalAndGlobal(nn.Module):
+class LocalAndGlobal(AroundOne):
     """DemoFusion's network for a picture k times as large as the network's own: tiles, and the dilated whole.
 
     `LocalAndGlobal(unet, 2, size=64)`: (1 - c) * local + c * global with c = `fading(t)`, so the whole scene decides
@@ -87,31 +78,26 @@ class LocalAndGlobal(nn.Module):
                  overlap: int | tuple[int, int] | None = None, sigma: float = 1.0, at_once: int = 4) -> None:
         super().__init__()
         height, width = size if isinstance(size, tuple) else (size, size)
-        self.tiled = Tiled(network, (height, width), (height // 2, width // 2) if overlap is None else overlap,
+        self.network = as_network(network)
+        self.tiled = Tiled(self.network, (height, width), (height // 2, width // 2) if overlap is None else overlap,
                            at_once=at_once)
-        self.dilated = Dilated(self.tiled.network, k, sigma, at_once)
+        self.dilated = Dilated(self.network, k, sigma, at_once)
 
-    in_channels = property(lambda self: self.tiled.in_channels)
-    out_channels = property(lambda self: self.tiled.out_channels)
-    dtype = property(lambda self: self.tiled.dtype)
-    places = property(lambda self: self.tiled.places)
-    config = property(lambda self: self.tiled.config)
-    vector_dim = property(lambda self: self.tiled.vector_dim)
-    guidance_dim = property(lambda self: self.tiled.guidance_dim)
-
-    def compile(self, *args: Any, **options: Any) -> None:
-        self.tiled.compile(*args, **options)
-
-    def at(self, levels: Levels) -> "LocalAndGlobal":
-        network = self.tiled.network.at(levels)
-        if network is self.tiled.network:
-            return self
-        return LocalAndGlobal(network, self.dilated.k, self.tiled.tiles.size, self.tiled.tiles.overlap,
-                              self.dilated.sigma, self.dilated.at_once)
+    def of(self, network: Any, *others: Any) -> Self:
+        return type(self)(network, self.dilated.k, self.tiled.tiles.size, self.tiled.tiles.overlap,
+                          self.dilated.sigma, self.dilated.at_once)
 
     def forward(self, x: Tensor, t: Tensor, context: Context | Tensor, patches: Patches = ()) -> Tensor:
-        local, whole = self.tiled(x, t, context, patches), self.dilated(x, t, context, patches)
-        return torch.lerp(local, whole, fading(t).to(local.dtype)[:, None, None, None])
+        (near, tiles), (far, apart) = in_part(patches), in_part(patches)
+        local, whole = self.tiled(x, t, context, near), self.dilated(x, t, context, far)
+        share = fading(t).to(local.dtype)[:, None, None, None]
+        start = 0
+        for rows, patch in patches:
+            if isinstance(patch, Recorder):
+                one, other = (F.interpolate(own[patch].received, x.shape[2:]) for own in (tiles, apart))
+                patch.keep(torch.lerp(one, other, share[start:start + rows]))
+            start += rows
+        return torch.lerp(local, whole, share)
 
 
 def blur(x: Tensor, size: int, sigma: Tensor) -> Tensor:
@@ -126,3 +112,11 @@ def blur(x: Tensor, size: int, sigma: Tensor) -> Tensor:
 
 def _apart(x: Tensor, k: int) -> list[Tensor]:
     return [x[:, :, i::k, j::k] for i in range(k) for j in range(k)]
+
+
+def _together(parts: list[Tensor], k: int) -> Tensor:
+    """What `_apart` took apart."""
+    whole = parts[0].new_empty(*parts[0].shape[:2], *(k * side for side in parts[0].shape[2:]))
+    for i, part in enumerate(parts):
+        whole[:, :, i // k::k, i % k::k] = part
+    return whole

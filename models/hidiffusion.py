@@ -18,11 +18,22 @@ from torch import Tensor
 
 from ella_kd.models.blocks import Attention, Downsample
 from ella_kd.models.inside import Change, places_on
+from ella_kd.models.noise_schedule import EDMSchedule, NoiseSchedule
 from ella_kd.models.patches import Patch, SelfAttentionPatch
 from ella_kd.models.unet import UNet
 
-# Sigmas of Stable Diffusion's schedule after so many percent of the timesteps.
-AFTER_16, AFTER_30, AFTER_35, AFTER_40, AFTER_70 = 6.142, 3.325, 2.739, 2.280, 0.832
+SD15 = NoiseSchedule.sd15()
+
+
+def after(share: float, schedule: NoiseSchedule | EDMSchedule = SD15, begins: float = math.inf) -> float:
+    """The sigma where this share of the timesteps is done, of a run that begins at a sigma; an EDM model's timesteps
+    are logarithms of sigma, as ComfyUI's percents of it are."""
+    t, end = (schedule.sigma_to_t(torch.tensor([sigma], dtype=torch.float64))
+              for sigma in (min(begins, schedule.sigma_max), schedule.sigma_min))
+    return float(schedule.t_to_sigma(t + share * (end - t)))
+
+
+AFTER_35, AFTER_40, AFTER_70 = (after(share) for share in (0.35, 0.4, 0.7))  # 2.739, 2.280, 0.832
 
 
 @dataclass(frozen=True)
@@ -141,24 +152,28 @@ def _sized(grid: Tensor, size: tuple[int, int] | list[int]) -> Tensor:
     return F.interpolate(grid.movedim(3, 1), list(size), mode="bicubic").movedim(1, 3)
 
 
-def hidiffusion(unet: Any, height: int, width: int, aggressive: bool = True) -> tuple[Change, ...]:
+def hidiffusion(unet: Any, height: int, width: int, aggressive: bool = True,
+                schedule: NoiseSchedule | EDMSchedule = SD15, begins: float = math.inf) -> tuple[Change, ...]:
     """HiDiffusion as published (arXiv 2311.17528), for latents of this height and width: RAU-Net and MSW-MSA.
 
-    unet: what has its config. Its shares of the steps are shares of the timesteps here, stated in sigma. SD1.x, SD2.x:
-    the first downsampler with a wider stride, and from 256 latents on pooling below it; SDXL, which has three levels:
-    pooling, and from 512 latents on the second downsampler. aggressive, for SDXL below 512: that downsampler first, and
-    pooling after, as published for pictures from text alone. Meant for sizes beyond those of the training.
+    unet: what has its config. Its shares of a run's steps are shares of the timesteps here, stated in sigma: of the
+    model's schedule, from where the run begins (a start picture, a second pass). SD1.x, SD2.x: the first downsampler
+    with a wider stride, and from 256 latents on pooling below it; SDXL, which has three levels: pooling, and from 512
+    latents on the second downsampler. aggressive, for SDXL below 512: that downsampler first, and pooling after, as
+    published for pictures from text alone, and not for EDM's (Playground). The published code's other shares, for
+    SDXL-Turbo and beside a ControlNet (both .5), are left to `sigma_lo`. Meant for sizes beyond those of the training.
     """
+    strong, medium, weak, faint = (after(share, schedule, begins) for share in (0.16, 0.3, 0.4, 0.7))
     blocks = unet.config.num_res_blocks + 1
     sdxl = len(unet.config.channel_mult) == 3
     large = min(height, width) >= (512 if sdxl else 256)
-    pooled = Shrink(blocks + 1, skip=True, pooled=True, sigma_lo=AFTER_40)
-    strided = WiderStride(2 * blocks if sdxl else blocks)
+    pooled = Shrink(blocks + 1, skip=True, pooled=True, sigma_lo=weak)
+    strided = WiderStride(2 * blocks if sdxl else blocks, sigma_lo=weak)
     if large:
         first, second = (pooled, strided) if sdxl else (strided, pooled)
-        sizes: tuple[Change, ...] = replace(first, sigma_lo=AFTER_70), replace(second, sigma_lo=AFTER_30)
-    elif sdxl and aggressive:
-        sizes = replace(strided, sigma_lo=AFTER_16), replace(pooled, sigma_hi=AFTER_16)
+        sizes: tuple[Change, ...] = replace(first, sigma_lo=faint), replace(second, sigma_lo=medium)
+    elif sdxl and aggressive and not isinstance(schedule, EDMSchedule):
+        sizes = replace(strided, sigma_lo=strong), replace(pooled, sigma_hi=strong)
     else:
         sizes = (pooled if sdxl else strided,)
     return *sizes, WindowAttention()

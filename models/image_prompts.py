@@ -72,7 +72,6 @@ class Seen(ForRows):
         return attn.attend(q, k, v, attn.heads) * self.strengths
 
 
-@torch.compiler.disable
 def ready(images: Sequence[ImagePrompt], unet: Any) -> tuple[Seen, ...]:
     """Image prompts as a UNet's blocks take them. Raises ValueError for one that does not fit the UNet."""
     found = []

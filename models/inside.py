@@ -14,18 +14,18 @@ to a pipeline, `replace(sd, unet=Inside(sd.unet, ...))`. A change of your own is
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Self
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ella_kd.models.around import Around, AroundOne
 from ella_kd.models.context import Context
-from ella_kd.models.network import Deep, Levels, Patches, above
-from ella_kd.models.networks import ByRow, Several
+from ella_kd.models.network import Deep, Levels, Patches, check_window, within
+from ella_kd.models.networks import ByRow
 from ella_kd.models.patches import Patch
 from ella_kd.models.unet import UNet
 
@@ -41,8 +41,7 @@ class Change:
     sigma_lo: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sigma_lo < self.sigma_hi:
-            raise ValueError(f"a window needs 0 <= sigma_lo < sigma_hi, got {self.sigma_lo} and {self.sigma_hi}")
+        check_window(self.sigma_lo, self.sigma_hi)
 
     def on(self, unet: UNet) -> "Change":
         """The same, with what it leaves to the UNet filled in. ValueError where the UNet has no place for it."""
@@ -50,7 +49,7 @@ class Change:
 
     def at(self, level: float) -> "Change | None":
         """What it is at a sigma; None where it changes nothing."""
-        return self if above(level, self.sigma_lo) and not above(level, self.sigma_hi) else None
+        return self if within(level, self.sigma_lo, self.sigma_hi) else None
 
     @property
     def patches(self) -> tuple[Patch, ...]:
@@ -74,7 +73,7 @@ class Change:
         return x, skip
 
 
-class Inside(nn.Module):
+class Inside(AroundOne):
     """A UNet with changes, a `models.network.Network`: `Inside(unet, FreeU(1.5, 1.6, 0.9, 0.2), ...)`.
 
     At a sigma where none of the changes holds it is the UNet itself. Changes act in the order given; what a guidance
@@ -82,7 +81,6 @@ class Inside(nn.Module):
     before or after. Raises TypeError for another network, ValueError for two changes of one transformer at one sigma.
     """
 
-    unet: UNet
     changes: tuple[Change, ...]
 
     def __init__(self, unet: "UNet | Inside", *changes: Change) -> None:
@@ -94,7 +92,7 @@ class Inside(nn.Module):
         for change in changes:
             if not isinstance(change, Change):
                 raise TypeError(f"Inside takes changes, such as FreeU(), got {type(change).__name__}")
-        self.unet = inner
+        self.network = inner
         before = unet.changes if isinstance(unet, Inside) else ()
         self.changes = (*before, *(change.on(inner) for change in changes))
         self.now: tuple[Change, ...] = ()  # what holds, once sigma is known
@@ -105,45 +103,12 @@ class Inside(nn.Module):
                                  "windows of sigma that do not meet, or other places")
 
     @property
-    def in_channels(self) -> int:
-        return self.unet.in_channels
+    def unet(self) -> UNet:
+        return self.network
 
-    @property
-    def out_channels(self) -> int:
-        return self.unet.out_channels
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        return self.unet.places
-
-    @property
-    def config(self) -> Any:
-        return self.unet.config
-
-    @property
-    def vector_dim(self) -> int | None:
-        return self.unet.vector_dim
-
-    @property
-    def guidance_dim(self) -> int | None:
-        return self.unet.guidance_dim
-
-    @property
-    def networks(self) -> tuple[UNet, ...]:
-        """The UNet: what a LoRA changes (`models.networks.Several` has several)."""
-        return (self.unet,)
-
-    def each(self, f: Callable[[Any], Any]) -> "Inside":
-        """The same changes of f(the UNet)."""
-        return Inside(f(self.unet), *self.changes)
-
-    def compile(self, **options: Any) -> None:
-        """Compile the UNet in place; each set of changes that holds at some sigma is a graph of its own."""
-        self.unet.compile(**options)
+    def of(self, network: Any, *others: Any) -> Self:
+        """The same changes of another UNet."""
+        return type(self)(network, *self.changes)
 
     def at(self, levels: Levels) -> Any:
         now = [tuple(found for change in self.changes if (found := change.at(level)) is not None) for level in levels]
@@ -167,11 +132,12 @@ class Inside(nn.Module):
 
 
 def with_changes(network: Any, *changes: Change) -> Any:
-    """A network with changes in every UNet of it: of networks by sigma or by row, each."""
+    """A network with changes in every UNet of it: of networks around others, each."""
     if not changes:
         return network
-    return network.each(lambda one: with_changes(one, *changes)) if isinstance(network, Several) \
-        else Inside(network, *changes)
+    if isinstance(network, Around) and not isinstance(network, Inside):
+        return network.each(lambda one: with_changes(one, *changes))
+    return Inside(network, *changes)
 
 
 def _places(change: Change) -> Sequence[str]:

@@ -33,6 +33,17 @@ def above(level: float, boundary: float) -> bool:
     return bool(np.float32(level) > np.float32(boundary))
 
 
+def check_window(sigma_lo: float, sigma_hi: float) -> None:
+    """Raises ValueError unless 0 <= sigma_lo < sigma_hi."""
+    if not 0 <= sigma_lo < sigma_hi:
+        raise ValueError(f"a window needs 0 <= sigma_lo < sigma_hi, got {sigma_lo} and {sigma_hi}")
+
+
+def within(level: float, sigma_lo: float, sigma_hi: float) -> bool:
+    """sigma_lo < level <= sigma_hi, as `above` compares."""
+    return above(level, sigma_lo) and not above(level, sigma_hi)
+
+
 class Network(Protocol):
     """What predicts eps, v or EDM's F; whoever keeps this composes with every denoiser, rule and sampler.
 

@@ -8,21 +8,24 @@ of one network share what no LoRA has touched, so that each costs no more than i
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby, pairwise
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ella_kd.models.around import Around
 from ella_kd.models.context import Context
 from ella_kd.models.devices import upload
 from ella_kd.models.network import Levels, Patches, above
+from ella_kd.models.patches import Recorder, in_part
 
 ALIKE = ("in_channels", "out_channels", "dtype", "vector_dim", "guidance_dim")
 
 
-class Several(nn.Module):
+class Several(Around):
     """What is made of networks of equal inputs, outputs and dtype.
 
     networks: in their order, one may come more than once. Raises ValueError for none, or for networks that differ,
@@ -44,53 +47,6 @@ class Several(nn.Module):
                                  f"{', '.join(map(str, values))}")
         self.networks: Any = nn.ModuleList(networks)
 
-    def each(self, f: Callable[[Any], Any]) -> Self:
-        """The same made of f(network), f called once for each network that comes more than once."""
-        found: dict[int, Any] = {}
-        for network in self.networks:
-            if id(network) not in found:
-                found[id(network)] = f(network)
-        return self.of([found[id(network)] for network in self.networks])
-
-    def of(self, networks: Sequence[Any]) -> Self:
-        """The same of other networks."""
-        return type(self)(networks)
-
-    @property
-    def in_channels(self) -> int:
-        return self.networks[0].in_channels
-
-    @property
-    def out_channels(self) -> int:
-        return self.networks[0].out_channels
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.networks[0].dtype
-
-    @property
-    def vector_dim(self) -> int | None:
-        return getattr(self.networks[0], "vector_dim", None)
-
-    @property
-    def guidance_dim(self) -> int | None:
-        return getattr(self.networks[0], "guidance_dim", None)
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """Where a patch can act in all of them."""
-        first, *rest = (network.places for network in self.networks)
-        return tuple(place for place in first if all(place in other for other in rest))
-
-    @property
-    def config(self) -> Any:
-        return self.networks[0].config
-
-    def compile(self, **options: Any) -> None:
-        """Compile each network in place: what is called is one of them."""
-        for network in {id(network): network for network in self.networks}.values():
-            network.compile(**options)
-
 
 class BySigma(Several):
     """One network after another as the noise falls: `BySigma(high, low, at=5.0)`, as `Switch` is of conditions.
@@ -108,8 +64,8 @@ class BySigma(Several):
             raise ValueError(f"{len(networks)} networks by sigma need {len(networks) - 1} falling sigmas between them, "
                              f"got {list(self.boundaries)}")
 
-    def of(self, networks: Sequence[Any]) -> Self:
-        return type(self)(*networks, at=self.boundaries)
+    def of(self, network: Any, *others: Any) -> Self:
+        return type(self)(network, *others, at=self.boundaries)
 
     def at(self, levels: Levels) -> Any:
         """The network that holds; of one level per row, where several do, a `ByRow` of them."""
@@ -134,16 +90,19 @@ class ByRow(Several):
         cond = Stack(*(twin.encode(prompt, "clip") for twin in twins))
         draw(replace(sd, unet=ByRow([twin.unet for twin in twins])), cond, uncond=..., seeds=[7, 7, 7])
 
-    A patch that looks from one row at another, or records a map, needs both in one network. Raises ValueError for a
-    batch of another size, and as `Several` does.
+    A patch that looks from one row at another needs both in one network. Raises ValueError for a batch of another size,
+    and as `Several` does.
     """
+
+    def of(self, network: Any, *others: Any) -> Self:
+        return type(self)((network, *others))
 
     def at(self, levels: Levels) -> Any:
         if len(levels) not in (1, len(self.networks)):
             raise ValueError(f"a network by row was made for {len(self.networks)} rows, got {len(levels)}")
         if len(levels) == 1:
             return self._now(self.each(lambda network: network.at(levels)))
-        return self._now(self.of([network.at((level,)) for network, level in zip(self.networks, levels)]))
+        return self._now(self.of(*(network.at((level,)) for network, level in zip(self.networks, levels))))
 
     def _now(self, found: Self) -> Self:
         return self if all(a is b for a, b in zip(found.networks, self.networks)) else found
@@ -158,11 +117,21 @@ class ByRow(Several):
             rows.setdefault(id(self.networks[row % own]), []).append(row)
         if len(rows) == 1:
             return self.networks[0](x, t, seen, patches)
-        parts = []
+        parts: list[Tensor] = []
+        maps: dict[Recorder, Tensor] = {}
         for wanted in rows.values():
             index = upload(torch.tensor(wanted), x.device)
-            some = [(len(list(run)), patch) for patch, run in groupby(each[row] for row in wanted)] if each else []
+            runs = groupby(each[row] for row in wanted) if each else ()
+            some, recorders = in_part([(len(list(run)), patch) for patch, run in runs])
             parts.append(self.networks[wanted[0] % own](x[index], t[index], seen.take(wanted), some))
+            for whole, part in recorders.items():
+                watched = [row for row, patch in enumerate(each) if patch is whole]
+                received = F.interpolate(part.received, x.shape[2:])  # networks may differ in the sizes of their maps
+                found = maps.setdefault(whole, received.new_zeros(len(watched), 1, *x.shape[2:]))
+                here = torch.tensor([watched.index(row) for row in wanted if each[row] is whole])
+                found[upload(here, x.device)] = received
+        for whole, found in maps.items():
+            whole.keep(found)
         order = [row for wanted in rows.values() for row in wanted]
         back = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
         return torch.cat(parts)[upload(back, x.device)]

@@ -148,32 +148,46 @@ class SkipBlock(Patch):
 
 @dataclass(frozen=True, eq=False)
 class Recorder(SelfAttentionPatch):
-    """Keeps the self-attention map of one block, the first of its place where there are several (SDXL), and changes
-    nothing; made for one call, and no value: two differ.
+    """Keeps how much attention the pixels of one place receive, in the first block of it where there are several
+    (SDXL), and changes nothing; made for one call, and no value: two differ.
 
-    After the call `map` is [b, heads, h * w, h * w] fp32 or fp64, of each head and query the weights of the keys, which
-    sum to 1. Raises ValueError if it is read before.
+    After the call `received` is [b, 1, h, w] fp32 or fp64: what all queries together give a pixel, mean of the heads, 1
+    on average. Its size is the place's; of a call that was made in parts (tiles, rows of several networks), each with a
+    recorder of its own (`in_part`), the latents'. Raises ValueError if it is read before, or after several calls.
     """
 
     place: str
-    _maps: list[tuple[Attention, Tensor]] = field(default_factory=list, init=False, repr=False)
+    _found: list[tuple[Attention | None, Tensor]] = field(default_factory=list, init=False, repr=False)
 
     @property
     def places(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.place,)
 
     @property
-    def map(self) -> Tensor:
-        if len(self._maps) != 1:
-            raise ValueError(f"a recorder holds the map of one call of the UNet, this one saw {len(self._maps)}")
-        return self._maps[0][1]
+    def received(self) -> Tensor:
+        if len(self._found) != 1:
+            raise ValueError("a recorder holds what one plain condition attends to in one call of the UNet, and this "
+                             f"one saw {len(self._found)}: a composition of prompts has one for each")
+        return self._found[0][1]
 
     def attention(self, attn: Attention, x: Tensor, size: tuple[int, int]) -> Tensor:
-        if all(attn is first for first, _ in self._maps):
+        if all(attn is first for first, _ in self._found):
             q, k = (rearrange(y, "b l (h d) -> b h l d", h=attn.heads) for y in (attn.to_q(x), attn.to_k(x)))
             precise = torch.promote_types(x.dtype, torch.float32)
-            self._maps.append((attn, (q.to(precise) @ k.to(precise).mT / math.sqrt(q.shape[-1])).softmax(-1)))
+            weights = (q.to(precise) @ k.to(precise).mT / math.sqrt(q.shape[-1])).softmax(-1)
+            self._found.append((attn, weights.mean(1).sum(1).unflatten(1, size)[:, None]))
         return attn(x, x)
+
+    def keep(self, received: Tensor) -> None:
+        """What was put together of the parts of a call."""
+        self._found.append((None, received))
+
+
+def in_part(patches: Patches) -> tuple[Patches, dict[Any, Recorder]]:
+    """The patches of a part of a call, where recorders are the part's own; and these by the whole call's."""
+    whole: list[Any] = [patch for _, patch in patches]
+    own = {patch: Recorder(patch.place) for patch in whole if isinstance(patch, Recorder)}
+    return [(n, own.get(patch, patch)) for n, patch in patches], own
 
 
 def gaussian_blur(x: Tensor, sigma: float) -> Tensor:

@@ -6,26 +6,26 @@ the run, row by row, and is saved and resumed with it; a network keeps nothing.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ella_kd.models.around import AroundOne
 from ella_kd.models.context import Context
 from ella_kd.models.inside import Inside
-from ella_kd.models.network import Levels, Patches, above
+from ella_kd.models.network import Levels, Patches, check_window, within
 from ella_kd.models.unet import UNet
 
 
-class Reuse(nn.Module):
+class Reuse(AroundOne):
     """A `models.network.Network` that is worked out in part only at most levels of a run: `Reuse(unet, 3)`.
 
     every: how many neighbouring levels of the run's schedule share the deep features, 1 for none; branch: the skip
     below which they lie, 0 the finest. uncond: how many share the whole answer about the uncond, 1 for none. sigma_lo <
     sigma <= sigma_hi: where; elsewhere, and outside of runs, it is the network itself. A run's levels are counted from
     the first in the window. Of a level that a method evaluates twice (Heun) or comes back to (restart), the second
-    evaluation reuses what is still held of the same group. dpm_adaptive and the k-diffusion package's samplers tell no
+    evaluation reuses what is still held of the same group. Where deep features are reused, a ControlNet runs no further
+    than they begin. dpm_adaptive and the k-diffusion package's samplers tell no
     levels beforehand: there nothing is reused, nor inside tiles.
     Raises TypeError for a network whose inside is not known, ValueError for numbers that make no sense.
     """
@@ -36,8 +36,7 @@ class Reuse(nn.Module):
         for name, count in (("every", every), ("uncond", uncond)):
             if type(count) is not int or count < 1:
                 raise ValueError(f"{name} is how many levels share something, a whole number from 1 on, got {count}")
-        if not 0 <= sigma_lo < sigma_hi:
-            raise ValueError(f"a window needs 0 <= sigma_lo < sigma_hi, got {sigma_lo} and {sigma_hi}")
+        check_window(sigma_lo, sigma_hi)
         if every > 1:
             if not isinstance(network, (UNet, Inside)):
                 raise TypeError("the features inside of ella_kd's own UNet are reused, with changes or without, got "
@@ -51,47 +50,9 @@ class Reuse(nn.Module):
         """What is reused, and where."""
         return self.every, self.uncond, self.branch, self.sigma_hi, self.sigma_lo
 
-    @property
-    def in_channels(self) -> int:
-        return self.network.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        return self.network.out_channels
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.network.dtype
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        return self.network.places
-
-    @property
-    def config(self) -> Any:
-        return self.network.config
-
-    @property
-    def vector_dim(self) -> int | None:
-        return getattr(self.network, "vector_dim", None)
-
-    @property
-    def guidance_dim(self) -> int | None:
-        return getattr(self.network, "guidance_dim", None)
-
-    @property
-    def networks(self) -> tuple[Any, ...]:
-        """As of `models.inside.Inside`."""
-        return (self.network,)
-
-    def each(self, f: Callable[[Any], Any]) -> "Reuse":
-        """The same of f(the network)."""
-        return Reuse(f(self.network), self.every, self.uncond, self.branch, sigma_hi=self.sigma_hi,
-                     sigma_lo=self.sigma_lo)
-
-    def compile(self, **options: Any) -> None:
-        """Compile the network in place; what runs where deep features are reused is a graph of its own."""
-        self.network.compile(**options)
+    def of(self, network: Any, *others: Any) -> Self:
+        return type(self)(network, self.every, self.uncond, self.branch, sigma_hi=self.sigma_hi,
+                          sigma_lo=self.sigma_lo)
 
     def groups(self, levels: Levels, planned: Levels) -> tuple[int | None, int | None]:
         """Which group of a run's planned levels shares deep features at these ones, and which the uncond's answer; None
@@ -105,7 +66,7 @@ class Reuse(nn.Module):
         return (n // self.every if self.every > 1 else None), (n // self.uncond if self.uncond > 1 else None)
 
     def _holds(self, level: float) -> bool:
-        return above(level, self.sigma_lo) and not above(level, self.sigma_hi)
+        return within(level, self.sigma_lo, self.sigma_hi)
 
     def at(self, levels: Levels) -> Any:
         """The network itself: what is reused is told by a run."""

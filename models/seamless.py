@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ella_kd.models.around import Around
 from ella_kd.models.parameters import Recipe, sharing
 from ella_kd.models.vae import VAEDownsample
 from ella_kd.models.winograd import WinogradConv2d
@@ -19,11 +20,16 @@ def seamless(network: M) -> M:
     stays as it is and shares its tensors; of a network made of networks each one is changed. Before or after
     `with_lora` and `fast_on_cpu`. A ControlNet beside it keeps its own edges.
     """
-    each: Any = getattr(network, "each", None)
-    if each is not None:
-        return each(seamless)
+    if isinstance(network, Around):
+        return network.each(seamless)
     recipe = Recipe.of(network)
     return replace(recipe, finish=(*recipe.finish, around)).on(around(sharing(network)))
+
+
+def is_seamless(network: Any) -> bool:
+    """Whether something of it is."""
+    return isinstance(network, nn.Module) and any(
+        isinstance(module, nn.Conv2d) and module.padding_mode == "circular" for module in network.modules())
 
 
 def around(network: M) -> M:

@@ -10,18 +10,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from ella_kd.models.added import PIXELS, count_told
+from ella_kd.models.around import AroundOne
 from ella_kd.models.context import Context
-from ella_kd.models.network import Levels, Patches, as_network
+from ella_kd.models.network import Patches, as_network
 from ella_kd.models.partial import Box, cut, rows_of, runs
-
-if TYPE_CHECKING:
-    from ella_kd.models.patches import Patch
+from ella_kd.models.patches import Patch, Recorder, in_part
+from ella_kd.models.seamless import is_seamless
 
 Where = Sequence[Tensor | None]
 """Of each answer of a call (cond, uncond, the prompt of a region), all of as many rows: where in the picture it counts,
@@ -54,7 +55,7 @@ class Tiles:
         return rows[:, None] * columns
 
 
-class Tiled(nn.Module):
+class Tiled(AroundOne):
     """A `models.network.Network` around another one: `Tiled(unet, 64, 16)`, sizes in latents, each a number or
     (height, width).
 
@@ -63,7 +64,7 @@ class Tiled(nn.Module):
     channels and controls, and SDXL's sizes as those of a crop of the picture. Where a prompt counts for a part of the
     picture only (`Regions`), only the tiles there are asked about it. A picture as large as one tile is the network's
     own answer, bit for bit; a pointwise network's answer is the same in tiles. Raises ValueError for tiles that cannot
-    cover a picture.
+    cover a picture, and for a seamless network.
     """
 
     takes_where = True
@@ -80,48 +81,20 @@ class Tiled(nn.Module):
             raise ValueError(f'the weights of tiles are "uniform" or "gaussian", got {weights!r}')
         if type(at_once) is not int or at_once < 1:
             raise ValueError(f"at_once is how many tiles go into one call, at least 1, got {at_once!r}")
+        if is_seamless(network):
+            raise ValueError("each tile of a seamless network would meet itself at its edges: give tiles an ordinary "
+                             "one, wrap=True for a panorama")
         self.network, self.at_once = as_network(network), at_once
         self.tiles = Tiles(sizes, overlaps, weights, wrap)
 
-    @property
-    def in_channels(self) -> int:
-        return self.network.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        return self.network.out_channels
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.network.dtype
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        return self.network.places
-
-    @property
-    def config(self) -> Any:
-        return self.network.config
-
-    @property
-    def vector_dim(self) -> int | None:
-        return getattr(self.network, "vector_dim", None)
-
-    @property
-    def guidance_dim(self) -> int | None:
-        return getattr(self.network, "guidance_dim", None)
-
-    def compile(self, *args: Any, **options: Any) -> None:
-        """Compile the network in place: tiles have one size, so one compilation serves pictures of every size."""
-        self.network.compile(*args, **options)
-
-    def of(self, network: Any) -> "Tiled":
+    def of(self, network: Any, *others: Any) -> Self:
         """The same tiles of another network."""
-        return Tiled(network, self.tiles.size, self.tiles.overlap, self.tiles.weights, self.tiles.wrap, self.at_once)
+        return type(self)(network, self.tiles.size, self.tiles.overlap, self.tiles.weights, self.tiles.wrap,
+                          self.at_once)
 
-    def at(self, levels: Levels) -> "Tiled":
-        network = self.network.at(levels)
-        return self if network is self.network else self.of(network)
+    @property
+    def wraps(self) -> bool:
+        return self.tiles.wrap or super().wraps
 
     def extra_repr(self) -> str:
         return f"{self.tiles}"
@@ -136,18 +109,27 @@ class Tiled(nn.Module):
         seen = self._told(x, seen)
         rows = [_wanted(tuple(where), box, len(x)) for box in boxes]
         found: Tensor | None = None
+        maps: dict[Recorder, Tensor] = {}
         for some in _calls([len(own) for own in rows], self.at_once * len(x)):
             mine = [row for k in some for row in rows[k]]
+            own = [in_part(tuple(_of_rows(patches, rows[k]))) for k in some]
             out = self.network(
                 torch.cat([cut(rows_of(x, rows[k]), boxes[k]) for k in some]), rows_of(t, mine),
                 Context.stack([_crop(seen.take(rows[k]), boxes[k], canvas) for k in some]),
-                tuple(own for k in some for own in _of_rows(patches, rows[k])))
+                [patch for part, _ in own for patch in part])
             if found is None:
                 found = out.new_zeros(len(x), out.shape[1], *canvas,
                                       dtype=torch.promote_types(out.dtype, torch.float32))
             shares = _shares(self.tiles, canvas, out.device, found.dtype)
             for k, answer in zip(some, out.to(found.dtype).split([len(rows[k]) for k in some]), strict=True):
                 _blend(found, answer, rows[k], boxes[k], shares[k])
+            for k, (_, recorders) in zip(some, own, strict=True):
+                for whole, part in recorders.items():
+                    received = F.interpolate(part.received, boxes[k][2:])
+                    mean = maps.setdefault(whole, received.new_zeros(len(received), 1, *canvas))
+                    _blend(mean, received, range(len(mean)), boxes[k], shares[k])
+        for whole, mean in maps.items():
+            whole.keep(mean)
         assert found is not None
         return found.to(out.dtype)
 
@@ -231,7 +213,7 @@ def _wanted(where: tuple[Tensor | None, ...], box: Box, batch: int) -> tuple[int
                  for row in range(i * own, (i + 1) * own))
 
 
-def _of_rows(patches: Patches, rows: Sequence[int]) -> Iterator[tuple[int, "Patch | None"]]:
+def _of_rows(patches: Patches, rows: Sequence[int]) -> Iterator[tuple[int, Patch | None]]:
     """The patches of a tile's rows, with the rows each had together: it may look from one at another."""
     start = 0
     for count, patch in patches:

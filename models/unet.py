@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from ella_kd.models.blocks import Layers, ResBlock, SpatialTransformer, TransformerBlock, Upsample, resized
 from ella_kd.models.context import Context
-from ella_kd.models.controls import added
 from ella_kd.models.encoder import Encoder, transformer
-from ella_kd.models.image_prompts import ready
 from ella_kd.models.network import Deep, Levels, Patches
 from ella_kd.models.parameters import zero_init
 from ella_kd.models.patches import for_all
@@ -241,12 +239,17 @@ class UNet(Encoder):
         if patches:
             self._check_patches(patches, len(x))
         emb = self._embedding(x, t, seen)
-        images = ready(seen.images, self) if seen.images else ()
-        more = added(seen, latents, t, self.config) if seen.controls else None
+        stages = None if given is None or deep is None else deep.branch + 1
+        images: Any = ()
+        more: Any = None
+        if seen.images:
+            from ella_kd.models.uncompiled import ready
+            images = ready(seen.images, self)
+        if seen.controls:
+            from ella_kd.models.uncompiled import added
+            more = added(seen, latents, t, self.config, stages)
         skips: list[Tensor] = []
-        for n, stage in enumerate(self.input_blocks):
-            if given is not None and deep is not None and n > deep.branch:
-                break
+        for n, stage in enumerate(self.input_blocks[:stages]):
             wider = 1
             for change in changes:
                 wider *= change.wider(n)

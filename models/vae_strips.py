@@ -62,7 +62,8 @@ class Moments:
 class Map:
     """A feature map of one picture, by its rows: read(a, b) -> [1, C, b - a, w] in the dtype and on the device of like.
 
-    shape: C, h, w. moments: of the whole map, where they have been taken. store: where it is held, if it is.
+    shape: C, h, w. moments: of the whole map, where they have been taken. store: where it is held, if it is. widest:
+    the most channels on the way from held maps to this one, which a strip has to leave room for.
     """
 
     shape: torch.Size
@@ -70,16 +71,17 @@ class Map:
     read: Callable[[int, int], Tensor]
     moments: Moments | None = None
     store: "Store | None" = None
+    widest: int = 0
 
     def strips(self) -> Iterator[tuple[int, int]]:
         """From where to where the rows of each strip go."""
         channels, h, w = self.shape
-        rows = max(1, STRIP // (channels * w * self.like.element_size()))
+        rows = max(1, STRIP // (max(channels, self.widest) * w * self.like.element_size()))
         return ((a, min(a + rows, h)) for a in range(0, h, rows))
 
     def to(self, shape: Sequence[int], read: Callable[[int, int], Tensor]) -> "Map":
         """Another map, worked out from this one."""
-        return Map(torch.Size(shape), self.like, read)
+        return Map(torch.Size(shape), self.like, read, widest=max(self.shape[0], self.widest, shape[0]))
 
 
 class Store:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from ella_kd.samplers.registry import COMPATIBLE_SCHEDULES, schedule
@@ -26,7 +26,7 @@ __all__ = [
 def get_sigmas_beta_comfyui(n: int, model_or_sigmas: Any, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
     """ComfyUI's "beta": timesteps rounded, equal ones dropped. Returns at most n + 1, ending in 0."""
     table = sigma_table(model_or_sigmas)
-    t = np.rint(stats.beta.ppf(1 - np.arange(count(n)) / n, alpha, beta) * (len(table) - 1)).astype(int)
+    t = np.rint(special.betaincinv(alpha, beta, 1 - np.arange(count(n)) / n) * (len(table) - 1)).astype(int)
     return _walkable("beta_comfyui", n, np.append(table[np.unique(t)[::-1]], 0.0))
 
 
@@ -36,7 +36,7 @@ def get_sigmas_beta_a1111(
 ) -> Tensor:
     """A1111's "Beta": sigma itself, not t, at the Beta distribution's quantiles. Returns [n + 1], ending in 0."""
     low, high = sigma_range(sigma_min, sigma_max)
-    share = stats.beta.ppf(1 - np.linspace(0, 1, count(n)), alpha, beta)
+    share = special.betaincinv(alpha, beta, 1 - np.linspace(0, 1, count(n)))
     return _walkable("beta_a1111", n, np.append(low + share * (high - low), 0.0))
 
 

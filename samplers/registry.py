@@ -74,7 +74,9 @@ class Schedule:
 
 
 SAMPLERS: dict[str, Sampler] = {}
+"""Every sampler by name, in the order of the tables, those registered from outside after them."""
 SCHEDULES: dict[str, Schedule] = {}
+"""Every schedule by name."""
 COMPATIBLE_SCHEDULES: dict[str, Schedule] = {}
 """What other programs mean by a name where `SCHEDULES` means something else; not all give n + 1 values, or end in 0."""
 RANGE_SAMPLERS: dict[str, Sampler] = {}

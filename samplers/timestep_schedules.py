@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from ella_kd.samplers.registry import schedule
@@ -44,7 +44,7 @@ def get_sigmas_beta(
     t is not rounded, so that no two are equal: ComfyUI's, which rounds, drops some from n = 139 of 1000 on."""
     table = sigma_table(model_or_sigmas)
     quantiles = 1 - np.arange(count(n)) / n
-    return finish(_log_linear(table, stats.beta.ppf(quantiles, alpha, beta) * (len(table) - 1)), device)
+    return finish(_log_linear(table, special.betaincinv(alpha, beta, quantiles) * (len(table) - 1)), device)
 
 
 @schedule("every (N / n)-th timestep from the last down")

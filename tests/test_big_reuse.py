@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from ella_kd import ELLADenoiser
+from ella_kd.conditioning import Constant
 from ella_kd.guidance import CFG, PAG, SAG, CFGDenoiser, Guidance, GuidedDenoiser, Interval
+from ella_kd.models.addons.controlnet import ControlNet
+from ella_kd.models.addons.t2i import T2IAdapter
 from ella_kd.models.freeu import FreeU
 from ella_kd.models.inside import Inside
 from ella_kd.models.network import Deep
 from ella_kd.models.reuse import Reuse
 from ella_kd.pictures.keep import Keep, Repaint
 from ella_kd.samplers import Run, get_sampler, get_sigmas_karras, load_run, randn, without_history
-from tiny import WIDTH, features, noise, relative, row, tiny_tsc, tiny_unet
+from tiny import WIDTH, features, noise, randomised, relative, row, tiny_tsc, tiny_unet
 
 SEEDS, SHAPE = [7, 8], (2, 4, 4, 6)
 SIGMAS = get_sigmas_karras(6, 0.05, 10.0)
@@ -64,6 +67,23 @@ def test_features_of_the_same_call_are_the_same_answer() -> None:
             assert not torch.equal(other, network(2 * x, t, tokens))
     with pytest.raises(ValueError, match="a branch of this UNet"):
         Reuse(UNET, 2, branch=9)
+
+
+@torch.no_grad()
+def test_a_control_runs_no_further_than_the_features() -> None:
+    """What is left out of it changes no bit, whatever the branch and the factors of guess mode."""
+    net, adapter = randomised(ControlNet.of(UNET, "edges"), 3, 0.1), randomised(T2IAdapter(3, (32, 64)), 5, 0.1)
+    picture = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    x, t = noise(*SHAPE), torch.full((2,), 300.0)
+    cond = Constant(features(3, 3, width=WIDTH)).with_control(net, picture, 0.7, guess="ldm")
+    runs: list[int] = []
+    with net.middle_block.register_forward_hook(lambda *_: runs.append(len(runs))):
+        for seen in (cond(t), cond.with_control(adapter, picture)(t)):
+            for branch in range(len(UNET.output_blocks)):
+                plain = UNET(x, t, seen)
+                _, found = UNET(x, t, seen, deep=Deep(branch))
+                runs.clear()
+                assert torch.equal(UNET(x, t, seen, deep=Deep(branch, found))[0], plain) and not runs
 
 
 def test_off_is_off() -> None:

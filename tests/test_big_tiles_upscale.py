@@ -1,5 +1,6 @@
 """SD upscale: tiles share their noise and fade into one another, each with a prompt of its own; the door records it."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,36 @@ def test_the_door(pipeline: Pipeline, start: bool, tmp_path: Path) -> None:
     assert Request.from_text(picture.settings.parameters()).arguments() == picture.settings.arguments()
 
 
+@pytest.mark.parametrize(("size", "scale", "tile", "want"), [
+    ((33, 47), 2, 16, (64, 96)), ((3, 5), 3.7, None, (12, 20)), ((5, 60), 2, (64, 8), (8, 120)),
+    ((9, 9), 1, 200, (8, 8))])
+def test_any_picture_and_any_tile(pipeline: Pipeline, size: Any, scale: float, tile: Any, want: Any) -> None:
+    picture = upscale(pipeline, speckled(*size), pipeline.encode("a"), uncond=pipeline.encode(""), steps=1,
+                      scale=scale, tile=tile, progress=False)
+    assert picture.size == want
+
+
+def test_what_is_refused_before_anything_is_drawn(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("drawing", "generation", "pictures.upscale"):
+        monkeypatch.setattr(f"ella_kd.{name}.draw", lambda *_, **__: pytest.fail("drawn"))
+    text = pipeline.encode("a")
+    given: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (ValueError, "by 1 to 64, got 0.5", {"scale": 0.5}), (ValueError, "by 1 to 64, got nan", {"scale": math.nan}),
+        (TypeError, "by a number, got '2'", {"scale": "2"}), (ValueError, "tile's width .* got 0", {"tile": 0}),
+        (ValueError, "tile's width .* got 16.0", {"tile": 16.0}), (ValueError, "batch_size .* 0", {"batch_size": 0}),
+        (ValueError, "overlap by less", {"tile": 16, "overlap": -4}), (FileNotFoundError, "at 5x", {"upscaler": "5x"}),
+        (ValueError, "latent enlarges what", {"upscaler": "latent"})]
+    for error, says, each in given:
+        with pytest.raises(error, match=says):
+            upscale(pipeline, speckled(16, 16), text, uncond=text, **each)
+    for way in ({"hires": "2:0.5"}, {"upscale": "tiles:2"}):
+        with pytest.raises(FileNotFoundError, match="no upscaler at 5x"):
+            generate(pipeline, "a", hires_upscaler="5x", progress=False, **way)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("given", "message"), [
-    ({"upscale": "2"}, "tiles:SCALE"), ({"upscale": "tiles:2:3"}, "strength"),
+    ({"upscale": "2"}, "tiles:SCALE"), ({"upscale": "tiles:0.5"}, "by 1 to 64, got 0.5"),
+    ({"upscale": "tiles:2:3"}, "strength"),
     ({"upscale": "tiles:2", "start": "a.png", "strength": 0.5}, "without strength"),
     ({"upscale": "tiles:2", "control": "a.safetensors:b.png"}, "without control")])
 def test_bad_words(given: dict[str, Any], message: str) -> None:

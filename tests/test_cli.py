@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from ella_kd import CFG, Interval, Pipeline, cli, draw, generate, generation, read_settings
+from ella_kd import CFG, Interval, Pipeline, cli, draw, generate, jobs, read_settings
 from ella_kd.cli import last_number
 from ella_kd.guidance.text import known
 from ella_kd.pipeline import MINIATURE
@@ -101,7 +101,7 @@ def test_ctrl_c_keeps_every_finished_batch(run: Run, tmp_path: Path, monkeypatch
             raise KeyboardInterrupt
         return draw(*args, seeds=seeds, **options)
 
-    monkeypatch.setattr(generation, "draw", third_is_stopped)
+    monkeypatch.setattr(jobs, "draw", third_is_stopped)
     done = run("generate", "a", "--batch", "2", "--count", "300000000", "--seed", "5")
     assert done.exit_code == 130
     assert done.stderr.splitlines()[-1] == "stopped: 4 of 300000000 pictures are saved in out"
@@ -303,7 +303,7 @@ def test_a_device_out_of_memory_is_one_line(run: Run, error: Exception, monkeypa
     def exhausted(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(generation, "draw", exhausted)
+    monkeypatch.setattr(jobs, "draw", exhausted)
     done = run("generate", "a")
     assert done.exit_code == 2
     assert done.stderr == "Error: the device is out of memory: try a smaller --batch, --width or --height\n"

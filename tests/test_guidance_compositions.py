@@ -53,7 +53,7 @@ def test_a_rule_on_a_composition(rule: Guidance, name: str) -> None:
         assert branch == UNCOND
         recorder = Recorder(place)
         answer(INNER, X, SIGMA, EMPTY, recorder)
-        maps[branch] = recorder.map
+        maps[branch] = recorder.received
     answers = Answers(X, SIGMA[:, None, None, None], {b: of(b) for b in {COND, *decided.branches}},
                       lambda x, branch: of(branch, x), maps)
     expected = decided(answers)

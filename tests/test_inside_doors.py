@@ -80,12 +80,26 @@ def test_a_lora_by_sigma_is_changed_in_each_of_its_networks() -> None:
     assert Request(PROMPT).changed(sd, 64, 64) is sd
 
 
-def test_the_second_pass_is_changed_at_its_own_size(recwarn: pytest.WarningsRecorder) -> None:
+def test_the_second_pass_is_changed_at_its_own_size(recwarn: pytest.WarningsRecorder,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     sd = Pipeline.miniature()
-    how: dict[str, Any] = {"steps": 2, "seeds": 5, "hires": "2:0.9", "progress": False}
+    how: dict[str, Any] = {"steps": 3, "seeds": 5, "hires": "2:0.5", "progress": False}
+    seen = list[tuple[Any, ...]]()
+    forward = UNet.forward
+
+    def looking(self: UNet, x: Any, t: Any, context: Any, patches: Any = (), changes: Any = (), deep: Any = None,
+                ) -> Any:
+        if x.shape[2:] == (12, 12):
+            seen.append(tuple(type(change) for change in changes))
+        return forward(self, x, t, context, patches, changes, deep)
+
+    monkeypatch.setattr(UNet, "forward", looking)
     changed, plain = (generate(sd, PROMPT, hidiffusion=on, **how)[0] for on in (True, False))
     assert changed.image.size == (96, 96) and changed.image.tobytes() != plain.image.tobytes()
     assert not [each for each in recwarn if "larger than" in str(each.message)]
+    assert seen == [(WiderStride, WindowAttention), (WindowAttention,), (WindowAttention,), (), (), ()]
+    with pytest.warns(UserWarning, match=r"acts above sigma 2\.74, and this run begins at 0\.693"):
+        generate(sd, PROMPT, deep_shrink=True, **how)
 
 
 def test_the_published_numbers_of_each_family() -> None:

@@ -12,13 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ella_kd import And, Box, CFGDenoiser, LDMDenoiser, Mask, Regions
+from ella_kd import And, Box, CFGDenoiser, LDMDenoiser, Mask, Pipeline, Regions
 from ella_kd.conditioning import Channels, Constant
+from ella_kd.drawing import decoded
 from ella_kd.guidance import CFG, GuidedDenoiser, Perturbed, Rescale
 from ella_kd.models import TextFeatures
+from ella_kd.models.addons.lora import LoRA, with_lora
 from ella_kd.models.context import Context
 from ella_kd.models.controls import Control, Hint
+from ella_kd.models.cpu import fast_on_cpu
+from ella_kd.models.freeu import FreeU
+from ella_kd.models.inside import Inside
 from ella_kd.models.patches import IdentityAttention, SelfAttentionPatch
+from ella_kd.models.reuse import Reuse
+from ella_kd.models.seamless import seamless
 from ella_kd.models.tiled import Tiled, Tiles
 from ella_kd.samplers import get_sampler, get_sigmas_karras
 from tiny import WIDTH, PointwiseUNet, features, noise, relative, tiny_unet
@@ -126,6 +133,26 @@ def test_a_panorama_has_no_edge() -> None:
         network = Tiled(unet, 8, 4, wrap=wrap)
         error = relative(network(x.roll(4, 3), t, context), network(x, t, context).roll(4, 3))
         assert error < 1e-12 if wrap else error > 1e-3
+
+
+def test_a_panorama_is_decoded_all_the_way_round() -> None:
+    """Moved around, the same picture but for its norms' .08; the decoder alone draws an edge of nothing, 2 of 2."""
+    pipeline = Pipeline.miniature(device="cpu")
+    z = noise(1, pipeline.vae.config.latent_channels, 6, 48)
+    for unet, close in ((Tiled(pipeline.unet, 6, 3, wrap=True), True), (pipeline.unet, False)):
+        one, other = (decoded(replace(pipeline, unet=Reuse(unet, 1)), each) for each in (z, z.roll(24, 3)))
+        error = float((other - one.roll(24 * pipeline.vae.factor, 3)).detach().abs().max())
+        assert error < 0.3 if close else error > 1, error
+
+
+def test_a_lora_reaches_into_tiles() -> None:
+    unet = tiny_unet()
+    name = "lora_unet_middle_block_1_proj_in"
+    lora = LoRA.of({f"{name}.lora_down.weight": noise(2, 64, 1, 1), f"{name}.lora_up.weight": noise(64, 2, 1, 1)})
+    x, t, context = noise(1, 4, 8, 12), torch.tensor([400.0]), Context(TOKENS)
+    got = with_lora(Tiled(unet, 8, 4), lora)(x, t, context)
+    assert torch.equal(got, Tiled(with_lora(unet, lora), 8, 4)(x, t, context))
+    assert relative(got, Tiled(unet, 8, 4)(x, t, context)) > 1e-4
 
 
 def test_sdxl_is_told_of_each_tile_as_a_crop() -> None:
@@ -258,3 +285,11 @@ def test_perturbed_and_channels_in_a_run() -> None:
 def test_tiles_that_cannot_be_are_refused(args: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Tiled(Listening(), *args)
+
+
+def test_a_seamless_network_is_refused() -> None:
+    unet = tiny_unet()
+    for network in (seamless(unet), Inside(seamless(unet), FreeU()), fast_on_cpu(seamless(unet))):
+        with pytest.raises(ValueError, match="would meet itself"):
+            Tiled(network, 8, 2)
+    Tiled(unet, 8, 2)

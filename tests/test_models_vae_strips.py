@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ella_kd.models import AutoencoderKL, vae, vae_strips
@@ -64,6 +65,21 @@ def test_pictures_that_overflow_are_computed_in_float32(in_strips: pytest.Monkey
         images = network.decode(latents)
     in_strips.setattr(vae, "WHOLE", 1 << 20)
     assert images.isfinite().all() and error(images.float(), network.decode(latents).float()) < 2e-3
+
+
+def test_no_strip_is_larger_than_a_strip(in_strips: pytest.MonkeyPatch) -> None:
+    """A map of 3 channels is worked out from one of 128, and in as many rows as those leave room for."""
+    network, seen, silu = random_vae(CONFIGS["miniature"]), list[int](), F.silu
+
+    def looking(x: Tensor, inplace: bool = False) -> Tensor:
+        seen.append(x.numel() * x.element_size() - 4 * x.shape[1] * x.shape[3] * x.element_size())  # rows beyond
+        return silu(x, inplace)
+
+    in_strips.setattr(vae_strips, "STRIP", 1 << 17)
+    in_strips.setattr(vae_strips.F, "silu", looking)
+    with torch.no_grad():
+        network.moments(network.decode(torch.randn(1, 4, 32, 16)))
+    assert len(seen) > 50 and max(seen) <= 1 << 17
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def test_the_wheel_holds_the_packages_and_the_miniature_and_nothing_else(wheel: 
     modules |= {f"ella_kd/{file.relative_to(ROOT / 'ella_kd')}" for file in (ROOT / "ella_kd").rglob("*.py")}
     modules |= {f"ella_kd/{file.relative_to(ROOT)}" for file in (ROOT / "models").rglob("*.py")}
     weights = {f"ella_kd/models/miniature/{name}" for name in miniature()}
-    assert modules | weights | {"ella_kd/py.typed"} == set(names)
+    assert modules | weights | {"ella_kd/py.typed", "ella_kd/app/grid.html"} == set(names)
     assert {name.partition("/")[0] for name in names} == {"ella_kd"}, "samplers and models must not be top-level names"
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -62,10 +62,11 @@ def ddim() -> Any:
                                    set_alpha_to_one=True, steps_offset=1)
 
 
-def theirs(kind: Any, pipeline: Pipeline, **options: Any) -> Tensor:
-    """The latents at the end of diffusers' pipeline, DDIM."""
+def theirs(kind: Any, pipeline: Pipeline, changed: Callable[[Any], None] = lambda unet: None, **options: Any) -> Tensor:
+    """The latents at the end of diffusers' pipeline, DDIM, whose UNet is changed before."""
     scheduler = ddim()
     unet: Any = as_diffusers(cast(UNet, pipeline.unet))
+    changed(unet)
     unet.register_to_config(sample_size=64)
     parts = {"text_encoder": None, "tokenizer": None, "feature_extractor": None, "safety_checker": None,
              "depth_estimator": None, "requires_safety_checker": False}

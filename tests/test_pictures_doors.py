@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from ella_kd import Pipeline, draw, generate, read_settings
-from ella_kd.drawing import begin_from
 from ella_kd.pictures.inversion import invert, load_latents, save_latents
 from ella_kd.pictures.options import FromPicture
 from ella_kd.pictures.start import slerp
 from ella_kd.request import Request
 from ella_kd.samplers import randn
+from ella_kd.starting import over
 from test_pictures_pixels import speckled, white
 
 PICTURE, MASK = speckled(24, 16), white((24, 16), (12, 4, 20, 12))
@@ -98,7 +98,7 @@ def test_rows_are_their_own(pipeline: Pipeline) -> None:
 
 def test_an_own_beginning(pipeline: Pipeline) -> None:
     """What was read and encoded once begins many runs; own noise and own levels too."""
-    begun = begin_from(pipeline, FromPicture(start=PICTURE, strength=0.5), "karras", 2, None, None)
+    begun = over(pipeline, FromPicture(start=PICTURE, strength=0.5), "karras", 2)
     text, nothing = pipeline.encode("a red circle"), pipeline.encode("")
     options: dict[str, Any] = {"uncond": nothing, "progress": False, "seeds": 1}
     [one] = draw(pipeline, text, start=begun, **options)

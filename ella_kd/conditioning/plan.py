@@ -58,17 +58,18 @@ class Table:
             self._ask(i)
         return self.answers[i]
 
-    def _ask(self, first: int) -> None:
-        """Answers for `first` and as many of the next timesteps as one call may read."""
+    def _ask(self, wanted: int) -> None:
+        """Answers for a timestep and its neighbours: the run's timesteps are cut into calls in one way, wherever the
+        run begins, since a call of another size rounds otherwise (fp64: 1.7e-17 of a resumed run)."""
         tokens, mask = pile(list(self.features))
         prompts, rows = len(tokens), max(1, min(ROWS, READ // tokens[0].numel()))
-        missing = [i for i in range(first, len(self.plan.timesteps)) if i not in self.answers]
-        missing = missing[: max(1, rows // prompts)]
-        n, times = len(missing), torch.cat([self.plan.timesteps[i : i + 1] for i in missing])
-        args = [tokens.repeat(n, 1, 1), times.repeat_interleave(prompts)]
-        args += [] if mask is None else [mask.repeat(n, 1)]
+        n = max(1, rows // prompts)
+        block = range(len(self.plan.timesteps))[wanted // n * n:][:n]
+        times = self.plan.timesteps[block.start:block.stop]
+        args = [tokens.repeat(len(block), 1, 1), times.repeat_interleave(prompts)]
+        args += [] if mask is None else [mask.repeat(len(block), 1)]
         calls = zip(*(arg.split(rows) for arg in args), strict=True)
-        found = torch.cat([self.connector(*call) for call in calls]).unflatten(0, (n, prompts))
-        if found[0].numel() * (len(self.answers) + n) > KEPT:
+        found = torch.cat([self.connector(*call) for call in calls]).unflatten(0, (len(block), prompts))
+        if found[0].numel() * (len(self.answers) + len(block)) > KEPT:
             self.answers.clear()
-        self.answers |= zip(missing, found)
+        self.answers |= zip(block, found)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ella_kd.conditioning.base import Combination, Conditioning
 from ella_kd.models.context import Context
-from ella_kd.models.network import Levels, above
+from ella_kd.models.network import Levels, above, check_window
 
 
 class Switch(Combination):
@@ -102,8 +102,7 @@ def window(conditioning: Conditioning, sigma_hi: float = math.inf, sigma_lo: flo
     `Concat(ella, window(clip, sigma_lo=5))` is ELLA with CLIP's tokens above sigma 5.
     Raises ValueError unless 0 <= sigma_lo < sigma_hi.
     """
-    if not 0 <= sigma_lo < sigma_hi:
-        raise ValueError(f"a window needs 0 <= sigma_lo < sigma_hi, got {sigma_lo} and {sigma_hi}")
+    check_window(sigma_lo, sigma_hi)
     rest = Nothing() if otherwise is None else otherwise
     if sigma_hi == math.inf:
         return Switch(conditioning, rest, at=sigma_lo)

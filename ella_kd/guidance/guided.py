@@ -49,7 +49,7 @@ class GuidedRun(BoundRun):
         def again(x: Tensor, branch: Branch) -> Tensor:
             return self(x, levels, only=branch).denoised
 
-        maps = {branch: recorder.map for branch, recorder in recorders.items()}
+        maps = {branch: recorder.received for branch, recorder in recorders.items()}
         cond, uncond = denoised[COND], denoised.get(UNCOND)
         if self.need_uncond and not all(rule.guided):
             uncond = cond if uncond is None else where_rows(rule.guided, uncond, cond)

@@ -176,21 +176,12 @@ class SAG(Guidance):
         return guided + (degraded - again) * answers.factor(self.scale)
 
 
-def attended_pixels(attention: Tensor, latents: Tensor, threshold: float) -> Tensor:
+def attended_pixels(received: Tensor, latents: Tensor, threshold: float) -> Tensor:
     """Where a pixel receives more attention than threshold: SAG's mask, [B, 1, h, w] bool.
 
-    attention [B, heads, n, n], each query's weights of the keys; latents [B, C, h, w], halved (and rounded up) until
-    they have n pixels. Raises ValueError if they never have.
+    received [B, 1, h', w'], of a map of any size; latents [B, C, h, w].
     """
-    if len(attention) != len(latents):
-        raise ValueError(f"attention maps of {len(attention)} rows came for a batch of {len(latents)}: SAG reads one "
-                         "plain condition's map, not that of a composition")
-    h, w = latents.shape[2:]
-    n = attention.shape[-1]
-    while h * w > n:
-        h, w = (h + 1) // 2, (w + 1) // 2
-    if h * w != n:
-        raise ValueError(f"an attention map of {n} pixels does not come from latents {list(latents.shape[2:])}, which "
-                         "a UNet halves at each level")
-    received = attention.mean(1).sum(1).unflatten(1, (h, w))[:, None]
+    if len(received) != len(latents):
+        raise ValueError(f"the attention of {len(received)} rows came for a batch of {len(latents)}: SAG looks at one "
+                         "plain condition's, not at that of a composition")
     return F.interpolate((received > threshold).to(latents.dtype), latents.shape[2:], mode="nearest") > 0

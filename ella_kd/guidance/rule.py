@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ella_kd.bound import COND, UNCOND, Branch
-from ella_kd.conditioning import Levels, above
+from ella_kd.conditioning import Levels
 from ella_kd.models.devices import upload
+from ella_kd.models.network import check_window, within
 from ella_kd.scale import Scale, check_scale, resolve
 
 
@@ -19,8 +20,9 @@ from ella_kd.scale import Scale, check_scale, resolve
 class Answers:
     """What the network answered, for a rule to combine: `answers[branch]` is a denoised [B, C, h, w].
 
-    x [B, C, h, w]; sigma [B, 1, 1, 1]. `attention(branch)` [B, heads, hw, hw] is the self-attention map of a branch
-    that the rule watches; `evaluate(x, branch)` asks the network once more, at another x and the same sigma.
+    x [B, C, h, w]; sigma [B, 1, 1, 1]. `attention(branch)` [B, 1, h', w'] is how much self-attention each pixel
+    receives in a branch that the rule watches, 1 on average (`models.patches.Recorder`); `evaluate(x, branch)` asks the
+    network once more, at another x and the same sigma.
     """
 
     x: Tensor
@@ -73,7 +75,7 @@ class Guidance(ABC):
 
     @property
     def watched(self) -> Mapping[Branch, str]:
-        """Branches without a patch whose self-attention map it reads, and the UNet's place of it ("middle_block.1")."""
+        """Branches without a patch whose self-attention it looks at, and where in the UNet ("middle_block.1")."""
         return {name: place for rule in self._inner() for name, place in rule.watched.items()}
 
     @property
@@ -146,8 +148,7 @@ class Interval(Guidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.sigma_lo < self.sigma_hi:
-            raise ValueError(f"an interval needs 0 <= sigma_lo < sigma_hi, got {self.sigma_lo} and {self.sigma_hi}")
+        check_window(self.sigma_lo, self.sigma_hi)
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -158,7 +159,7 @@ class Interval(Guidance):
         return True
 
     def at(self, levels: Levels) -> Guidance:
-        inside = tuple(above(level, self.sigma_lo) and not above(level, self.sigma_hi) for level in levels)
+        inside = tuple(within(level, self.sigma_lo, self.sigma_hi) for level in levels)
         if not any(inside):
             return _Rows(CFG(1.0), (False,))
         base = self.base.at(levels)

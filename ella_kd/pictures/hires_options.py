@@ -45,8 +45,8 @@ class Enlargement:
         width, height, scale, strength = found.groups()
         if scale and not strength and float(scale) <= 1:
             scale, strength = None, scale
-        if scale and not 1 <= float(scale) <= 64:
-            raise ValueError(f"hires enlarges a picture, by 1 to 64, got {scale}")
+        if scale:
+            check_scale("hires", float(scale))
         return cls(float(scale) if scale else None, (int(width), int(height)) if width else None,
                    check_strength(float(strength) if strength else STRENGTH))
 
@@ -79,8 +79,9 @@ class InTiles:
     def read(cls, said: str) -> "InTiles":
         """Raises ValueError for another text."""
         found = _TILES.fullmatch(said.strip())
-        if not found or not 1 <= float(found[1]) <= 64:
+        if not found:
             raise ValueError(f"upscale is tiles:SCALE or tiles:SCALE:STRENGTH, tiles:2:0.3, got {said!r}")
+        check_scale("upscale", float(found[1]))
         return cls(float(found[1]), check_strength(float(found[2] or IN_TILES)))
 
     def __str__(self) -> str:
@@ -145,6 +146,14 @@ class FromHires:
         given = {name: getattr(self, f"hires_{name}")
                  for name in ("prompt", "negative", "sampler", "schedule", "steps", "scale")}
         return {name: value for name, value in given.items() if value is not None}
+
+
+def check_scale(what: str, scale: float) -> None:
+    """TypeError for what is no number, ValueError for one that makes a picture smaller, or beyond all sizes."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{what} enlarges a picture by a number, got {scale!r}")
+    if not 1 <= scale <= 64:
+        raise ValueError(f"{what} enlarges a picture, by 1 to 64, got {scale:g}")
 
 
 NO_SECOND = {name: each.default for name, each in FromHires.__dataclass_fields__.items() if name != "upscale"}

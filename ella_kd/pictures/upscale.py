@@ -12,15 +12,16 @@ import torch
 from PIL import Image
 
 from ella_kd.denoiser import Condition
-from ella_kd.drawing import check_multiples, draw
+from ella_kd.drawing import draw
 from ella_kd.models.tiled import Tiles
-from ella_kd.pictures.hires_options import IN_TILES, Size, Upscaler
+from ella_kd.pictures.hires_options import IN_TILES, Size, Upscaler, check_scale
 from ella_kd.pictures.segments import other_seeds
 from ella_kd.pictures.start import sigmas_by_strength
-from ella_kd.pictures.upscalers import enlarged
+from ella_kd.pictures.upscalers import enlarged, enlarger
 from ella_kd.pipeline import Pipeline
-from ella_kd.request import Request, seed_number
+from ella_kd.request import Request, seed_number, whole
 from ella_kd.samplers import randn
+from ella_kd.starting import check_multiples
 
 OVERLAP = 8  # latents: 64 px of Stable Diffusion
 STREAM = 2**20 + 1  # of the seeds
@@ -51,9 +52,13 @@ def upscale(
     more: as of `draw`, uncond, guidance, sampler among it; a picture depends on the seed and not on batch_size.
     Raises what `draw` raises, and ValueError for sizes that no latents have.
     """
+    check_scale("upscale", scale)
+    enlarger(upscaler)
+    batch_size = whole("batch_size", batch_size)
     factor, noise_seed = pipeline.vae.factor, other_seeds([seed_number(seed)], STREAM, 0)[0]
     width, height = (max(1, round(side * scale / factor)) * factor for side in picture.size)
-    sides = tile if isinstance(tile, tuple) else (tile or pipeline.size,) * 2
+    across, down = tile if isinstance(tile, tuple) else (pipeline.size if tile is None else tile,) * 2
+    sides = whole("a tile's width", across), whole("a tile's height", down)
     apart = min(OVERLAP * factor, min(sides) // 4 // factor * factor) if overlap is None else overlap
     check_multiples(*sides, factor)
     check_multiples(apart, apart, factor)

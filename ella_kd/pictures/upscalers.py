@@ -41,10 +41,10 @@ def enlarged_latents(vae: AutoencoderKL, latents: Tensor, size: Size, upscaler: 
 
 def enlarged(picture: Image.Image, size: Size, upscaler: Upscaler) -> Image.Image:
     """A picture at this size. A network or a function is asked up to three times, until it is as large, and Lanczos
-    does the rest, as in A1111's web UI. TypeError for a function that returns no picture."""
-    if isinstance(upscaler, str) and upscaler in PIXELS:
-        return picture.resize(size, PIXELS[upscaler])
-    larger = network_of(upscaler) if isinstance(upscaler, str) else upscaler
+    does the rest, as in A1111's web UI. TypeError for a function that returns no picture; errors of `enlarger`."""
+    larger = enlarger(upscaler)
+    if isinstance(larger, Image.Resampling):
+        return picture.resize(size, larger)
     for _ in range(3):
         if picture.width >= size[0] and picture.height >= size[1]:
             break
@@ -54,6 +54,17 @@ def enlarged(picture: Image.Image, size: Size, upscaler: Upscaler) -> Image.Imag
         if picture.size == before:
             break
     return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def enlarger(upscaler: Upscaler) -> Image.Resampling | Callable[[Image.Image], Image.Image]:
+    """How pictures are enlarged, a network's file read. ValueError for a name of `LATENTS`, FileNotFoundError and
+    ValueError for what is no file of a network: asked before anything is drawn."""
+    if not isinstance(upscaler, str):
+        return upscaler
+    if upscaler in LATENTS:
+        raise ValueError(f"{upscaler} enlarges what a first pass drew, in latents, and this is a picture: choose "
+                         f"{', '.join(PIXELS)}, or the file of a network")
+    return PIXELS[upscaler] if upscaler in PIXELS else network_of(upscaler)
 
 
 @lru_cache(1)

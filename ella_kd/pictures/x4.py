@@ -1,16 +1,20 @@
 """Stable Diffusion's x4 upscaler: a network that sees a small picture beside latents as large, and how noisy it is."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ella_kd.conditioning import Conditioning, With
 from ella_kd.denoiser import Condition
 from ella_kd.models.pictures import to_pixels
-from ella_kd.pictures.beginning import with_channels
-from ella_kd.pictures.reading import Source, read_picture
+from ella_kd.pictures.beside import with_channels
+from ella_kd.pictures.reading import Source
 from ella_kd.pictures.segments import other_seeds
+from ella_kd.pictures.starts import Size, Start
+from ella_kd.pipeline import Pipeline
 from ella_kd.samplers import randn
 
 X4 = "x4 upscaler"  # as `models.files.kinds` has it
@@ -27,11 +31,22 @@ def noised(picture: Tensor, level: int, seeds: Sequence[int]) -> Tensor:
     return kept**0.5 * picture + (1 - kept) ** 0.5 * noise
 
 
-def seen_by_x4(source: Source, level: int, seeds: Sequence[int], like: Tensor,
-               lift: Callable[[Condition], Conditioning],
-               conditions: Mapping[str, Condition | None]) -> dict[str, Condition | None]:
-    """The conditions with the small picture, the same for all of them, and its level of noise as their label."""
-    picture = noised(to_pixels(read_picture(source)[0], 3, like).float(), level, seeds)
-    label = torch.tensor([level], device=like.device)
-    return {name: With(with_channels(lift(condition), picture), label=label)
-            for name, condition in conditions.items() if condition is not None}
+@dataclass(frozen=True, eq=False)
+class Small(Start):
+    """A picture that the x4 upscaler enlarges, and the level of noise it is shown with. size: of the large picture."""
+
+    small: Image.Image
+    level: int
+    size: Size
+    shape: tuple[int, int, int]
+    sigmas: Tensor
+
+    def seen(self, pipeline: Pipeline, lift: Callable[[Condition], Conditioning],
+             conditions: Mapping[str, Condition | None], shown: Sequence[Source],
+             seeds: Sequence[int]) -> Mapping[str, Condition | None]:
+        """The conditions with the small picture, the same for all of them, and its level of noise as their label."""
+        like = next(pipeline.unet.parameters())
+        picture = noised(to_pixels(self.small, 3, like).float(), self.level, seeds)
+        label = torch.tensor([self.level], device=like.device)
+        return {name: With(with_channels(lift(condition), picture), label=label)
+                for name, condition in conditions.items() if condition is not None}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ella_kd.models.addons.controlnet import COPIED, WIDTHS, ControlNet
 from ella_kd.models.addons.lora.merging import merged
+from ella_kd.models.around import innermost
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.files.building import build, check_dtypes, fill
 from ella_kd.models.files.checkpoint import heads_of
@@ -144,9 +145,7 @@ def widths_of(shapes: Shapes) -> tuple[int, ...]:
 
 def unet_of(network: Any) -> UNet | None:
     """The first UNet of a network that is made of some, or that torch.compile has wrapped; None for another make."""
-    while hasattr(network, "networks"):
-        network = network.networks[0]
-    network = getattr(network, "_orig_mod", network)
+    network = innermost(network)
     return network if isinstance(network, UNet) else None
 
 

@@ -86,11 +86,12 @@ class ControlNet(Encoder):
     def read(self, pictures: Tensor) -> tuple[Tensor, ...]:
         return (self.input_hint_block(pictures),)
 
-    def residuals(self, x: Tensor, t: Tensor, seen: Context, read: Sequence[Tensor], unet: UNetConfig) -> Residuals:
+    def residuals(self, x: Tensor, t: Tensor, seen: Context, read: Sequence[Tensor], unet: UNetConfig,
+                  stages: int | None = None) -> Residuals:
         """Its outputs for x [n, 4, h, w], or with the context's channels where it was trained on those."""
-        return self(x, t, seen, read[0])
+        return self(x, t, seen, read[0], stages)
 
-    def forward(self, x: Tensor, t: Tensor, seen: Context, guided: Tensor) -> Residuals:
+    def forward(self, x: Tensor, t: Tensor, seen: Context, guided: Tensor, stages: int | None = None) -> Residuals:
         """x [n, C, h, w], t [n], tokens [n, L, D], guided [n, model_channels, h, w], what `read` gives."""
         config = self.config
         if x.shape[1] != config.in_channels:
@@ -101,9 +102,11 @@ class ControlNet(Encoder):
         self._check(x, t, seen.tokens, seen.mask)
         emb = self._embedding(x, t, seen)
         skips: dict[int, Tensor] = {}
-        for i, (stage, out) in enumerate(zip(self.input_blocks, self.zero_convs)):
+        for i, (stage, out) in enumerate(zip(self.input_blocks[:stages], self.zero_convs)):
             x = stage(x, emb, seen.tokens, seen.mask)
             x = x + guided if i == 0 else x
             skips[i] = out(x)
+        if stages is not None:
+            return Residuals(skips=skips)
         x = self.middle_block(x, emb, seen.tokens, seen.mask)
         return Residuals(skips=skips, middle=self.middle_block_out(x))

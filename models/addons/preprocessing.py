@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
+
+from ella_kd.models.pictures import numbers
 
 Picture: TypeAlias = Image.Image | np.ndarray | Tensor | str | Path
 AUX = "controlnet_aux"  # pip install controlnet-aux
@@ -32,13 +33,7 @@ def pixels(picture: Picture) -> Tensor:
         if not Path(x).is_file():
             raise FileNotFoundError(f"no picture at {x}")
         x = Image.open(x)
-    if isinstance(x, Image.Image):
-        x = np.array(x.convert("RGB"))
-    if isinstance(x, np.ndarray):
-        x = torch.from_numpy(np.ascontiguousarray(x))
-    if not isinstance(x, Tensor) or not (x.dtype == torch.uint8 or x.is_floating_point()):
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"a picture is a file, a PIL image, uint8 numbers, or floats in [0, 1], got {got}")
+    x = numbers(x, "a picture is a file, a PIL image, uint8 numbers, or floats in [0, 1]")
     shape = list(x.shape)
     x = x[None] if x.ndim == 2 else x
     x = x[None] if x.ndim == 3 else x

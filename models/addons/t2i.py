@@ -140,7 +140,8 @@ class T2IAdapter(nn.Module):
     def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
         return self.read(pictures)
 
-    def residuals(self, x: Tensor, t: Tensor, seen: Context, read: Sequence[Tensor], unet: "UNetConfig") -> Residuals:
+    def residuals(self, x: Tensor, t: Tensor, seen: Context, read: Sequence[Tensor], unet: "UNetConfig",
+                  stages: int | None = None) -> Residuals:
         placed = dict(zip((block for block, _ in self.places(unet)), read, strict=True))
         return Residuals(inside=placed, middle=placed.pop(-1, None))
 

@@ -19,6 +19,7 @@ from ella_kd.models.addons.lora.formulas import Change
 from ella_kd.models.addons.lora.names import Dictionary, Modules
 from ella_kd.models.addons.lora.reading import LoRA
 from ella_kd.models.addons.lora.strength import Strength
+from ella_kd.models.around import Around, innermost
 from ella_kd.models.files.kinds import FAMILIES
 from ella_kd.models.parameters import Recipe, moved
 
@@ -71,7 +72,7 @@ def as_list(loras: "Given | Sequence[Given]") -> list[Pair]:
 
 def part_of(network: nn.Module) -> str:
     """ "unet", "text" or, with a projection, "text_2". Raises TypeError for a network of another make."""
-    names = [name for name, _ in _inner(network).named_parameters()]
+    names = [name for name, _ in innermost(network).named_parameters()]
     if any(name.startswith("input_blocks.") for name in names):
         return "unet"
     if any("encoder.layers." in name for name in names):
@@ -87,7 +88,7 @@ def merged(networks: Mapping[str, Any], loras: Sequence[Pair], *, partial: bool 
     a warning and left (partial); what it has for a part that is not here is named in a warning.
     Raises ValueError naming the file and the first modules that are unknown or do not fit.
     """
-    plain = {part: Recipe.of(_inner(network)).plain for part, network in networks.items()}
+    plain = {part: Recipe.of(innermost(network)).plain for part, network in networks.items()}
     dictionary = Dictionary(plain)
     found: dict[str, list[Applied]] = {part: [] for part in networks}
     for lora, strength in loras:
@@ -95,18 +96,11 @@ def merged(networks: Mapping[str, Any], loras: Sequence[Pair], *, partial: bool 
             found[part].append(Applied(lora, strength, tuple(places)))
 
     def twin(network: Any, part: str) -> Any:
-        if hasattr(network, "each"):
+        if isinstance(network, Around):
             return network.each(lambda one: twin(one, part))
         return _twin(getattr(network, "_orig_mod", network), found[part]) if found[part] else network
 
     return {part: twin(network, part) for part, network in networks.items()}
-
-
-def _inner(network: Any) -> nn.Module:
-    """One of the networks that a network is made of, which have the same modules; what torch.compile has wrapped."""
-    while hasattr(network, "networks"):
-        network = network.networks[0]
-    return getattr(network, "_orig_mod", network)
 
 
 def _places(lora: LoRA, strength: Strength, dictionary: Dictionary, partial: bool
