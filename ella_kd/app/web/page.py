@@ -13,8 +13,10 @@ import gradio as gr
 from PIL import Image
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
 
-from ella_kd.app.web import view
+from ella_kd.app.web import grids, view
 from ella_kd.app.web.form import CFG_PP, COMPARE, LIMITS, MORE, RANDOM, Form, Limits, filled
 from ella_kd.app.web.session import Saved, Studio, message_of
 from ella_kd.pipeline import Pipeline
@@ -63,11 +65,13 @@ def serve(pipeline: Pipeline, *, out: str | Path = "out", models_dir: str | Path
     blocks = Page(studio).blocks().queue(max_size=queue, default_concurrency_limit=8)
     hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL])] if host in LOCAL else []
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    _, url, _ = blocks.launch(
+    app, url, _ = blocks.launch(
         server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, inbrowser=False,
         theme=theme, css=view.CSS + view.PIXELATED * (pipeline.size < 256), max_file_size="20mb",
         allowed_paths=[str(Path(out).resolve())], ssr_mode=False, enable_monitoring=False, run_history=False,
         mcp_server=False, footer_links=["api", "settings"], app_kwargs={"middleware": hosts})
+    folder = StaticFiles(directory=studio.out / grids.FOLDER, html=True, check_dir=False)
+    app.router.routes.insert(0, Mount(f"/{grids.FOLDER}", folder))  # before gradio's own, which take any name
     served = Served(url, studio, blocks, cache)
     if block:
         print(f"The page is at {url} (Ctrl-C ends it); pictures go to {out}", flush=True)
@@ -99,6 +103,9 @@ class Page:
                         buttons |= self._options()
                 with gr.Tab("Settings of a picture", id="settings"):
                     self._settings(tabs)
+                with gr.Tab("Grid", id="grid"):
+                    links = self._grid()
+                blocks.load(lambda: view.links(grids.known(self.studio)), None, links, **QUIET)
             self._wire(blocks, buttons, right)
             gr.api(self.api_draw, api_name="draw", **ONE)
         return blocks
@@ -219,6 +226,22 @@ class Page:
         dropped.change(self.read, dropped, [text, notes, found], **{**QUIET, "show_progress": "minimal"})
         fill.click(self.fill, found, [*self.inputs.values(), tabs], **QUIET)
 
+    def _grid(self) -> gr.HTML:
+        with gr.Row():
+            with gr.Column(min_width=280):
+                text = gr.Textbox(grids.EXAMPLE, label="What holds for all pictures, and axes: every combination is "
+                                  "drawn", lines=14, max_lines=40, elem_id="grid-text")
+                with gr.Row():
+                    run = gr.Button("Run", variant="primary", elem_id="grid-run", min_width=120)
+                    stop = gr.Button("Stop", variant="stop", elem_id="grid-stop", min_width=120)
+            with gr.Column(min_width=280):
+                status = gr.HTML(view.said("A grid that was stopped goes on where it was."), elem_id="grid-status")
+                links = gr.HTML(elem_id="grids")
+        ran = run.click(self.grid, text, [status, links], show_progress="minimal", show_progress_on=status,
+                        api_name="grid", api_visibility="private", concurrency_id="grid", concurrency_limit=1)
+        stop.click(lambda: view.said("Stopped; run it again to go on."), None, status, cancels=[ran], **QUIET)
+        return links
+
     def _wire(self, blocks: gr.Blocks, buttons: dict[str, Any], right: dict[str, Any]) -> None:
         studio, add = self.studio, self.inputs
         shown = [right[name] for name in ("status", "gallery", "text", "saved", "chosen")]
@@ -262,6 +285,16 @@ class Page:
                            gr.Gallery(pictures, columns=columns, selected_index=None), texts[0][0], texts, 0)
         except Exception as error:
             yield view.failed(message_of(error)), *keep
+
+    def grid(self, text: str) -> Iterator[tuple[Any, Any]]:
+        try:
+            yield view.said("Checking ..."), gr.skip()
+            with closing(grids.run(self.studio, text)) as drawing:
+                for cells in drawing:
+                    yield view.cells(cells), gr.skip()
+            yield gr.skip(), view.links(grids.known(self.studio))
+        except Exception as error:
+            yield view.failed(message_of(error)), gr.skip()
 
     def form(self, values: tuple[Any, ...]) -> Form:
         """The inputs' values, uploaded pictures kept in the output folder."""

@@ -4,9 +4,12 @@ import base64
 import html
 from collections.abc import Sequence
 from io import BytesIO
+from pathlib import Path
+from urllib.parse import quote
 
 from PIL import Image
 
+from ella_kd.app.web.grids import FOLDER, Cells
 from ella_kd.app.web.session import Saved, Step
 from ella_kd.cli import COLUMNS
 
@@ -55,6 +58,20 @@ def arrived(saved: Sequence[Saved], total: int, folder: str, took: float) -> str
     more = "".join(f'<p class="ella-note">{escaped(note)}</p>' for note in notes)
     where = f" in {seconds(took)}: {folder}" if len(saved) == total else ""
     return _status(len(saved) / total, f"{len(saved)} of {total} done{where}", more)
+
+
+def cells(news: Cells) -> str:
+    """How far a grid is, and the way to its page, which finds new pictures by itself."""
+    words = [f"{news.done} of {news.total} pictures"] + [f"{news.failed} failed"] * bool(news.failed)
+    words += [f"{seconds(news.left)} left"] if news.left is not None and news.done < news.total else []
+    return _status(news.done / news.total, " · ".join(words), links([news.page]))
+
+
+def links(pages: Sequence[Path]) -> str:
+    """The ways to grids' pages."""
+    names = [page.parent.name for page in pages]
+    return "".join(f'<p><a href="{FOLDER}/{quote(name)}/index.html" target="_blank">{escaped(name)}</a></p>'
+                   for name in names)
 
 
 def failed(message: str) -> str:
