@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := PASSIVE
 bench bench-speed: export MALLOC_MMAP_MAX_ := 0
 bench bench-speed: export MALLOC_TRIM_THRESHOLD_ := 34359738368
 
-.PHONY: demo web test test-slow test-web mutants check bench bench-score bench-wordings bench-exactness bench-samplers bench-speed docs install clean
+.PHONY: demo web test test-slow test-web test-batch mutants check bench bench-score bench-wordings bench-exactness bench-samplers bench-speed docs install clean
 
 demo: $(STAMP)          ## draw eight dense prompts with the miniature
 	$(PY) -m benchmarks.demo
@@ -25,6 +25,10 @@ test: $(STAMP)          ## every test but the slow ones
 
 test-slow: $(STAMP)     ## the tests that take minutes or gigabytes
 	$(PY) -m pytest -m slow $(ARGS)
+
+test-batch: $(STAMP)    ## batches that are killed, and on a Ray cluster of two nodes on this machine
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[batch]'
+	$(PY) -m pytest -m slow tests/test_batch_kills.py tests/cluster $(ARGS)
 
 test-web: $(STAMP)-web-test  ## drive the page in a browser, which is installed where there is none
 	$(PY) tests/web/browser.py

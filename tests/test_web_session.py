@@ -74,8 +74,8 @@ def test_closing_stops_at_the_next_step_and_saves_nothing_half(studio: Studio) -
     with closing(studio.draw(Form("a", steps=200, seed=3))) as drawing:  # type: ignore[type-var]
         first = next(drawing)
         assert isinstance(first, Step) and first.step < 20
-    assert studio._drawing.acquire(timeout=5), "it draws on"
-    studio._drawing.release()
+    assert studio.drawing.acquire(timeout=5), "it draws on"
+    studio.drawing.release()
     assert not [*Path("out").rglob("*.png")]
     assert len(drawn(studio)) == 1
 

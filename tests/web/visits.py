@@ -29,9 +29,9 @@ class Site:
 
     def idle(self, seconds: float) -> bool:
         """Whether nothing is drawn, at the latest then."""
-        free = self.studio._drawing.acquire(timeout=seconds)
+        free = self.studio.drawing.acquire(timeout=seconds)
         if free:
-            self.studio._drawing.release()
+            self.studio.drawing.release()
         return free
 
 
