@@ -164,8 +164,8 @@ class ByRow(Several):
         maps: dict[Recorder, Tensor] = {}
         for wanted in rows.values():
             index = upload(torch.tensor(wanted), x.device)
-            some = [(len(list(run)), patch) for patch, run in groupby(each[row] for row in wanted)] if each else []
-            some, recorders = in_part(some)
+            theirs = [(len(list(run)), patch) for patch, run in groupby(each[row] for row in wanted)] if each else []
+            some, recorders = in_part(theirs)
             parts.append(self.networks[wanted[0] % own](x[index], t[index], seen.take(wanted), some))
             for whole, part in recorders.items():
                 watched = [row for row, patch in enumerate(each) if patch is whole]

@@ -185,8 +185,9 @@ class Recorder(SelfAttentionPatch):
 
 def in_part(patches: Patches) -> tuple[Patches, dict[Recorder, Recorder]]:
     """The patches of a part of a call, where recorders are the part's own; and these by the whole call's."""
-    own = {patch: Recorder(patch.place) for _, patch in patches if isinstance(patch, Recorder)}
-    return [(n, own[patch] if isinstance(patch, Recorder) else patch) for n, patch in patches], own
+    each: Sequence[tuple[int, Any]] = patches
+    own = {patch: Recorder(patch.place) for _, patch in each if isinstance(patch, Recorder)}
+    return [(n, own.get(patch, patch)) for n, patch in each], own
 
 
 def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
