@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ella_kd.addon_words import AddOn
 from ella_kd.addons import AddOns
@@ -97,7 +98,7 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
     sigmas = None if asked.sigmas is None else torch.tensor(asked.sigmas)
     larger_by = None if asked.upscale is None else InTiles.read(asked.upscale)
     if larger_by is not None and asked.start is not None:
-        return _in_tiles(pipeline, asked, guidance, larger_by, steered, None)
+        return _in_tiles(pipeline, asked, guidance, larger_by, steered, None, refiner)
     begun = begin(pipeline, asked, asked.schedule, asked.steps, asked.width, asked.height, sigmas)
     asked, first, larger = _sizes(pipeline, asked, begun.size)
     if first != begun.size:
@@ -106,17 +107,13 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
     plain, (_, h, w), factor = pipeline, begun.shape, pipeline.vae.factor
     pipeline = asked.changed(pipeline, w * factor, h * factor, from_text=asked.mask is None and not asked.extend,
                              first=asked.hires is not None)
-    levels = begun.sigmas.tolist() if asked.syntax else None
-    read = reader(pipeline, asked, levels)
-    own = replace(asked, mode="clip", negative_mode=None) if refiner is not None and refiner.tsc is None else asked
-    read_again = None if refiner is None else reader(refiner, own, levels)
-    again = None if asked.hires is None else _second(asked, rule, larger, steered, dressed)
+    read = reader(pipeline, asked, begun.sigmas.tolist() if asked.syntax else None)
+    refined = _refined(refiner, asked, begun.sigmas, (w * factor, h * factor))
+    again = None if asked.hires is None else _second(asked, rule, larger, steered, dressed, refiner)
 
     def ready(batch: list[Request], **shown: Any) -> Job:
         cond, uncond = steered(*read(batch))
-        more: dict[str, Any] = {**asked.of_method, **asked.shown}
-        if refiner is not None and read_again is not None:
-            more["refiner"] = Refiner(refiner, *read_again(batch), at=asked.refiner_at)
+        more: dict[str, Any] = {**asked.of_method, **asked.shown, "refiner": refined(batch)}
         if again is not None:
             more["hires"] = again(batch)
         call = partial(draw, pipeline, cond, uncond=uncond, guidance=guidance, sampler=asked.sampler, start=begun,
@@ -126,14 +123,17 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
                  **{name: getattr(asked, name) for name in NO_SECOND}}
         return Job(drawn_by(pipeline, asked, batch, **found), call)
 
-    return ready if larger_by is None else _in_tiles(plain, asked, guidance, larger_by, steered, ready)
+    return ready if larger_by is None else _in_tiles(plain, asked, guidance, larger_by, steered, ready, refiner)
 
 
 def _in_tiles(pipeline: Pipeline, asked: Request, guidance: Guidance | float, how: InTiles,
-              steered: Callable[..., tuple[Condition, Condition]],
-              first: Callable[..., Job] | None) -> Callable[..., Job]:
-    """What makes a job of requests that are enlarged in tiles: the start picture, or what `first` draws."""
+              steered: Callable[..., tuple[Condition, Condition]], first: Callable[..., Job] | None,
+              refiner: Pipeline | None) -> Callable[..., Job]:
+    """What makes a job of requests that are enlarged in tiles: the start picture, or what `first` draws. A tile has the
+    model's own size, so what is for larger ones does not reach it."""
     sigmas = sigmas_by_strength(asked.schedule, asked.steps, pipeline.denoiser(), how.strength, "comfyui")
+    size, own = (pipeline.size, pipeline.size), replace(asked, tile="", hidiffusion=False, deep_shrink=False)
+    pipeline, refined = own.changed(pipeline, *size), _refined(refiner, own, sigmas, size)
     read = reader(pipeline, asked, sigmas.tolist() if asked.syntax else None)
 
     def ready(batch: list[Request], **shown: Any) -> Job:
@@ -148,7 +148,8 @@ def _in_tiles(pipeline: Pipeline, asked: Request, guidance: Guidance | float, ho
                 cond, uncond = steered(*read([r]))
                 found.append(upscale(pipeline, picture, cond, uncond=uncond, scale=how.scale, strength=how.strength,
                                      upscaler=asked.hires_upscaler, schedule=asked.schedule, steps=asked.steps,
-                                     seed=r.seed, guidance=guidance, sampler=asked.sampler, **how_to))
+                                     seed=r.seed, guidance=guidance, sampler=asked.sampler, refiner=refined([r]),
+                                     **how_to))
             return found
 
         return Job(job.requests, larger)
@@ -175,19 +176,34 @@ def _sizes(pipeline: Pipeline, asked: Request, given: Size) -> tuple[Request, Si
     return asked, first, larger
 
 
+def _refined(refiner: Pipeline | None, asked: Request, sigmas: Tensor,
+             size: Size) -> Callable[[list[Request]], Refiner | None]:
+    """What makes of a batch the refiner's part of a run over these noise levels: as seamless, as changed inside and
+    around as the pipeline is, its prompts read for these levels."""
+    if refiner is None:
+        return lambda batch: None
+    system = asked.changed(refiner.seamless() if asked.tiling else refiner, *size, first=True)
+    own = replace(asked, mode="clip", negative_mode=None) if refiner.tsc is None else asked
+    read = reader(system, own, sigmas.tolist() if asked.syntax else None)
+    return lambda batch: Refiner(system, *read(batch), at=asked.refiner_at)
+
+
 def _second(asked: Request, rule: Guidance | None, size: Size, steered: Callable[..., tuple[Condition, Condition]],
-            dressed: Callable[[Sequence[AddOn], Request], Pipeline]) -> Callable[[list[Request]], Hires]:
+            dressed: Callable[[Sequence[AddOn], Request], Pipeline],
+            refiner: Pipeline | None) -> Callable[[list[Request]], Hires]:
     """What makes of a batch its second pass, whose prompts are read for its own noise levels."""
     later = asked.second_pass()
     pipeline = later.changed(dressed(later.add_ons, later), *size)
     own = rule if asked.hires_scale is None and rule is not None else SCALE if later.scale is None else later.scale
     how = Hires(size, Enlargement.read(asked.hires).strength, asked.hires_upscaler, later.sampler, later.schedule,
                 later.steps, own, network=lambda _: pipeline.unet)
-    levels = how.sigmas(pipeline, later.schedule, later.steps).tolist() if later.syntax else None
-    read = reader(pipeline, later, levels)
+    sigmas = how.sigmas(pipeline, later.schedule, later.steps)
+    read, refined = (reader(pipeline, later, sigmas.tolist() if later.syntax else None),
+                     _refined(refiner, later, sigmas, size))
 
     def again(batch: list[Request]) -> Hires:
-        cond, uncond = steered(*read([r.second_pass() for r in batch]))
-        return replace(how, cond=cond, uncond=uncond)
+        own = [r.second_pass() for r in batch]
+        cond, uncond = steered(*read(own))
+        return replace(how, cond=cond, uncond=uncond, refiner=refined(own))
 
     return again
