@@ -130,11 +130,19 @@ class Request(FromPicture, FromHires, FromAddOns, FromInside):
         if self.hires is not None:
             self.second_pass()
         if self.upscale is not None:
-            own = [each for each in fields(FromPicture) if each.name not in (*FromNoise.names(), "start")]
-            if clash := [each.name for each in own if getattr(self, each.name) != each.default] + ["control"] * bool(
-                    self.control):
-                raise ValueError(f"upscale draws over a whole picture tile by tile, without {clash[0]}: leave it out, "
-                                 "or draw the enlarged picture with it")
+            self._check_upscale()
+
+    def _check_upscale(self) -> None:
+        """ValueError for what a picture that is enlarged in tiles cannot have."""
+        whole_picture = {each.name for each in fields(FromPicture)} - {*FromNoise.names(), "start"} | {"control"}
+        first = ("width", "height", "sigmas", "variation", "tile", "hidiffusion", "deep_shrink")
+        given = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
+        if clash := sorted(given & whole_picture):
+            raise ValueError(f"upscale draws over a whole picture tile by tile, without {clash[0]}: leave it out, or "
+                             "draw the enlarged picture with it")
+        if self.start is not None and (clash := [name for name in first if name in given]):
+            raise ValueError(f"{clash[0]} is about what is drawn before it is enlarged, and upscale begins with the "
+                             f"start picture, in tiles of the model's own size: leave out {clash[0]}, or upscale")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

@@ -1,5 +1,6 @@
 """SD upscale: tiles share their noise and fade into one another, each with a prompt of its own; the door records it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ella_kd import Pipeline, generate, read_settings
+from ella_kd import Pipeline, Refiner, generate, read_settings
+from ella_kd.models import UNet
+from ella_kd.models.freeu import FreeU
+from ella_kd.models.inside import Inside
+from ella_kd.models.reuse import Reuse
+from ella_kd.models.tome import ToMe
 from ella_kd.pictures.upscale import upscale
 from ella_kd.request import Request
 from test_pictures_pixels import speckled
+from tiny import randomised
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +61,36 @@ def test_the_door(pipeline: Pipeline, start: bool, tmp_path: Path) -> None:
     assert Request.from_text(picture.settings.parameters()).arguments() == picture.settings.arguments()
 
 
+@pytest.mark.parametrize("name", ["freeu", "tome", "reuse", "refiner"])
+def test_what_reaches_the_tiles(pipeline: Pipeline, name: str) -> None:
+    """Of a start picture and of what was drawn alike; what is for larger pictures alone acts before."""
+    unet, text, how = pipeline.unet, {}, {"steps": 2, "progress": False}  # type: ignore[var-annotated]
+    options: dict[str, Any] = {"freeu": {"freeu": True}, "tome": {"tome": 0.5}, "reuse": {"reuse": "2"},
+                               "refiner": {"refiner": replace(pipeline, unet=randomised(UNet(unet.config), 9, 0.12))}}
+    network = {"freeu": lambda: Inside(unet, FreeU.of(unet)), "tome": lambda: Inside(unet, ToMe(0.5)),
+               "reuse": lambda: Reuse(unet, 2), "refiner": lambda: unet}[name]()
+    cond, uncond = pipeline.encode("a red ring"), pipeline.encode("")
+    if name == "refiner":
+        text["refiner"] = Refiner(options[name]["refiner"], cond, uncond)
+    picture, sd = speckled(12, 8), replace(pipeline, unet=network)
+    want = upscale(sd, picture, cond, uncond=uncond, seed=3, strength=0.5, **text, **how)
+    plain = upscale(pipeline, picture, cond, uncond=uncond, seed=3, strength=0.5, **how)
+    [drawn] = generate(pipeline, "a red ring", start=picture, upscale="tiles:2:0.5", seeds=3, **options[name], **how)
+    assert drawn.image.tobytes() == want.tobytes() != plain.tobytes()
+    how |= {"width": 8, "height": 8}
+    [first] = generate(pipeline, "a red ring", seeds=3, **options[name], **how)
+    [after] = generate(pipeline, "a red ring", upscale="tiles:2:0.5", seeds=3, **options[name], **how)
+    want = upscale(sd, first.image, cond, uncond=uncond, seed=3, strength=0.5, **text, steps=2, progress=False)
+    assert after.image.tobytes() == want.tobytes()
+
+
 @pytest.mark.parametrize(("given", "message"), [
     ({"upscale": "2"}, "tiles:SCALE"), ({"upscale": "tiles:2:3"}, "strength"),
     ({"upscale": "tiles:2", "start": "a.png", "strength": 0.5}, "without strength"),
-    ({"upscale": "tiles:2", "control": "a.safetensors:b.png"}, "without control")])
+    ({"upscale": "tiles:2", "control": "a.safetensors:b.png"}, "without control"),
+    *(({"upscale": "tiles:2", "start": "a.png", name: value}, f"leave out {name}, or upscale") for name, value in (
+        ("width", 96), ("height", 96), ("sigmas", (5, 1, 0)), ("variation", 0.5), ("tile", "48:16"),
+        ("hidiffusion", True), ("deep_shrink", True)))])
 def test_bad_words(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Request("a", **given)
