@@ -135,6 +135,9 @@ class Request(FromPicture, FromHires, FromAddOns, FromInside):
     def _check_upscale(self) -> None:
         """ValueError for what a picture that is enlarged in tiles cannot have."""
         whole_picture = {each.name for each in fields(FromPicture)} - {*FromNoise.names(), "start"} | {"control"}
+        if self.tiling:
+            raise ValueError("with tiling each tile of upscale would meet itself at its edges: enlarge with hires, "
+                             "whose second pass is a texture too")
         first = ("width", "height", "sigmas", "variation", "tile", "hidiffusion", "deep_shrink")
         given = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
         if clash := sorted(given & whole_picture):

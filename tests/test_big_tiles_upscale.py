@@ -88,6 +88,7 @@ def test_what_reaches_the_tiles(pipeline: Pipeline, name: str) -> None:
     ({"upscale": "2"}, "tiles:SCALE"), ({"upscale": "tiles:2:3"}, "strength"),
     ({"upscale": "tiles:2", "start": "a.png", "strength": 0.5}, "without strength"),
     ({"upscale": "tiles:2", "control": "a.safetensors:b.png"}, "without control"),
+    ({"upscale": "tiles:2", "tiling": True}, "enlarge with hires"),
     *(({"upscale": "tiles:2", "start": "a.png", name: value}, f"leave out {name}, or upscale") for name, value in (
         ("width", 96), ("height", 96), ("sigmas", (5, 1, 0)), ("variation", 0.5), ("tile", "48:16"),
         ("hidiffusion", True), ("deep_shrink", True)))])
