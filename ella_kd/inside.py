@@ -53,6 +53,9 @@ class FromInside:
                              "choose one")
         if self.tile and getattr(self, "tiling", False):
             raise ValueError("with tiling each tile would meet itself at its edges: choose tile or tiling")
+        if self.tile and self.reuse is not None and self.reused[0] > 1:
+            raise ValueError("reuse keeps the deep features of a whole picture, and tile draws it in parts: leave one "
+                             f"out, or reuse the answer about the negative prompt alone, 1:{self.reused[0]}")
         self.tiles(1)
 
     def tiles(self, factor: int) -> tuple[int, int] | None:

@@ -100,8 +100,12 @@ class Request(FromPicture, FromHires, FromAddOns, FromInside):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.read_doors()
+        by_window = [each for each in self.read_doors() if each.place == "lora" and each.window]
         self.check_inside()
+        if by_window and self.reuse is not None and self.reused[0] > 1:
+            raise ValueError(f"reuse keeps the deep features of one network, and the window of the LoRA {by_window[0]} "
+                             "makes another above and below: leave out the window or reuse, or reuse the answer about "
+                             f"the negative prompt alone, 1:{self.reused[0]}")
         self.check_hires()
         for name in ("prompt", "negative", "tags", "hires_prompt", "hires_negative"):
             if getattr(self, name) is not None:

@@ -102,5 +102,9 @@ def test_what_cannot_be() -> None:
         generate(Pipeline.miniature(), PROMPT, steps=1, hidiffusion=True, seeds=1, progress=False)
     with pytest.raises(ValueError, match="choose one"):
         Request(PROMPT, hidiffusion=True, tome=0.5)
+    for other in ({"tile": "32:16"}, {"lora": "azure.safetensors:0.8:14.6-2.5"}):
+        with pytest.raises(ValueError, match=r"reuse .* negative prompt alone, 1:3"):
+            Request(PROMPT, reuse="3:2", **other)  # type: ignore[arg-type]
+        assert Request(PROMPT, reuse="1:2", **other).reuse == "1:2"  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"0 to 0\.75, got 2"):
         Request(PROMPT, tome=2)
