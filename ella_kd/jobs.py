@@ -20,7 +20,7 @@ from ella_kd.encoding import reader, weights
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import parse
 from ella_kd.pictures.hires import Hires
-from ella_kd.pictures.hires_options import NO_SECOND, Enlargement, InTiles, Size
+from ella_kd.pictures.hires_options import NO_SECOND, Enlargement, InTiles, Size, Upscaler
 from ella_kd.pictures.reading import read_picture
 from ella_kd.pictures.start import sigmas_by_strength
 from ella_kd.pictures.upscale import upscale
@@ -73,10 +73,11 @@ def jobs(
         shelf.check(add_ons, asked.hashes)
         asked, dressed = replace(asked, hashes=shelf.hashes(add_ons)), dress(add_ons, asked)
         second = None if asked.refiner is None else refiner or load(asked.refiner)
-        if second is not None and add_ons:
-            warnings.warn(f"the refiner draws without the add-ons: {', '.join(map(str, add_ons))}", stacklevel=3)
+        worn = [each for each in add_ons if each.place != "upscaler"]
+        if second is not None and worn:
+            warnings.warn(f"the refiner draws without the add-ons: {', '.join(map(str, worn))}", stacklevel=3)
         ready = _ready(dressed, asked, guidance or (parse(asked.guidance) if asked.guidance else None), second,
-                       partial(shelf.steered, pipeline, add_ons), dress)
+                       partial(shelf.steered, pipeline, add_ons), dress, shelf.upscaler(asked))
         left = iter(group)
         while batch := list(islice(left, size)):
             yield ready(batch, callback=callback, progress=progress)
@@ -92,13 +93,13 @@ def _loaded_beside(pipeline: Pipeline, file: str) -> Pipeline:
 
 def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: Pipeline | None,
            steered: Callable[..., tuple[Condition, Condition]],
-           dressed: Callable[[Sequence[AddOn], Request], Pipeline]) -> Callable[..., Job]:
+           dressed: Callable[[Sequence[AddOn], Request], Pipeline], upscaler: Upscaler) -> Callable[..., Job]:
     """What makes a job of requests that are like `asked` in all but prompt, negative and seed."""
     guidance = rule if rule is not None else SCALE if asked.scale is None else asked.scale
     sigmas = None if asked.sigmas is None else torch.tensor(asked.sigmas)
     larger_by = None if asked.upscale is None else InTiles.read(asked.upscale)
     if larger_by is not None and asked.start is not None:
-        return _in_tiles(pipeline, asked, guidance, larger_by, steered, None, refiner)
+        return _in_tiles(pipeline, asked, guidance, larger_by, steered, None, refiner, upscaler)
     begun = begin(pipeline, asked, asked.schedule, asked.steps, asked.width, asked.height, sigmas)
     asked, first, larger = _sizes(pipeline, asked, begun.size)
     if first != begun.size:
@@ -109,7 +110,7 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
                              first=asked.hires is not None)
     read = reader(pipeline, asked, begun.sigmas.tolist() if asked.syntax else None)
     refined = _refined(refiner, asked, begun.sigmas, (w * factor, h * factor))
-    again = None if asked.hires is None else _second(asked, rule, larger, steered, dressed, refiner)
+    again = None if asked.hires is None else _second(asked, rule, larger, steered, dressed, refiner, upscaler)
 
     def ready(batch: list[Request], **shown: Any) -> Job:
         cond, uncond = steered(*read(batch))
@@ -123,12 +124,14 @@ def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: P
                  **{name: getattr(asked, name) for name in NO_SECOND}}
         return Job(drawn_by(pipeline, asked, batch, **found), call)
 
-    return ready if larger_by is None else _in_tiles(plain, asked, guidance, larger_by, steered, ready, refiner)
+    if larger_by is None:
+        return ready
+    return _in_tiles(plain, asked, guidance, larger_by, steered, ready, refiner, upscaler)
 
 
 def _in_tiles(pipeline: Pipeline, asked: Request, guidance: Guidance | float, how: InTiles,
               steered: Callable[..., tuple[Condition, Condition]], first: Callable[..., Job] | None,
-              refiner: Pipeline | None) -> Callable[..., Job]:
+              refiner: Pipeline | None, upscaler: Upscaler) -> Callable[..., Job]:
     """What makes a job of requests that are enlarged in tiles: the start picture, or what `first` draws. A tile has the
     model's own size, so what is for larger ones does not reach it."""
     sigmas = sigmas_by_strength(asked.schedule, asked.steps, pipeline.denoiser(), how.strength, "comfyui")
@@ -147,7 +150,7 @@ def _in_tiles(pipeline: Pipeline, asked: Request, guidance: Guidance | float, ho
             for picture, r in zip(pictures, batch, strict=True):
                 cond, uncond = steered(*read([r]))
                 found.append(upscale(pipeline, picture, cond, uncond=uncond, scale=how.scale, strength=how.strength,
-                                     upscaler=asked.hires_upscaler, schedule=asked.schedule, steps=asked.steps,
+                                     upscaler=upscaler, schedule=asked.schedule, steps=asked.steps,
                                      seed=r.seed, guidance=guidance, sampler=asked.sampler, refiner=refined([r]),
                                      **how_to))
             return found
@@ -190,12 +193,12 @@ def _refined(refiner: Pipeline | None, asked: Request, sigmas: Tensor,
 
 def _second(asked: Request, rule: Guidance | None, size: Size, steered: Callable[..., tuple[Condition, Condition]],
             dressed: Callable[[Sequence[AddOn], Request], Pipeline],
-            refiner: Pipeline | None) -> Callable[[list[Request]], Hires]:
+            refiner: Pipeline | None, upscaler: Upscaler) -> Callable[[list[Request]], Hires]:
     """What makes of a batch its second pass, whose prompts are read for its own noise levels."""
     later = asked.second_pass()
     pipeline = later.changed(dressed(later.add_ons, later), *size)
     own = rule if asked.hires_scale is None and rule is not None else SCALE if later.scale is None else later.scale
-    how = Hires(size, Enlargement.read(asked.hires).strength, asked.hires_upscaler, later.sampler, later.schedule,
+    how = Hires(size, Enlargement.read(asked.hires).strength, upscaler, later.sampler, later.schedule,
                 later.steps, own, network=lambda _: pipeline.unet)
     sigmas = how.sigmas(pipeline, later.schedule, later.steps)
     read, refined = (reader(pipeline, later, sigmas.tolist() if later.syntax else None),

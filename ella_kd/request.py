@@ -20,7 +20,7 @@ from ella_kd import infotext
 from ella_kd.addon_words import AddOn, FromAddOns, in_prompt, words_in
 from ella_kd.inside import FromInside
 from ella_kd.models import emphasis
-from ella_kd.pictures.hires_options import NO_SECOND, FromHires
+from ella_kd.pictures.hires_options import LATENTS, NO_SECOND, PIXELS, FromHires
 from ella_kd.pictures.options import FromNoise, FromPicture
 from ella_kd.prompt_editing import edits
 from ella_kd.prompts import check_text, split_and
@@ -139,6 +139,9 @@ class Request(FromPicture, FromHires, FromAddOns, FromInside):
     def _check_upscale(self) -> None:
         """ValueError for what a picture that is enlarged in tiles cannot have."""
         whole_picture = {each.name for each in fields(FromPicture)} - {*FromNoise.names(), "start"} | {"control"}
+        if self.hires_upscaler in LATENTS:
+            raise ValueError(f"upscale enlarges a picture's pixels, not its latents, got {self.hires_upscaler}: choose "
+                             f"{', '.join(PIXELS)}, or the file of a network")
         if self.tiling:
             raise ValueError("with tiling each tile of upscale would meet itself at its edges: enlarge with hires, "
                              "whose second pass is a texture too")
@@ -161,11 +164,12 @@ class Request(FromPicture, FromHires, FromAddOns, FromInside):
 
     @property
     def add_ons(self) -> tuple[AddOn, ...]:
-        """All that is asked for: by the doors, by the prompt, and by `embedding:name` in any text."""
+        """All that is asked for: by the doors, by the prompt, by `embedding:name` in any text, and to enlarge."""
         asked = (*self.read_doors(), *in_prompt(self.prompt)[1])
         known = [Path(each.file).stem for each in asked if each.place == "embedding"]
         texts = (self.prompt, self.negative, self.tags or "")
-        return (*asked, *dict.fromkeys(word for text in texts for word in words_in(text, known)))
+        larger = () if self.enlarged_by is None else (AddOn("upscaler", self.enlarged_by),)
+        return (*asked, *dict.fromkeys(word for text in texts for word in words_in(text, known)), *larger)
 
     def second_pass(self) -> "Request":
         """What its second pass asks for, a request of its own; without one, the request itself."""

@@ -17,7 +17,7 @@ from ella_kd.models.tiled import Tiles
 from ella_kd.pictures.hires_options import IN_TILES, Size, Upscaler
 from ella_kd.pictures.segments import other_seeds
 from ella_kd.pictures.start import sigmas_by_strength
-from ella_kd.pictures.upscalers import enlarged
+from ella_kd.pictures.upscalers import enlarged, upscaler_of
 from ella_kd.pipeline import Pipeline
 from ella_kd.request import Request, seed_number
 from ella_kd.samplers import randn
@@ -52,6 +52,7 @@ def upscale(
     more: as of `draw`, uncond, guidance, sampler among it; a picture depends on the seed and not on batch_size.
     Raises what `draw` raises, and ValueError for sizes that no latents have.
     """
+    larger = upscaler_of(upscaler)
     factor, noise_seed = pipeline.vae.factor, other_seeds([seed_number(seed)], STREAM, 0)[0]
     width, height = (max(1, round(side * scale / factor)) * factor for side in picture.size)
     sides = tile if isinstance(tile, tuple) else (tile or pipeline.size,) * 2
@@ -62,7 +63,7 @@ def upscale(
     if not 0 <= apart < min(sides):
         raise ValueError(f"tiles of {sides[0]}x{sides[1]} px overlap by less than a side, got {apart}")
     boxes = Tiles(cells, (apart // factor,) * 2).boxes(height // factor, width // factor)
-    large = enlarged(picture.convert("RGB"), (width, height), upscaler)
+    large = enlarged(picture.convert("RGB"), (width, height), larger, pipeline.device)
     sigmas = sigmas_by_strength(schedule, steps, pipeline.denoiser(), strength, "comfyui")
     noise = randn((1, pipeline.vae.config.latent_channels, height // factor, width // factor), [noise_seed])
     total = np.zeros((height, width, 1))
