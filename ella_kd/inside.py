@@ -2,12 +2,13 @@
 
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ella_kd.models.freeu import FreeU
-from ella_kd.models.hidiffusion import Shrink, hidiffusion
-from ella_kd.models.inside import Change, with_changes
+from ella_kd.models.hidiffusion import Shrink, WiderStride, hidiffusion
+from ella_kd.models.inside import Change, finest, with_changes
 from ella_kd.models.reuse import Reuse
 from ella_kd.models.tiled import Tiled
 from ella_kd.models.tome import ToMe
@@ -95,6 +96,7 @@ class FromInside:
             elif self.hidiffusion:
                 sides = height // pipeline.vae.factor, width // pipeline.vae.factor
                 changes += hidiffusion(unet, *sides, aggressive=from_text)
+                _warn_of_odd(width, height, _halved(unet, changes) * pipeline.vae.factor)
             else:
                 changes.append(Shrink())
         if self.tome:
@@ -107,3 +109,18 @@ class FromInside:
         if self.reuse is not None:
             network = Reuse(network, *self.reused)
         return pipeline if network is unet else replace(pipeline, unet=network)
+
+
+def _halved(unet: Any, changes: Sequence[Change]) -> int:
+    """Latents' sides that are a multiple of this are even where HiDiffusion attends in windows, and whole before."""
+    blocks = unet.config.num_res_blocks + 1
+    last = max((int(place.split(".")[1]) for place in finest(unet) if place.startswith("input_blocks")), default=0)
+    smaller = sum(isinstance(change, (Shrink, WiderStride)) and change.stage < last for change in changes)
+    return int(2 ** (last // blocks + smaller + 1))
+
+
+def _warn_of_odd(width: int, height: int, unit: int) -> None:
+    if width % unit or height % unit:
+        near = "x".join(str(max(1, round(side / unit)) * unit) for side in (width, height))
+        warnings.warn(f"hidiffusion halves {width}x{height} unevenly, which costs quality: sides in multiples of "
+                      f"{unit} px are even, such as {near}", stacklevel=5)

@@ -1,16 +1,19 @@
 """What is asked of the UNet's inside through `generate`, the command and a PNG's text."""
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from ella_kd import Pipeline, generate
 from ella_kd.cli import main
+from ella_kd.models.context import Context
 from ella_kd.models.freeu import FreeU
-from ella_kd.models.hidiffusion import Shrink, WiderStride, WindowAttention, hidiffusion
+from ella_kd.models.hidiffusion import Shrink, WiderStride, WindowAttention, Windows, hidiffusion
 from ella_kd.models.inside import Change, Inside
 from ella_kd.models.networks import BySigma
 from ella_kd.models.tiled import Tiled
@@ -95,6 +98,31 @@ def test_the_published_numbers_of_each_family() -> None:
     assert hidiffusion(sd2, 128, 200)[0] == WiderStride(3)
     assert [type(change) for change in hidiffusion(xl, 256, 256)] == [WiderStride, Shrink, WindowAttention]
     assert [type(change) for change in hidiffusion(xl, 256, 256, aggressive=False)] == [Shrink, WindowAttention]
+
+
+def test_sizes_that_are_halved_unevenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said where some map in windows has an odd side at some sigma, and nowhere else."""
+    odd: list[int] = []
+
+    def attention(self: Any, attn: Any, x: Any, size: tuple[int, int]) -> Any:
+        odd.extend(side for side in size if side % 2)
+        return attn(x, x)
+
+    monkeypatch.setattr(Windows, "attention", attention)
+    sd2 = UNetConfig(4, 4, 32, (1, 2, 4, 4), 2, (1, 1, 1, 0), 8, 2)
+    xl = UNetConfig(4, 4, 32, (1, 2, 4), 2, (0, 1, 1), 8, 2)
+    for config, unit, good in ((sd2, 16, 96), (xl, 64, 128)):
+        sd = replace(Pipeline.miniature(), unet=UNet(config))
+        for width, height in ((good, good), (good, good + unit), (good + unit // 2, good)):
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                network = Request(PROMPT, hidiffusion=True).changed(sd, width, height).unet
+            odd.clear()
+            for sigma in (14.0, 5.0, 2.5, 1.0):
+                x = torch.zeros(1, 4, height // 8, width // 8)
+                network.at((sigma,))(x, torch.ones(1), Context.of(torch.zeros(1, 2, 8)))
+            assert bool(said) == bool(odd) == (width != good)
+            assert all(f"multiples of {unit} px are even, such as {good}x" in str(each.message) for each in said)
 
 
 def test_what_cannot_be() -> None:
