@@ -176,7 +176,8 @@ def test_the_file_of_a_network(pipeline: Pipeline, tmp_path: Path, monkeypatch: 
     where: list[torch.device] = []
     monkeypatch.setattr(upscalers, "carried", lambda module, device: nullcontext(where.append(device)))
     how: dict[str, Any] = {"width": 8, "height": 8, "steps": 1, "seeds": 1, "progress": False, "hires": "2:0.5"}
-    name, own = "R-ESRGAN 4x+", {"models_dir": tmp_path}
+    name = "R-ESRGAN 4x+"
+    own: dict[str, Any] = {"models_dir": tmp_path}
     [drawn] = generate(pipeline, "a", hires_upscaler=name, **how, **own)
     [same] = generate(pipeline, "a", hires_upscaler=str(file), **how)
     [other] = generate(pipeline, "a", **how)
@@ -229,7 +230,7 @@ def test_networks_of_spandrel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name, network in networks.items():
         torch.save({"params_ema": network.state_dict()}, tmp_path / f"{name}.pth")
         found = network_of(str(tmp_path / f"{name}.pth"))
-        assert found.network.architecture.name == name  # type: ignore[attr-defined]
+        assert found.network.architecture.name == name
         assert found(picture).size == (72, 40)
         assert enlarged(picture, (100, 70), str(tmp_path / f"{name}.pth")).size == (100, 70)
     whole = network_of(str(tmp_path / "ESRGAN.pth"))(picture)

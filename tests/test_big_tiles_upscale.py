@@ -64,7 +64,8 @@ def test_the_door(pipeline: Pipeline, start: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["freeu", "tome", "reuse", "refiner"])
 def test_what_reaches_the_tiles(pipeline: Pipeline, name: str) -> None:
     """Of a start picture and of what was drawn alike; what is for larger pictures alone acts before."""
-    unet, text, how = pipeline.unet, {}, {"steps": 2, "progress": False}  # type: ignore[var-annotated]
+    unet: Any = pipeline.unet
+    text, how = dict[str, Any](), dict[str, Any](steps=2, progress=False)
     options: dict[str, Any] = {"freeu": {"freeu": True}, "tome": {"tome": 0.5}, "reuse": {"reuse": "2"},
                                "refiner": {"refiner": replace(pipeline, unet=randomised(UNet(unet.config), 9, 0.12))}}
     network = {"freeu": lambda: Inside(unet, FreeU.of(unet)), "tome": lambda: Inside(unet, ToMe(0.5)),
