@@ -106,11 +106,11 @@ def draw(
                    extra_args=extra_args, callback=callback, disable=not progress, seeds=rows, **asked.of_method)
     if hires is not None:
         more.pop("start", None)
-        again = {"uncond": uncond, "guidance": guidance, "sampler": sampler, **more, **hires.said()}
+        again = {"uncond": uncond, "guidance": guidance, "sampler": sampler, "refiner": refiner, **more, **hires.said()}
         sigmas = hires.sigmas(pipeline, schedule, steps)
         x, rows = hires.start(pipeline, x, sigmas[0], rows)
         return draw(hires.pipeline(pipeline), again.pop("cond", cond), latents=x, sigmas=sigmas, seeds=rows,
-                    refiner=refiner, callback=callback, progress=progress, **again)
+                    callback=callback, progress=progress, **again)
     with pipeline.at_work("vae"):
         images = to_images(decoded(pipeline, x))
     return [begun.back(image) for image in images]
