@@ -25,6 +25,7 @@ CSS = """
   overflow-wrap: anywhere; }
 .ella-note { opacity: .75; overflow-wrap: anywhere; }
 #tokens { font-size: var(--text-sm); opacity: .75; text-align: right; margin: -.7rem 0; }
+#status .error, #grid-status .error { display: none; }  /* a cancelled event's; ours are said in words */
 #title h2, #title p { margin: 0; }
 .ella-row button { align-self: center; }
 #gallery .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)); }
