@@ -202,7 +202,7 @@ class Page:
     def _drawn(self) -> dict[str, Any]:
         right: dict[str, Any] = {}
         right["status"] = gr.HTML(view.said("Nothing drawn yet."), elem_id="status")
-        right["gallery"] = gr.Gallery(label="Pictures", format="png", columns=2, object_fit="contain", height="auto",
+        right["gallery"] = gr.Gallery(show_label=False, format="png", columns=2, object_fit="contain", height="auto",
                                       elem_id="gallery", interactive=False, buttons=["download", "fullscreen"])
         right["text"] = gr.Textbox(label="Settings of the picture", lines=4, max_lines=10, interactive=False,
                                    elem_id="text", buttons=["copy"])
