@@ -28,10 +28,10 @@ from ella_kd.commands.models import models
 from ella_kd.commands.web import web
 from ella_kd.drawing import innermost_scale
 from ella_kd.generation import generate as draw_all
-from ella_kd.generation import jobs
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import known, parse
 from ella_kd.images import Picture, contact_sheet, save_image
+from ella_kd.jobs import jobs
 from ella_kd.options import check_folder, load, model_options, read_prompts, request_options, use_presets
 from ella_kd.pictures.options import SOURCES
 from ella_kd.pictures.reading import read_picture

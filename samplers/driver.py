@@ -91,6 +91,7 @@ class Run(Iterator[Record]):
         if GIVEN in self._kept:
             check_given(self._kept, digests(bound))
         self._evaluate = Evaluations(bound, levels, guidance, lambdas, callback, sigmas, values, self._steps)
+        self._sigmas = sigmas
         self._noise = noise_of_steps(solver, self._steps, x, sigmas, noise_sampler, self._kept)
         history = {key: value.to(x.device) for key, value in self._kept.items() if key not in RESERVED}
         reused = {key.removeprefix(REUSED): history.pop(key) for key in list(history) if key.startswith(REUSED)}
@@ -146,6 +147,13 @@ class Run(Iterator[Record]):
             raise StopIteration
         self.advance()
         return self._evaluate.record()
+
+    def go_on_from(self, step: int, x: Tensor, noise_sampler: NoiseSampler | None = None) -> None:
+        """Begins anew at a step with x, without what the method remembers of the steps before; noise_sampler: in place
+        of the run's noise from now on. What the model keeps of its evaluations stays."""
+        if noise_sampler is not None:
+            self._noise = noise_of_steps(self._solver, self._steps, x, self._sigmas, noise_sampler, self._kept)
+        self._at = step, x, {}, self._at[3]
 
     def advance(self, steps: int = 1, progress: tqdm | None = None) -> None:
         """Takes so many steps. Reads the counts of NaN and Inf at the last one; ValueError names the first."""

@@ -12,7 +12,7 @@ import torch
 from addon_files import LORA, PROMPT, draw, noise, write_lora
 from ella_kd import Pipeline, addons, generate
 from ella_kd.addon_words import AddOn, in_prompt, read
-from ella_kd.generation import jobs
+from ella_kd.jobs import jobs
 from ella_kd.models.addons.lora import LoRA
 from ella_kd.models.files.folders import look_up
 from ella_kd.request import Request

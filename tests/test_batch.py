@@ -22,9 +22,10 @@ from ella_kd import Pipeline, cli, generate
 from ella_kd.app import shards
 from ella_kd.app.batch import Batch
 from ella_kd.app.remembered import Remembered
-from ella_kd.app.shards import Shard, draw_shard, sha256
-from ella_kd.generation import Job
+from ella_kd.app.shard_files import sha256
+from ella_kd.app.shards import Shard, draw_shard
 from ella_kd.images import Picture
+from ella_kd.jobs import Job
 from ella_kd.request import Request
 from test_cli import model
 

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from ella_kd import Pipeline, cli, generate, generation
+from ella_kd import Pipeline, cli, generate, jobs
 from ella_kd.app import dpg_report
 from ella_kd.app.dpg_answers import ask, find_sheets
 from ella_kd.app.dpg_judges import ChatVQA
@@ -65,7 +65,7 @@ def test_sheets_of_four_are_drawn_once_under_the_prompts_names(run: Run, prompts
             raise KeyboardInterrupt
         return draw(*args, seeds=seeds, **options)
 
-    monkeypatch.setattr(generation, "draw", spy)
+    monkeypatch.setattr(jobs, "draw", spy)
     words = ("dpg", "generate", str(prompts), "--seed", "5", "--batch", "3", "--width", "24")
     stopped = run(*words)
     assert stopped.exit_code == 130

@@ -18,6 +18,7 @@ from ella_kd.models.inside import Inside
 from ella_kd.models.network import Deep
 from ella_kd.models.reuse import Reuse
 from ella_kd.pictures.keep import Keep, Repaint
+from ella_kd.pictures.segments import sample_in_segments
 from ella_kd.samplers import Run, get_sampler, get_sigmas_karras, load_run, randn, without_history
 from tiny import WIDTH, features, noise, randomised, relative, row, tiny_tsc, tiny_unet
 
@@ -178,3 +179,18 @@ def test_rows_are_their_own_and_calls_may_be_apart() -> None:
     assert relative(drawn(apart, "dpmpp_2m"), pair) < 1e-4
     plain = CFGDenoiser(ELLADenoiser(network, TSC))
     assert torch.equal(drawn(plain, "dpmpp_2m", **CONDITIONS, cond_scale=3.0), pair)
+
+
+def test_segments_reuse_as_much_as_a_run() -> None:
+    """Steps that begin anew forget what the method remembers of the steps before, and nothing of the network."""
+    calls = list[bool]()
+    handle = UNET.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(kwargs["deep"].features is not None), with_kwargs=True)
+    how: dict[str, Any] = {"extra_args": CONDITIONS, "disable": True, "seeds": SEEDS}
+    counts = []
+    for fresh in ((), range(1, len(SIGMAS) - 1)):
+        sample_in_segments("dpmpp_2m", model(Reuse(UNET, 2)), NOISE, SIGMAS, fresh=fresh, **how)
+        counts.append((calls.count(False), calls.count(True)))
+        calls.clear()
+    handle.remove()
+    assert counts[0] == counts[1] and counts[0][1] == (len(SIGMAS) - 1) // 2

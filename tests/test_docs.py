@@ -4,15 +4,19 @@
 be looked at.
 """
 
+import importlib
 import re
 import runpy
 import shlex
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import fields
+from inspect import isclass, isfunction, ismethod, signature
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.exceptions import Exit
 from click.testing import CliRunner
 from PIL import Image, ImageDraw
@@ -20,8 +24,11 @@ from PIL import Image, ImageDraw
 import ella_kd
 import studio
 from ella_kd import cli
+from ella_kd.denoiser import Denoiser
+from ella_kd.models.files.presets import PRESETS
 from ella_kd.pipeline import MINIATURE
 from ella_kd.samplers import SAMPLERS, SCHEDULES
+from ella_kd.samplers.registry import COMPATIBLE_SCHEDULES, RANGE_SAMPLERS
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT / "docs").as_posix(): path for path in sorted((ROOT / "docs").rglob("*.md"))}
@@ -114,6 +121,30 @@ def test_links_lead_somewhere(path: Path) -> None:
         if anchor:
             heads = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\s-]", "", head.lower()).replace(" ", "-") for head in heads}, target
+
+
+def test_our_names_beside_theirs_exist() -> None:
+    """The last column of the tables of names: what is called, arguments, and names of samplers and schedules."""
+    made = runpy.run_path(str(ROOT / "docs" / "reference.py"))
+    names = [*made["homes"](), *(name for some in made["MORE"].values() for name in some)]
+    values = [getattr(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    known = {name.rpartition(".")[2] for name in names} | {*dir(torch), *dir(Denoiser), *SAMPLERS, *SCHEDULES}
+    known |= {*COMPATIBLE_SCHEDULES, *RANGE_SAMPLERS, *PRESETS}
+    known |= {name for value in values if isclass(value) for name in dir(value)}
+    called = [value for value in values if isfunction(value) or isclass(value)]
+    called += [getattr(value, name) for value in called if isclass(value) for name in dir(value) if name[0] != "_"]
+    arguments = {each for value in called if isfunction(value) or ismethod(value) or isclass(value)
+                 for each in signature(value).parameters}
+    arguments |= {each.name for each in fields(ella_kd.Request)} | {"window"}
+    cells = [line.replace("\\|", "").rstrip(" |").rpartition("|")[2]
+             for line in PAGES["coming-from.md"].read_text().splitlines() if line.startswith("|")]
+    code = [code for cell in cells for code in re.findall(r"`([^`]+)`", cell) if not code.startswith(("--", "("))]
+    wrong = []
+    for one in code:
+        said = set(re.findall(r"(?<![\w\"/])([A-Za-z_]\w+)(?=\()", one)) | ({one} if one.islower() and one.isidentifier() else set())
+        given = set(re.findall(r"(\w+)=(?!=)", re.sub(r"\".*?\"", "", one)))
+        wrong += [(one, name) for name in (said - known - arguments) | (given - arguments)]
+    assert not wrong
 
 
 def test_every_public_name_is_in_the_reference() -> None:

@@ -15,9 +15,10 @@ from PIL import Image
 
 from ella_kd.addons import AddOns
 from ella_kd.app.remembered import remembering
-from ella_kd.app.shards import DONE, Interrupted, Shard, draw_shard, marker, member, read_json, sha256, sweep, threads
+from ella_kd.app.shard_files import member, read_json, sha256, sweep
+from ella_kd.app.shards import DONE, Interrupted, Shard, draw_shard, marker, threads
 from ella_kd.files import writing
-from ella_kd.generation import jobs
+from ella_kd.jobs import jobs
 from ella_kd.pipeline import Pipeline
 from ella_kd.request import VERSION, Request
 
@@ -76,7 +77,7 @@ class Batch:
     def __init__(self, folder: str | Path, parts: Mapping[str, Requests], about: Mapping[str, Any], *,
                  shard: int = SHARD, batch: int = BATCH, tar: bool = False,
                  threads: int | None = None) -> None:
-        self.folder, self.parts, self.batch_size, self.tar = Path(folder).absolute(), dict(parts), batch, tar
+        self.folder, self.parts, self.batch_size, self.tar = Path(folder), dict(parts), batch, tar
         self.cuts: list[tuple[str, int, int, int]] = []  # of each shard: model, index, start and end in its part
         index = 0
         for model, requests in self.parts.items():

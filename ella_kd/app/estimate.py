@@ -9,9 +9,9 @@ from pathlib import Path
 from ella_kd.app.batch import Batch
 from ella_kd.app.loading import Pipelines
 from ella_kd.app.remembered import remembering
-from ella_kd.app.shards import Shard, cut
-from ella_kd.generation import jobs
+from ella_kd.app.shards import Shard, cut, groups
 from ella_kd.images import Picture
+from ella_kd.jobs import jobs
 from ella_kd.request import Request
 from ella_kd.samplers import get_sampler
 
@@ -44,7 +44,7 @@ def estimate(batch: Batch, pipelines: Pipelines, models_dir: str | Path | None =
     commonest = max(kinds, key=lambda kind: kind[0] * kinds[kind])
     number = example[commonest]
     shard, pipeline = batch.shard(number), pipelines(batch.model(number))
-    together = max((each for each in cut(shard) if _work(shard.request(each[0])) == commonest), key=len)
+    together = max((each for each in cut(shard, groups(shard)) if _work(shard.request(each[0])) == commonest), key=len)
     seconds, size, like = _drawn(shard, together, pipeline, models_dir)
     works = sum(kind[0] * count for kind, count in kinds.items()) / commonest[0]
     pixels = sum(kind[1] * count for kind, count in kinds.items()) / commonest[1]

@@ -8,12 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ella_kd.starting import picture_size
 from ella_kd.models.devices import check_device, check_dtype
 from ella_kd.models.files.hashes import sha256
 from ella_kd.models.files.hub import find, find_all, with_preset
 from ella_kd.options import FILES, load
 from ella_kd.pipeline import MINIATURE, Pipeline
+from ella_kd.starting import picture_size
 
 #: What `ella_kd.options.model_options` declares, with the defaults.
 WORDS: dict[str, Any] = {"model": "miniature", **dict.fromkeys(FILES), "offset": None, "prediction": None,

@@ -1,29 +1,24 @@
 """The unit of work of a batch: a shard of requests becomes files, the same ones however often it is begun."""
 
-import hashlib
-import io
 import json
-import os
 import platform
 import shutil
-import tarfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ella_kd.addons import AddOns
 from ella_kd.app.remembered import remembering
+from ella_kd.app.shard_files import pack, read_json, sha256, sweep, sync, unpack, write_json
 from ella_kd.encoding import weights
-from ella_kd.files import writing
-from ella_kd.generation import jobs
 from ella_kd.images import Picture
+from ella_kd.jobs import jobs
 from ella_kd.pipeline import Pipeline
 from ella_kd.request import Request
 
@@ -88,17 +83,26 @@ def marker(folder: Path, number: int) -> Path:
     return folder / DONE / f"{number:05d}.json"
 
 
-def cut(shard: Shard) -> Cut:
-    """The batches of a shard: requests that `jobs` draws together, in order, up to batch_size at once."""
-    groups: list[tuple[Any, list[int]]] = []
+def groups(shard: Shard) -> dict[int, int]:
+    """Which requests of a shard `jobs` draws together, if they are neighbours: a number for each index."""
+    known: list[Any] = []
+    found = {}
     for index, request in enumerate(shard.requests, shard.first):
         like = shape(request)
-        own = next((indices for known, indices in groups if known == like), None)
-        if own is None:
-            groups.append((like, own := []))
-        own.append(index)
-    size = shard.batch_size
-    return [own[start : start + size] for _, own in groups for start in range(0, len(own), size)]
+        number = next((number for number, each in enumerate(known) if each == like), len(known))
+        if number == len(known):
+            known.append(like)
+        found[index] = number
+    return found
+
+
+def cut(shard: Shard, group: dict[int, int]) -> Cut:
+    """The batches of a shard: those of a group in order, up to batch_size at once."""
+    size, batches = shard.batch_size, []
+    for number in range(max(group.values(), default=-1) + 1):
+        own = [index for index in group if group[index] == number]
+        batches += [own[start : start + size] for start in range(0, len(own), size)]
+    return batches
 
 
 def draw_shard(shard: Shard, pipeline: Pipeline, *, models_dir: str | Path | AddOns | None = None, retry: bool = False,
@@ -160,13 +164,15 @@ class _Work:
     def __init__(self, shard: Shard, done: dict[str, Any] | None) -> None:
         self.shard = shard
         known = done or read_json(shard.unfinished) or {}
-        self.batches: Cut = known.get("batches") or cut(shard)
+        self.group = groups(shard)
+        self.cut = cut(shard, self.group)
+        self.batches: Cut = known.get("batches") or list(self.cut)
         self.failed: dict[int, str] = {} if done else {int(i): why for i, why in known.get("failed", {}).items()}
         for folder in (shard.pictures, shard.marker.parent):
             folder.mkdir(parents=True, exist_ok=True)
         sweep(shard.pictures)
         if shard.packed.exists():
-            _unpack(shard.packed, shard.pictures)
+            unpack(shard.packed, shard.pictures)
         found = {index: _entry(shard, index) for batch in self.batches for index in batch}
         self.entries: dict[int, dict[str, Any]] = {index: entry for index, entry in found.items() if entry}
         self.left = deque(batch for batch in self.batches
@@ -175,10 +181,8 @@ class _Work:
     def alike(self) -> Cut:
         """The next batches that are of one shape and, but for the last, of one size."""
         first, batches = self.left[0], [self.left[0]]
-        like = shape(self.shard.request(first[0]))
         for batch in list(self.left)[1:]:
-            if len(batch) > len(first) or len(batches[-1]) < len(first) or (
-                    shape(self.shard.request(batch[0])) != like):
+            if len(batch) > len(first) or len(batches[-1]) < len(first) or self.group[batch[0]] != self.group[first[0]]:
                 break
             batches.append(batch)
         return batches
@@ -189,16 +193,16 @@ class _Work:
             self.failed[batch[0]] = why
             self.left.popleft()
         else:
-            half, like = (len(batch) + 1) // 2, shape(self.shard.request(batch[0]))
+            half, group = (len(batch) + 1) // 2, self.group[batch[0]]
             for each in [each for each in self.left if each == batch or (
-                    no_memory and len(each) > half and shape(self.shard.request(each[0])) == like)]:
+                    no_memory and len(each) > half and self.group[each[0]] == group)]:
                 parts = [each[start : start + half] for start in range(0, len(each), half)]
                 for among in (self.batches, self.left):
                     at = among.index(each)
                     del among[at]
                     for part in reversed(parts):
                         among.insert(at, part)
-        _write_json(self.shard.unfinished, {"batches": self.batches, "failed": self.failed})
+        write_json(self.shard.unfinished, {"batches": self.batches, "failed": self.failed})
         if no_memory and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         return int(len(batch) == 1)
@@ -214,13 +218,13 @@ class _Work:
         """The tar, then the marker, and nothing else of the shard but its files."""
         shard, entries = self.shard, [self.entries[index] for index in sorted(self.entries)]
         if shard.tar:
-            _pack(shard, entries)
+            pack(shard.packed, (file for entry in entries for file in _packed(shard, entry)))
             shutil.rmtree(shard.pictures)
         for folder in (shard.folder,) if shard.tar else (shard.folder, shard.pictures):
-            _sync(folder)
-        _write_json(shard.marker, {
+            sync(folder)
+        write_json(shard.marker, {
             "first": shard.first, "requests": len(shard.requests), "tar": shard.tar, "batches": self.batches,
-            "cut_changed": self.batches != cut(shard), "failed": self.failed, "pictures": entries, "machine": machine,
+            "cut_changed": self.batches != self.cut, "failed": self.failed, "pictures": entries, "machine": machine,
             "seconds": round(seconds, 3)})
         shard.unfinished.unlink(missing_ok=True)
         return shard.files(self.entries)
@@ -254,38 +258,11 @@ def _described(index: int, path: Path, drawn: Request) -> dict[str, Any]:
     return {"index": index, "file": f"{path.parent.name}/{path.name}", "sha256": sha256(path), "request": said(drawn)}
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _pack(shard: Shard, entries: Sequence[dict[str, Any]]) -> None:
-    """The tar of a shard, the same bytes for the same pictures."""
-    with writing(shard.packed) as temporary, tarfile.open(temporary, "w") as tar:
-        for entry in entries:
-            path = shard.path(entry["index"])
-            for name, data in ((path.name, path.read_bytes()),
-                               (f"{path.stem}.json", json.dumps(entry["request"], ensure_ascii=False).encode())):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-
-
-def _unpack(packed: Path, folder: Path) -> None:
-    """The pictures of a tar of ours that are not in the folder."""
-    with tarfile.open(packed) as tar:
-        for member in tar:
-            path = folder / Path(member.name).name
-            if path.suffix == ".png" and not path.exists() and (file := tar.extractfile(member)):
-                with writing(path) as temporary:
-                    temporary.write_bytes(file.read())
-
-
-def member(packed: Path, name: str) -> Image.Image:
-    """A picture of a tar. KeyError if it is not there."""
-    with tarfile.open(packed) as tar:
-        file = tar.extractfile(name)
-        assert file is not None
-        return Image.open(io.BytesIO(file.read()))
+def _packed(shard: Shard, entry: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
+    """A picture and its request, as a tar names them."""
+    path = shard.path(entry["index"])
+    yield path.name, path.read_bytes()
+    yield f"{path.stem}.json", json.dumps(entry["request"], ensure_ascii=False).encode()
 
 
 @contextmanager
@@ -297,36 +274,6 @@ def threads(number: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def sweep(folder: Path) -> None:
-    """Take away what a killed writer left: the temporary files of `writing`."""
-    for stray in folder.glob(".*.????????????????"):
-        with suppress(FileNotFoundError):
-            stray.unlink()
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    except FileNotFoundError:
-        return None
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with writing(path) as temporary:
-        temporary.write_text(json.dumps(values, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sync(folder: Path) -> None:
-    """The names in a folder are on the disk before the marker is."""
-    with suppress(OSError, AttributeError):  # file systems and Windows, where folders cannot be opened
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _no_memory(error: Exception) -> bool:

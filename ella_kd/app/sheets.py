@@ -10,9 +10,9 @@ from PIL import Image, UnidentifiedImageError
 
 from ella_kd.addons import AddOns
 from ella_kd.files import writing
-from ella_kd.generation import jobs
 from ella_kd.guidance import Guidance
 from ella_kd.images import Picture, save_image
+from ella_kd.jobs import jobs
 from ella_kd.pipeline import Pipeline
 from ella_kd.request import Request
 
@@ -79,18 +79,21 @@ def is_drawn(sheet: Sheet) -> bool:
 
 
 def draw_sheets(pipeline: Pipeline, sheets: Iterable[Sheet], asked: Request, *, guidance: Guidance | None = None,
-                models_dir: str | Path | AddOns | None = None, batch_size: int = 8) -> Generator[Sheet, None, None]:
+                models_dir: str | Path | AddOns | None = None, batch_size: int = 8,
+                progress: bool = True) -> Generator[Sheet, None, None]:
     """Draws sheets one after the other, and yields each as soon as its file is there, whole.
 
     asked: everything but prompts and seeds. guidance: a rule that no text can name. batch_size: pictures drawn at once,
-    of neighbouring sheets too. What is there is written over: leave out what `is_drawn`. Raises as `jobs` does.
+    of neighbouring sheets too. progress: bars. What is there is written over: leave out what `is_drawn`.
+    Raises as `jobs` does.
     """
     left = list(sheets)
     requests = (replace(asked, prompt=prompt, seed=seed) for sheet in left for prompt, seed in sheet.cells)
     done: list[Picture] = []
     waiting = iter(left)
     sheet = next(waiting, None)
-    for job in jobs(pipeline, requests, guidance=guidance, models_dir=models_dir, batch_size=batch_size):
+    for job in jobs(pipeline, requests, guidance=guidance, models_dir=models_dir, batch_size=batch_size,
+                    progress=progress):
         done += map(Picture, job.draw(), job.requests)
         while sheet is not None and len(done) >= len(sheet.cells):
             own, done = done[: len(sheet.cells)], done[len(sheet.cells) :]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ella_kd.samplers import Run, get_sampler, randn, without_history
-from ella_kd.samplers.model import Bound, Callback, Model, bind
+from ella_kd.samplers import Run, get_sampler, randn
+from ella_kd.samplers.model import Callback, Model
 from ella_kd.samplers.noise import NOISES, check_seeds, random_seeds
 from ella_kd.samplers.registry import RANGE_SAMPLERS
 
@@ -55,26 +55,19 @@ def sample_in_segments(
         raise ValueError(f"repeats and jump are whole numbers of at least 1, got {repeats} and {jump}")
     given = random_seeds(len(x)) if seeds is None else check_seeds(seeds, len(x))
     solver, noises = replace(row.solver, **options), NOISES[row.noise or "normal"]
-    walked = row.walked(_BoundOnce(model))
-    how: dict[str, Any] = {"extra_args": extra_args, "callback": callback}
-    run, noise_sampler = Run(solver, walked, x, sigmas, seeds=given, **how), None
-
-    def from_step(i: int, x: Tensor) -> Run:
-        state = {**without_history(run.state), "step": torch.tensor(i)}
-        return Run(solver, walked, x, state=state, noise_sampler=noise_sampler, **how)
-
+    run = Run(solver, row.walked(model), x, sigmas, extra_args, callback, seeds=given)
     with tqdm(total=run.total, disable=disable, leave=None) as progress:
         for first, last, times in _segments(sigmas.tolist(), repeats, jump, within):
             for repeat in range(times):
                 if repeat:  # back up to the level at which these steps began
                     up = math.sqrt(float(sigmas[first]) ** 2 - float(sigmas[last]) ** 2)
-                    noise_sampler = noises(x, other_seeds(given, 2 * repeat + 1, first))
-                    run = from_step(first, run.x + up * randn(x.shape, other_seeds(given, 2 * repeat, first)).to(x))
+                    noise = randn(x.shape, other_seeds(given, 2 * repeat, first)).to(x)
+                    run.go_on_from(first, run.x + up * noise, noises(x, other_seeds(given, 2 * repeat + 1, first)))
                 for i in range(first, last):
                     if before is not None:
-                        run = from_step(i, before(i, run.x))
+                        run.go_on_from(i, before(i, run.x))
                     elif i in fresh and not (repeat and i == first):
-                        run = from_step(i, run.x)
+                        run.go_on_from(i, run.x)
                     run.advance()
                     progress.update(not repeat)
     return run.x
@@ -94,22 +87,6 @@ def _segments(sigmas: Sequence[float], repeats: int, jump: int,
         raise ValueError(f"no step begins within sigma {low:g} to {high:g}: there is nothing to repeat")
     times = (repeats * total - (total - inside)) // inside
     return [(*segment, times if segment in chosen else 1) for segment in bounds]
-
-
-class _BoundOnce:
-    """A model that is bound for the first run and used, as it is bound, by the next ones of the same steps."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.bound: Bound | None = None
-
-    def bind(self, x: Tensor, sigmas: Sequence[float], need_uncond: bool = False, **extra_args: Any) -> Bound:
-        if self.bound is None:
-            self.bound = bind(self.model, x, sigmas, need_uncond, extra_args)
-        return self.bound
-
-    def __call__(self, x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-        raise AssertionError("a sampler binds its model")
 
 
 def other_seeds(seeds: Sequence[int], stream: int, i: int) -> list[int]:

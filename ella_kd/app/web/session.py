@@ -25,8 +25,8 @@ from ella_kd.app.web.form import LIMITS, SEEDS, Form, Limits, filled, largest_si
 from ella_kd.app.web.preview import Preview
 from ella_kd.cli import OUT_OF_MEMORY, last_number, save
 from ella_kd.files import writing
-from ella_kd.generation import jobs
 from ella_kd.images import Picture
+from ella_kd.jobs import jobs
 from ella_kd.models.files.folders import look_up, names
 from ella_kd.options import check_folder
 from ella_kd.pipeline import FIXED_LENGTH, Pipeline
