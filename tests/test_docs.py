@@ -36,7 +36,7 @@ PAGES = {path.relative_to(ROOT / "docs").as_posix(): path for path in sorted((RO
 TEXTS = [*PAGES.values(), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md"))]
 REFERENCE = runpy.run_path(str(ROOT / "docs" / "reference.py"))
 COMMANDS: dict[str, click.Command] = REFERENCE["commands"](cli.main)
-STEPS = 2
+STEPS = 1
 BLOCK = re.compile(r"^```(python|bash|console)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
