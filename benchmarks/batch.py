@@ -68,7 +68,8 @@ def main(count: int, steps: int, size: int, rounds: int) -> None:
     """Bare loop and batch in turns, so that both see the same machine; then one long run, and its memory."""
     sd = Pipeline.miniature()
     asked = requests(max(count, ROUND), steps)
-    ways = [lambda folder: bare(sd, asked[:ROUND], folder, size), lambda folder: batched(sd, asked[:ROUND], folder, size)]
+    ways = [lambda folder: bare(sd, asked[:ROUND], folder, size),
+            lambda folder: batched(sd, asked[:ROUND], folder, size)]
     ratios: list[tuple[float, float]] = []
     for each in range(rounds + 1):
         first = each % 2

@@ -15,6 +15,7 @@ from inspect import isclass, isfunction, ismethod, signature
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.exceptions import Exit
@@ -33,6 +34,8 @@ from ella_kd.samplers.registry import COMPATIBLE_SCHEDULES, RANGE_SAMPLERS
 ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT / "docs").as_posix(): path for path in sorted((ROOT / "docs").rglob("*.md"))}
 TEXTS = [*PAGES.values(), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md"))]
+REFERENCE = runpy.run_path(str(ROOT / "docs" / "reference.py"))
+COMMANDS: dict[str, click.Command] = REFERENCE["commands"](cli.main)
 STEPS = 2
 BLOCK = re.compile(r"^```(python|bash|console)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -100,10 +103,13 @@ def test_commands_have_their_options(path: Path) -> None:
     shown = [words for block in re.findall(r"^```console\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
              for words in commands(block)]
     shown += commands("\n".join(line for line in text.splitlines() if line.startswith("    ")))
-    for name, *words in shown:
+    for words in shown:
+        command, path = cli.main, "ella-kd"
+        while isinstance(command, click.Group):
+            path, command = f"{path} {words[0]}", command.commands[words.pop(0)]
         with suppress(Exit):  # --help
-            cli.main.commands[name].make_context(name, words).close()
-    known = {option for command in cli.main.commands.values() for param in command.params for option in param.opts}
+            command.make_context(path, words).close()
+    known = {option for command in COMMANDS.values() for param in command.params for option in param.opts}
     said = set(re.findall(r"(?<=`)--[a-z][a-z0-9-]*", text)) - OTHERS
     assert said <= known, said - known
 
@@ -125,8 +131,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 def test_our_names_beside_theirs_exist() -> None:
     """The last column of the tables of names: what is called, arguments, and names of samplers and schedules."""
-    made = runpy.run_path(str(ROOT / "docs" / "reference.py"))
-    names = [*made["homes"](), *(name for some in made["MORE"].values() for name in some)]
+    names = [*REFERENCE["homes"](), *(name for some in REFERENCE["MORE"].values() for name in some)]
     values = [getattr(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
     known = {name.rpartition(".")[2] for name in names} | {*dir(torch), *dir(Denoiser), *SAMPLERS, *SCHEDULES}
     known |= {*COMPATIBLE_SCHEDULES, *RANGE_SAMPLERS, *PRESETS}
@@ -141,20 +146,20 @@ def test_our_names_beside_theirs_exist() -> None:
     code = [code for cell in cells for code in re.findall(r"`([^`]+)`", cell) if not code.startswith(("--", "("))]
     wrong = []
     for one in code:
-        said = set(re.findall(r"(?<![\w\"/])([A-Za-z_]\w+)(?=\()", one)) | ({one} if one.islower() and one.isidentifier() else set())
+        said = set(re.findall(r"(?<![\w\"/])([A-Za-z_]\w+)(?=\()", one))
+        said |= {one} if one.islower() and one.isidentifier() else set()
         given = set(re.findall(r"(\w+)=(?!=)", re.sub(r"\".*?\"", "", one)))
         wrong += [(one, name) for name in (said - known - arguments) | (given - arguments)]
     assert not wrong
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    made = runpy.run_path(str(ROOT / "docs" / "reference.py"))
-    pages = made["reference"]()
-    for name, page in made["homes"]().items():
+    pages = REFERENCE["reference"]()
+    for name, page in REFERENCE["homes"]().items():
         home, _, last = name.rpartition(".")
         own = f"{page.removeprefix('reference/').removesuffix('.md')}.{last}"
         assert f"::: {own}\n" in pages[page] or f"#{own}}}" in pages[page] or f'id="{own}"' in pages[page], name
         assert f"`{last}`" in pages[f"reference/{home}.md"] or f"{home}.{last}\n" in pages[f"reference/{home}.md"], name
-    for name, command in cli.main.commands.items():
+    for name, command in COMMANDS.items():
         assert all(option in pages["reference/ella-kd.md"] for param in command.params for option in param.opts[:1]
                    if option.startswith("--")), name

@@ -29,12 +29,12 @@ def run_on_ray(batch: Batch, models: Models, address: str = "local", *, models_d
     address: "local" for one on this machine, "auto", "ray://host:10001". cpus, gpus: what a worker takes; gpus None:
     one where the cluster has any. All machines see the batch's folder, the models and the pictures under the same
     paths, and have the same version of ella_kd. stop: when it says so, every worker ends after its batch.
-    Raises ModuleNotFoundError without Ray, RuntimeError for a shard that took its worker with it ten times, and
-    otherwise as `Batch.run`.
+    Raises ModuleNotFoundError without Ray, and otherwise as `Batch.run`; in the end ChildProcessError if shards took
+    their workers with them again and again.
     """
     ray = _ray()
     with batch.at_work(), _connected(ray, address):
-        open_shards, pending = iter(batch.open_shards(retry)), dict[Any, int]()
+        open_shards, pending, lost = iter(batch.open_shards(retry)), dict[Any, int](), list[int]()
         if gpus is None:
             gpus = float(ray.cluster_resources().get("GPU", 0) >= 1)
         # max_calls: with GPUs Ray ends a worker after each task, and the next one would load the model again
@@ -49,10 +49,18 @@ def run_on_ray(batch: Batch, models: Models, address: str = "local", *, models_d
                 break
             for ref in ray.wait(list(pending), timeout=0.5)[0]:
                 number = pending.pop(ref)
-                if _result(ray, ref, number):
-                    told(batch.requests_in(number))
+                try:
+                    if ray.get(ref):
+                        told(batch.requests_in(number))
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None  # in its own words
+                except ray.exceptions.RayError:
+                    lost.append(number)
             if stop():
                 stopping.touch()
+    if lost:
+        raise ChildProcessError(f"the shards {', '.join(map(str, lost))} took their workers with them {LOSSES + 1} "
+                                "times, for lack of memory perhaps (see Ray's logs): the same command tries them again")
     return status(batch.folder)
 
 
@@ -71,17 +79,6 @@ def _draw(shard: Shard, models: Models, model: str, where: Path, models_dir: str
             os._exit(1)  # for Ray: another process gets the shard
         raise
     return True
-
-
-def _result(ray: Any, ref: Any, number: int) -> bool:
-    """What a task gave. Raises what it raised, in its own words."""
-    try:
-        return bool(ray.get(ref))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.WorkerCrashedError as error:
-        raise RuntimeError(f"shard {number} took its worker with it {LOSSES + 1} times (memory? see Ray's logs): the "
-                           "others are drawn when the command is given again with a smaller --batch") from error
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -61,6 +62,8 @@ def batch(ctx: click.Context, jobs: str, out: Path, shard: int, tar: bool, retry
       ella-kd batch jobs.jsonl --out pictures --steps 30 --batch 16 --status
       ella-kd batch jobs.jsonl --out pictures --steps 30 --batch 16 --ray auto
     """
+    if address is not None and find_spec("ray") is None:
+        raise click.UsageError("--ray needs Ray: pip install 'ella-kd[batch]'.")
     if how_far:
         tell(status(out))
         return

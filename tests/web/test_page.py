@@ -251,24 +251,24 @@ def test_a_grid_runs_stops_goes_on_and_is_looked_at(context: BrowserContext, pag
     page.wait_for_selector("#grid-status [role=alert]")
     assert "checkpoint names another model" in page.inner_text("#grid-status")
     put(page, **{"grid-text": f"title: '{EVIL.replace(chr(39), '')}'\nprompt: A red heart sits in the center.\n"
-                 "steps: 2\naxes:\n  sampler: euler, heun, dpmpp_2m, ddim, lms\n  scale: 1-5\n  schedule: karras, exponential\n"
-                 "  seed: 1-4\n"})
+                 "steps: 4\naxes:\n  sampler: euler, heun, dpmpp_2m\n  scale: 1-4\n  schedule: karras, ays\n"
+                 "  seed: 1-2\n"})
     page.click("#grid-run")
-    page.wait_for_function("() => /[1-9][0-9]* of 200 pictures/.test(document.querySelector('#grid-status').innerText)")
+    page.wait_for_function("() => /[1-9][0-9]* of 48 pictures/.test(document.querySelector('#grid-status').innerText)")
     page.click("#grid-stop")
     page.wait_for_function("() => /Stopped/.test(document.querySelector('#grid-status').innerText)")
-    assert site.idle(10)
+    assert site.idle(10)  # it stops after its batch
     [folder] = (site.out / "grids").glob("img*")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
-    assert 0 < len(before) < 200
+    assert 0 < len(before) < 48
     page.click("#grid-run")
-    page.wait_for_function("() => /[1-9][0-9]* of 200 pictures/.test(document.querySelector('#grid-status').innerText)")
+    page.wait_for_function("() => /[1-9][0-9]* of 48 pictures/.test(document.querySelector('#grid-status').innerText)")
     page.get_by_role("tab", name="Draw").click()
     assert draw(page, steps=2, seed=1) == ["seed 1"]  # between two batches of the grid
     page.get_by_role("tab", name="Grid").click()
-    page.wait_for_function("() => /200 of 200 pictures/.test(document.querySelector('#grid-status').innerText)",
+    page.wait_for_function("() => /48 of 48 pictures/.test(document.querySelector('#grid-status').innerText)",
                            timeout=4 * SLOW)
-    assert len([*folder.rglob("*.png")]) == 200
+    assert len([*folder.rglob("*.png")]) == 48
     assert before.items() <= {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}.items()
     with context.expect_page() as opened_page:
         page.click("#grid-status a")

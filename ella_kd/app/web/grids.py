@@ -77,7 +77,7 @@ def read(studio: Studio, text: str) -> Grid:
     return grid
 
 
-def run(studio: Studio, text: str) -> Iterator[Cells]:
+def run(studio: Studio, text: str) -> Iterator[Cells | None]:
     """Draw what of a grid is not drawn yet; closing the iterator stops it after its batch, and it goes on another time.
 
     Other draws come between its batches. Raises as `read` does.

@@ -202,7 +202,7 @@ class Page:
     def _drawn(self) -> dict[str, Any]:
         right: dict[str, Any] = {}
         right["status"] = gr.HTML(view.said("Nothing drawn yet."), elem_id="status")
-        right["gallery"] = gr.Gallery(label="Pictures", format="png", columns=2, object_fit="contain", height="auto",
+        right["gallery"] = gr.Gallery(show_label=False, format="png", columns=2, object_fit="contain", height="auto",
                                       elem_id="gallery", interactive=False, buttons=["download", "fullscreen"])
         right["text"] = gr.Textbox(label="Settings of the picture", lines=4, max_lines=10, interactive=False,
                                    elem_id="text", buttons=["copy"])
@@ -274,7 +274,7 @@ class Page:
             with closing(self.studio.draw(form)) as drawing:
                 for news in drawing:
                     if not isinstance(news, Saved):
-                        yield view.going(news), *keep
+                        yield view.going(news) if news else gr.skip(), *keep
                         continue
                     saved.append(news)
                     rows = sorted(saved, key=lambda each: each.request.seed) if compared else saved
@@ -291,7 +291,7 @@ class Page:
             yield view.said("Checking ..."), gr.skip()
             with closing(grids.run(self.studio, text)) as drawing:
                 for cells in drawing:
-                    yield view.cells(cells), gr.skip()
+                    yield view.cells(cells) if cells else gr.skip(), gr.skip()
             yield gr.skip(), view.links(grids.known(self.studio))
         except Exception as error:
             yield view.failed(message_of(error)), gr.skip()

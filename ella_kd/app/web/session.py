@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +36,8 @@ News = TypeVar("News")
 PIXELS = 40_000_000  # the most of an uploaded picture; a small file may hold ever so many
 INPUTS = "inputs"  # the folder in the output folder where uploaded pictures are kept, named by their content
 EVERY = 0.1  # seconds between previews
+ALIVE = 0.2  # seconds without news
+THREAD = "ella_kd draws"
 
 
 class Stopped(Exception):
@@ -143,15 +145,18 @@ class Studio:
             raise ValueError(f"no {add_on.place} {add_on.file[:80]!r} here: " + (f"there is {', '.join(near)}" if near
                              else "the page was started without such files in --models-dir"))
 
-    def draw(self, form: Form) -> Iterator[Step | Saved]:
-        """Draw what a form asks for; closing the iterator stops the drawing at its next step.
+    def draw(self, form: Form) -> Iterator[Step | Saved | None]:
+        """Draw what a form asks for; closing the iterator stops the drawing at its next step. None: nothing new.
 
         Raises ValueError or TypeError for what cannot be drawn, before anything is, and what drawing raises.
         """
         return self.in_turn(partial(self._work, self.asked(form)))
 
-    def in_turn(self, work: Callable[[Callable[[News], None], threading.Event], None]) -> Iterator[News]:
-        """What a work tells, which runs in a thread when it is its turn; closing the iterator sets its event."""
+    def in_turn(self, work: Callable[[Callable[[News], None], threading.Event], None]) -> Iterator[News | None]:
+        """What a work tells, which runs in a thread when it is its turn; closing the iterator sets its event.
+
+        None where there is no news for a while: whoever iterates can close it then, however long a step takes.
+        """
         news: SimpleQueue[tuple[News] | BaseException | None] = SimpleQueue()
         stop = threading.Event()
 
@@ -166,9 +171,16 @@ class Studio:
                     news.put(error)
                 news.put(None)
 
-        threading.Thread(target=run, name="ella_kd draws", daemon=True).start()
+        threading.Thread(target=run, name=THREAD, daemon=True).start()
         try:
-            while (one := news.get()) is not None:
+            while True:
+                try:
+                    one = news.get(timeout=ALIVE)
+                except Empty:
+                    yield None
+                    continue
+                if one is None:
+                    return
                 if isinstance(one, BaseException):
                     raise one
                 yield one[0]

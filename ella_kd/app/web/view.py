@@ -25,10 +25,11 @@ CSS = """
   overflow-wrap: anywhere; }
 .ella-note { opacity: .75; overflow-wrap: anywhere; }
 #tokens { font-size: var(--text-sm); opacity: .75; text-align: right; margin: -.7rem 0; }
+#status .error, #grid-status .error { display: none; }  /* a cancelled event's; ours are said in words */
 #title h2, #title p { margin: 0; }
 .ella-row button { align-self: center; }
 #gallery .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)); }
-#gallery .caption-label { white-space: normal; max-width: 100%; }
+#gallery .caption-label { white-space: normal; max-width: 100%; font-size: var(--text-xs); padding: .1rem .35rem; }
 @media (max-width: 600px) { #gallery .caption-label { font-size: .6rem; line-height: 1.1; padding: .1rem .2rem; } }
 #studio { display: grid; grid-template-columns: minmax(0, 1fr); }
 @media (min-width: 900px) {  /* what is drawn stands beside the prompt and the options, else between them */
