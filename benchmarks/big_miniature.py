@@ -32,9 +32,9 @@ from ella_kd.samplers import get_schedule, randn
 MARGIN = 2
 WAYS: dict[str, tuple[Change, ...]] = {
     "plain": (),
-    **{f"RAU-Net's stride above sigma {sigma:g}": (WiderStride(2, sigma_lo=sigma),)
+    **{f"RAU-Net's stride above sigma {sigma:.3g}": (WiderStride(2, sigma_lo=sigma),)
        for sigma in (AFTER_40, AFTER_70, 0.0)},
-    **{f"deep shrink of stage 0 above sigma {sigma:g}": (Shrink(0, sigma_lo=sigma),) for sigma in (AFTER_35, 0.0)},
+    **{f"deep shrink of stage 0 above sigma {sigma:.3g}": (Shrink(0, sigma_lo=sigma),) for sigma in (AFTER_35, 0.0)},
 }
 
 
@@ -72,10 +72,10 @@ def main(results: Results, count: int) -> None:
     prompts = [text(dense(scene, rng)) for scene in scenes]
     rows = ["| network | pixels | share in the asked cell |", "|---|---|---|"]
 
-    def measure(name: str, pipeline: Pipeline, times: int) -> None:
-        side = SIZE * times
+    def measure(name: str, pipeline: Pipeline, times: int, hires: str | None = None) -> None:
+        side = SIZE * (1 if hires else times)
         pictures = generate(pipeline, prompts, seeds=list(range(count)), width=side, height=side, scale=3.0,
-                            progress=False)
+                            progress=False, hires=hires)
         add(name, [each.image for each in pictures], times)
 
     def add(name: str, pictures: list[Image.Image], times: int) -> None:
@@ -88,6 +88,8 @@ def main(results: Results, count: int) -> None:
     measure("plain", sd, 1)
     for name, changes in WAYS.items():
         measure(name, replace(sd, unet=Inside(sd.unet, *changes)), 2)  # type: ignore[arg-type]
+    for hires in ("2:0.3", "2:0.5", "2:0.7"):
+        measure(f"hires fix, {hires}", sd, 2, hires)
     measure("tiles of the one prompt, half over each other", replace(sd, unet=Tiled(
         sd.unet, SIZE // sd.vae.factor, SIZE // sd.vae.factor // 2)), 2)
     add("DemoFusion", grown(sd, prompts), 2)

@@ -32,7 +32,9 @@ MORE = {  # what the pages speak of beside them
     "Networks": ["ella_kd.models.network.Network", "ella_kd.models.networks.BySigma", "ella_kd.models.tiled.Tiled",
                  "ella_kd.models.reuse.Reuse", "ella_kd.models.demofusion.LocalAndGlobal", "ella_kd.refining.HandOver",
                  "ella_kd.models.patches.Patch", "ella_kd.models.seamless.seamless", "ella_kd.inside.FromInside"],
-    "Many requests": ["ella_kd.generation.jobs", "ella_kd.generation.Job", "ella_kd.placement.Placement"],
+    "Many requests": ["ella_kd.jobs.jobs", "ella_kd.jobs.Job", "ella_kd.placement.Placement",
+                      "ella_kd.app.batch.Batch", "ella_kd.app.grid.Grid", "ella_kd.app.web.serve",
+                      "ella_kd.app.dpg_questions.read_questions", "ella_kd.app.dpg_answers.ask"],
 }
 CFG_PP, FORMS = "_cfg_pp", "CFG++ forms"
 ORDER = ["Samplers", FORMS, "Schedules", "Functions", "Classes", "Tables and types"]
@@ -141,9 +143,18 @@ def _command() -> str:
     """The command's help, as it prints it."""
     from ella_kd.cli import main
 
-    text = "# ella-kd\n\n"
-    for name, command in {"": main, **main.commands}.items():
-        path = f"ella-kd {name}".strip()
-        context = click.Context(command, info_name=path, max_content_width=100, terminal_width=100)
-        text += (f"## {path}\n\n" if name else "") + f"```text\n{command.get_help(context)}\n```\n\n"
-    return text
+    return "# ella-kd\n\n" + "".join(
+        (f"## {path}\n\n" if path != "ella-kd" else "") + f"```text\n{_help(command, path)}\n```\n\n"
+        for path, command in commands(main).items())
+
+
+def commands(command: click.Command, path: str = "ella-kd") -> dict[str, click.Command]:
+    """A command and those below it, by their words."""
+    found = {path: command}
+    for name, each in command.commands.items() if isinstance(command, click.Group) else ():
+        found |= commands(each, f"{path} {name}")
+    return found
+
+
+def _help(command: click.Command, path: str) -> str:
+    return command.get_help(click.Context(command, info_name=path, max_content_width=100, terminal_width=100))

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from ella_kd.models.addons.lora.strength import Strength
 
-Place = Literal["lora", "embedding", "control", "image_prompt"]
+Place = Literal["lora", "embedding", "control", "image_prompt", "upscaler"]
 SHAPES: dict[Place, str] = {"lora": "FILE:0.8", "embedding": "FILE", "control": "NET:PICTURE:0.8",
                             "image_prompt": "ADAPTER:PICTURE:0.6"}
 NAMED: dict[Place, tuple[str, ...]] = {"lora": ("unet", "text", "blocks"), "embedding": (),

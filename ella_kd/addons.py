@@ -26,13 +26,15 @@ from ella_kd.models.files.hashes import payload_sha256, sha256
 from ella_kd.models.files.kinds import kind_of_path
 from ella_kd.models.files.weights import SAFETENSORS, Weights
 from ella_kd.models.networks import BySigma
+from ella_kd.pictures.hires_options import WEB_UI, Upscaler, no_upscaler
 from ella_kd.pictures.reading import read_picture
+from ella_kd.pictures.upscalers import network_of
 from ella_kd.pipeline import Pipeline
 from ella_kd.request import Request
 
 T = TypeVar("T")
 WHAT = {"lora": "a LoRA", "embedding": "a textual-inversion embedding", "control": "a ControlNet or a T2I-Adapter",
-        "image_prompt": "an IP-Adapter"}
+        "image_prompt": "an IP-Adapter", "upscaler": "a network that enlarges pictures"}
 KEPT = 3  # pipelines that wear something, of a run: each may hold a UNet
 
 
@@ -58,12 +60,15 @@ class AddOns:
         missing: FileNotFoundError | None = None
         path = Path(name)
         if self.models_dir is not None and not os.path.lexists(name):
+            wanted = WEB_UI.get(name.lower(), name) if place == "upscaler" else name
             try:
-                path = look_up(name, place, self.models_dir)
+                path = look_up(wanted, place, self.models_dir)
             except FileNotFoundError as error:
                 missing = error
         if not path.exists():
             meant = hub.read(name, place)
+            if isinstance(meant, Path) and place == "upscaler":
+                raise FileNotFoundError(f"{missing}; {no_upscaler(name)}" if missing else no_upscaler(name))
             if isinstance(meant, Path):
                 advice = f"{place} takes a file, org/repo:file on the hub, or a name in the folder of --models-dir"
                 raise missing or FileNotFoundError(f"no {place} at {name}: {advice}")
@@ -85,7 +90,7 @@ class AddOns:
                 self._picture(add_on)
             if add_on.place == "image_prompt":
                 self._encoder(add_on)
-            if add_on.place in ("lora", "embedding"):
+            if add_on.place in ("lora", "embedding", "upscaler"):
                 self._read(add_on)
             said = known.get(add_on.file) or known.get(add_on.name)
             if said and not (found := self._fingerprint(add_on)).startswith(said):
@@ -189,8 +194,14 @@ class AddOns:
         raise FileNotFoundError(f"no image encoder for {add_on.file}: expected {said or beside}; name its folder or "
                                 "file behind the picture, encoder=DIR, or lay it in the folder of --models-dir")
 
+    def upscaler(self, request: Request) -> Upscaler:
+        """What enlarges: a name of ours, a function, or the network of a file."""
+        return next((self._read(each) for each in request.add_ons if each.place == "upscaler"), request.hires_upscaler)
+
     def _read(self, add_on: AddOn) -> Any:
         path = self.find(add_on)
+        if add_on.place == "upscaler":
+            return self._keep(("read", path), lambda: network_of(path))
         stem = None if Path(add_on.file).suffix or "/" in add_on.file else add_on.file
         read: Callable[..., Any] = LoRA.load if add_on.place == "lora" else Embedding.load
         return self._keep(("read", path), lambda: read(path, stem if add_on.place == "embedding" else None))

@@ -25,7 +25,7 @@ from ella_kd.pipeline import Pipeline
 from ella_kd.refining import HandOver, Refiner
 from ella_kd.request import SCALE, Request, check_method_options, method_named, seed_number
 from ella_kd.samplers import get_sampler, randn
-from ella_kd.starting import begin, check_multiples, repaints
+from ella_kd.starting import begin, check_multiples, check_room, repaints
 
 OTHER_WORDS = {"scale": "guidance", "cond_scale": "guidance", "cfg_scale": "guidance", "negative": "uncond",
                "prompt": "cond", "num_inference_steps": "steps", "guidance_scale": "guidance"}
@@ -88,6 +88,7 @@ def draw(
             raise ValueError("hires draws over what was drawn from noise: a start picture is enlarged by width, height")
         check_multiples(*hires.size, pipeline.vae.factor)
         check_method_options(hires.sampler or sampler, asked.of_method)
+    check_room(pipeline, *(begun.drawn(pipeline.vae.factor) if hires is None else hires.size))
     extra_args: Mapping[str, Condition | None] = {"cond": cond, "uncond": uncond, **conditions}
     shown = refiner is None and not any(map(has_channels, extra_args.values())) and repaints(pipeline)
     extra_args = begun.seen(pipeline, denoiser.inner_model.lift, extra_args, list(asked.shown.values()), rows)
@@ -105,11 +106,11 @@ def draw(
                    extra_args=extra_args, callback=callback, disable=not progress, seeds=rows, **asked.of_method)
     if hires is not None:
         more.pop("start", None)
-        again = {"uncond": uncond, "guidance": guidance, "sampler": sampler, **more, **hires.said()}
+        again = {"uncond": uncond, "guidance": guidance, "sampler": sampler, "refiner": refiner, **more, **hires.said()}
         sigmas = hires.sigmas(pipeline, schedule, steps)
         x, rows = hires.start(pipeline, x, sigmas[0], rows)
         return draw(hires.pipeline(pipeline), again.pop("cond", cond), latents=x, sigmas=sigmas, seeds=rows,
-                    refiner=refiner, callback=callback, progress=progress, **again)
+                    callback=callback, progress=progress, **again)
     with pipeline.at_work("vae"):
         images = to_images(decoded(pipeline, x))
     return [begun.back(image) for image in images]

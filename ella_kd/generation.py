@@ -73,17 +73,20 @@ def generate(
     lora=["style.safetensors:0.8"], embedding, control=["canny.safetensors:edges.png:0.8"] and image_prompt, in picture:
     add-ons, as `ella_kd.addon_words` spells them; `<lora:style:0.8>` in a prompt. models_dir: the folder where their
     names are looked up (`ella_kd.models.files.folders`), or `AddOns(folder)`, whose files later calls need not read.
-    freeu, tome=0.5, hidiffusion, deep_shrink, tile="512:64": what changes in the UNet and around it
+    freeu, tome=0.5, hidiffusion, deep_shrink, tile="512:64", in picture: what changes in the UNet and around it;
+    reuse="3:2": the UNet's deep features serve three steps, the answer about the negative prompt two
     (`ella_kd.inside.FromInside`).
     hires="2:0.5", in picture: a second pass at strength 0.5 over the picture enlarged twice, width and height being the
-    first one's; ":0.5" where they are the picture's. hires_upscaler, hires_steps and others: the fields of
-    `ella_kd.pictures.hires_options.FromHires`.
+    first one's; ":0.5" where they are the picture's. upscale="tiles:2:0.3": the start picture, or what was drawn,
+    enlarged twice and drawn over at strength 0.3 in tiles of the model's own size. hires_upscaler: what enlarges for
+    both, a name, a network's file (a name in models_dir too) or a function of a PIL image. hires_steps and others: the
+    fields of `ella_kd.pictures.hires_options.FromHires`. What goes with what: examples/BIG.md.
     picture: the fields of `ella_kd.pictures.options.FromPicture`. start="room.jpg" (or a PIL image) is drawn over as
     far as strength says, 0.6, or where mask="lamp.png" is white; extend="left=64" draws on beyond its sides;
     strength_map, fill, crop_to_mask and others. eta, s_noise, s_churn, sigmas, variation, variation_seed: the noise.
 
-    Raises ValueError or TypeError for an argument that cannot be met (an unknown name comes with the nearest ones), and
-    ValueError if a network returns NaN.
+    Raises ValueError or TypeError for an argument that cannot be met (an unknown name comes with the nearest ones),
+    FileNotFoundError for a file that is not there, and ValueError if a network returns NaN.
     """
     known = [each.name for each in fields(Request) if each.kw_only]
     refuse_unknown(generate, {name: picture[name] for name in picture if name not in known}, OTHER_WORDS, known)

@@ -3,12 +3,13 @@
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ella_kd.models.freeu import FreeU
-from ella_kd.models.hidiffusion import Shrink, after, hidiffusion
-from ella_kd.models.inside import Change, with_changes
+from ella_kd.models.hidiffusion import Shrink, WiderStride, after, hidiffusion
+from ella_kd.models.inside import Change, finest, with_changes
 from ella_kd.models.network import above
 from ella_kd.models.reuse import Reuse
 from ella_kd.models.tiled import Tiled
@@ -55,6 +56,9 @@ class FromInside:
                              "choose one")
         if self.tile and getattr(self, "tiling", False):
             raise ValueError("with tiling each tile would meet itself at its edges: choose tile or tiling")
+        if self.tile and self.reuse is not None and self.reused[0] > 1:
+            raise ValueError("reuse keeps the deep features of a whole picture, and tile draws it in parts: leave one "
+                             f"out, or reuse the answer about the negative prompt alone, 1:{self.reused[0]}")
         self.tiles(1)
 
     def tiles(self, factor: int) -> tuple[int, int] | None:
@@ -95,6 +99,7 @@ class FromInside:
                 sides = height // pipeline.vae.factor, width // pipeline.vae.factor
                 changes += hidiffusion(unet, *sides, aggressive=from_text, schedule=pipeline.noise_schedule,
                                        begins=begins)
+                _warn_of_odd(width, height, _halved(unet, changes) * pipeline.vae.factor)
             else:
                 change = Shrink(sigma_lo=after(0.35, pipeline.noise_schedule))
                 if not above(begins, change.sigma_lo):
@@ -111,3 +116,18 @@ class FromInside:
         if self.reuse is not None:
             network = Reuse(network, *self.reused)
         return pipeline if network is unet else replace(pipeline, unet=network)
+
+
+def _halved(unet: Any, changes: Sequence[Change]) -> int:
+    """Latents' sides that are a multiple of this are even where HiDiffusion attends in windows, and whole before."""
+    blocks = unet.config.num_res_blocks + 1
+    last = max((int(place.split(".")[1]) for place in finest(unet) if place.startswith("input_blocks")), default=0)
+    smaller = sum(isinstance(change, (Shrink, WiderStride)) and change.stage < last for change in changes)
+    return int(2 ** (last // blocks + smaller + 1))
+
+
+def _warn_of_odd(width: int, height: int, unit: int) -> None:
+    if width % unit or height % unit:
+        near = "x".join(str(max(1, round(side / unit)) * unit) for side in (width, height))
+        warnings.warn(f"hidiffusion halves {width}x{height} unevenly, which costs quality: sides in multiples of "
+                      f"{unit} px are even, such as {near}", stacklevel=5)

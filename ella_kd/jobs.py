@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ella_kd.addon_words import AddOn
 from ella_kd.addons import AddOns
@@ -19,11 +20,11 @@ from ella_kd.encoding import reader, weights
 from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import parse
 from ella_kd.pictures.hires import Hires
-from ella_kd.pictures.hires_options import NO_SECOND, Enlargement, InTiles, Size
+from ella_kd.pictures.hires_options import NO_SECOND, Enlargement, InTiles, Size, Upscaler
 from ella_kd.pictures.reading import read_picture
 from ella_kd.pictures.start import sigmas_by_strength
 from ella_kd.pictures.upscale import upscale
-from ella_kd.pictures.upscalers import enlarger
+from ella_kd.pictures.upscalers import upscaler_of
 from ella_kd.pipeline import Pipeline
 from ella_kd.placement import Placement
 from ella_kd.refining import Refiner
@@ -69,15 +70,16 @@ def jobs(
 
     groups = groupby(requests, lambda r: (replace(r, prompt="", negative="", seed=0), r.add_ons,
                                           weights(r.text) if r.syntax else ()))
-    for (asked, add_ons, _), group in groups:
+    for (asked, add_ons, _), some in groups:
         shelf.check(add_ons, asked.hashes)
-        asked, dressed = replace(asked, hashes=shelf.hashes(add_ons)), dress(add_ons, asked)
         second = None if asked.refiner is None else refiner or load(asked.refiner)
-        if second is not None and add_ons:
-            warnings.warn(f"the refiner draws without the add-ons: {', '.join(map(str, add_ons))}", stacklevel=3)
-        ready = _ready(dressed, asked, guidance or (parse(asked.guidance) if asked.guidance else None), second,
-                       partial(shelf.steered, pipeline, add_ons), dress)
-        left = iter(group)
+        worn = [each for each in add_ons if each.place != "upscaler"]
+        if second is not None and worn:
+            warnings.warn(f"the refiner draws without the add-ons: {', '.join(map(str, worn))}", stacklevel=3)
+        rule = guidance or (parse(asked.guidance) if asked.guidance else None)
+        group = Group(replace(asked, hashes=shelf.hashes(add_ons)), dress(add_ons, asked), rule, second,
+                      shelf.upscaler(asked), partial(shelf.steered, pipeline, add_ons), dress)
+        ready, left = group.ready(), iter(some)
         while batch := list(islice(left, size)):
             yield ready(batch, callback=callback, progress=progress)
 
@@ -90,78 +92,121 @@ def _loaded_beside(pipeline: Pipeline, file: str) -> Pipeline:
                          placement=pipeline.placement or Placement(pipeline.device, pipeline.dtype))
 
 
-def _ready(pipeline: Pipeline, asked: Request, rule: Guidance | None, refiner: Pipeline | None,
-           steered: Callable[..., tuple[Condition, Condition]],
-           dressed: Callable[[Sequence[AddOn], Request], Pipeline]) -> Callable[..., Job]:
-    """What makes a job of requests that are like `asked` in all but prompt, negative and seed."""
-    guidance = rule if rule is not None else SCALE if asked.scale is None else asked.scale
-    sigmas = None if asked.sigmas is None else torch.tensor(asked.sigmas)
-    larger_by = None if asked.upscale is None else InTiles.read(asked.upscale)
-    if larger_by is not None and asked.start is not None:
-        return _in_tiles(pipeline, asked, guidance, larger_by, steered, None)
-    begun = begin(pipeline, asked, asked.schedule, asked.steps, asked.width, asked.height, sigmas)
-    asked, first, larger = _sizes(pipeline, asked, begun.size)
-    if first != begun.size:
-        begun = begin(pipeline, asked, asked.schedule, asked.steps, *first, sigmas)
-    steered = partial(steered, part=begun.part)
-    plain, (_, h, w), factor = pipeline, begun.shape, pipeline.vae.factor
-    pipeline = asked.changed(pipeline, w * factor, h * factor, from_text=asked.mask is None and not asked.extend,
-                             first=asked.hires is not None, begins=float(begun.sigmas[0]))
-    levels = begun.sigmas.tolist() if asked.syntax else None
-    read = reader(pipeline, asked, levels)
-    own = replace(asked, mode="clip", negative_mode=None) if refiner is not None and refiner.tsc is None else asked
-    read_again = None if refiner is None else reader(refiner, own, levels)
-    again = None if asked.hires is None else _second(asked, rule, larger, steered, dressed)
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """The networks of one run, and what makes of requests the conditions that it is drawn with, read for its noise
+    levels: cond, uncond, and refiner where there is one."""
 
-    def ready(batch: list[Request], **shown: Any) -> Job:
-        cond, uncond = steered(*read(batch))
-        more: dict[str, Any] = {**asked.of_method, **asked.shown}
-        if refiner is not None and read_again is not None:
-            more["refiner"] = Refiner(refiner, *read_again(batch), at=asked.refiner_at)
-        if again is not None:
-            more["hires"] = again(batch)
-        call = partial(draw, pipeline, cond, uncond=uncond, guidance=guidance, sampler=asked.sampler, start=begun,
-                       seeds=[r.seed for r in batch], variation=asked.variation, variation_seed=asked.variation_seed,
-                       **more, **shown)
-        found = {"width": begun.size[0], "height": begun.size[1],
-                 **{name: getattr(asked, name) for name in NO_SECOND}}
-        return Job(drawn_by(pipeline, asked, batch, **found), call)
-
-    return ready if larger_by is None else _in_tiles(plain, asked, guidance, larger_by, steered, ready)
+    pipeline: Pipeline
+    read: Callable[[list[Request]], dict[str, Any]]
 
 
-def _in_tiles(pipeline: Pipeline, asked: Request, guidance: Guidance | float, how: InTiles,
-              steered: Callable[..., tuple[Condition, Condition]],
-              first: Callable[..., Job] | None) -> Callable[..., Job]:
-    """What makes a job of requests that are enlarged in tiles: the start picture, or what `first` draws."""
-    sigmas = sigmas_by_strength(asked.schedule, asked.steps, pipeline.denoiser(), how.strength, "comfyui")
-    read = reader(pipeline, asked, sigmas.tolist() if asked.syntax else None)
-    enlarger(asked.hires_upscaler)  # before anything is drawn
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Requests that are like `asked` in all but prompt, negative and seed, and what they are drawn with.
 
-    def ready(batch: list[Request], **shown: Any) -> Job:
-        start = None if asked.start is None else read_picture(asked.start)[0]
-        job = Job(drawn_by(pipeline, asked, batch), list) if first is None else first(batch, **shown)
-        how_to: dict[str, Any] = {**asked.of_method, **shown}
+    pipeline: dressed for them. steered: conditions beside the controls. dress: the pipeline for other requests.
+    """
 
-        def larger() -> list[Image.Image]:
-            pictures = job.draw() if start is None else [start] * len(batch)
-            found = []
-            for picture, r in zip(pictures, batch, strict=True):
-                cond, uncond = steered(*read([r]))
-                found.append(upscale(pipeline, picture, cond, uncond=uncond, scale=how.scale, strength=how.strength,
-                                     upscaler=asked.hires_upscaler, schedule=asked.schedule, steps=asked.steps,
-                                     seed=r.seed, guidance=guidance, sampler=asked.sampler, **how_to))
-            return found
+    asked: Request
+    pipeline: Pipeline
+    rule: Guidance | None
+    refiner: Pipeline | None
+    upscaler: Upscaler
+    steered: Callable[..., tuple[Condition, Condition]]
+    dress: Callable[[Sequence[AddOn], Request], Pipeline]
 
-        return Job(job.requests, larger)
+    def guidance(self, asked: Request, by_rule: bool = True) -> Guidance | float:
+        if by_rule and self.rule is not None:
+            return self.rule
+        return SCALE if asked.scale is None else asked.scale
 
-    return ready
+    def ready(self) -> Callable[..., Job]:
+        """What makes a job of some of them."""
+        if self.asked.upscale is None:
+            return self._drawn()
+        return self._larger(InTiles.read(self.asked.upscale), None if self.asked.start is not None else self._drawn())
 
+    def _drawn(self) -> Callable[..., Job]:
+        """Jobs of one pass, or of two."""
+        pipeline, sigmas = self.pipeline, None if self.asked.sigmas is None else torch.tensor(self.asked.sigmas)
+        start = partial(begin, pipeline, self.asked, self.asked.schedule, self.asked.steps, sigmas=sigmas)
+        begun = start(self.asked.width, self.asked.height)
+        asked, first, larger = _sizes(pipeline, self.asked, begun.size)
+        begun = begun if first == begun.size else start(*first)
+        once = self._pass(asked, pipeline, begun.sigmas, begun.drawn(pipeline.vae.factor), begun.part,
+                          from_text=asked.mask is None and not asked.extend, first=asked.hires is not None)
+        again = None if asked.hires is None else self._second(asked, larger)
+        kept = {name: getattr(asked, name) for name in NO_SECOND}
 
-def drawn_by(pipeline: Pipeline, asked: Request, batch: list[Request], **found: Any) -> list[Request]:
-    """The requests with what is known once they are drawn."""
-    return [replace(r, model=pipeline.name, version=VERSION, dtype=str(pipeline.dtype).removeprefix("torch."),
-                    hashes=asked.hashes, **found) for r in batch]
+        def ready(batch: list[Request], **shown: Any) -> Job:
+            told: dict[str, Any] = {**once.read(batch), **asked.shown, **asked.of_method, **shown}
+            call = partial(draw, once.pipeline, guidance=self.guidance(asked), sampler=asked.sampler, start=begun,
+                           seeds=[r.seed for r in batch], variation=asked.variation,
+                           variation_seed=asked.variation_seed, hires=None if again is None else again(batch), **told)
+            return Job(self._known(batch, width=begun.size[0], height=begun.size[1], **kept), call)
+
+        return ready
+
+    def _second(self, asked: Request, size: Size) -> Callable[[list[Request]], Hires]:
+        """What makes of a batch its second pass."""
+        later = asked.second_pass()
+        pipeline = self.dress(later.add_ons, later)
+        how = Hires(size, Enlargement.read(asked.hires).strength, self.upscaler, later.sampler, later.schedule,
+                    later.steps, self.guidance(later, by_rule=asked.hires_scale is None))
+        own = self._pass(later, pipeline, how.sigmas(pipeline, later.schedule, later.steps), size)
+        return lambda batch: replace(how, **own.read([r.second_pass() for r in batch]),
+                                     network=lambda _: own.pipeline.unet)
+
+    def _larger(self, how: InTiles, first: Callable[..., Job] | None) -> Callable[..., Job]:
+        """Jobs of pictures that are enlarged in tiles: the start picture, or what `first` draws. A tile has the model's
+        own size, so what is for larger ones does not reach it."""
+        own, pipeline = replace(self.asked, tile="", hidiffusion=False, deep_shrink=False), self.pipeline
+        sigmas = sigmas_by_strength(own.schedule, own.steps, pipeline.denoiser(), how.strength, "comfyui")
+        each = self._pass(own, pipeline, sigmas, (pipeline.size, pipeline.size))
+        upscaler = upscaler_of(self.upscaler, of_pictures=True)
+
+        def ready(batch: list[Request], **shown: Any) -> Job:
+            start = None if own.start is None else read_picture(own.start)[0]
+            job = Job(self._known(batch), list) if first is None else first(batch, **shown)
+
+            def larger() -> list[Image.Image]:
+                pictures = job.draw() if start is None else [start] * len(batch)
+                told: dict[str, Any] = {**own.of_method, **shown}
+                return [upscale(each.pipeline, picture, **each.read([r]), scale=how.scale, strength=how.strength,
+                                upscaler=upscaler, schedule=own.schedule, steps=own.steps, seed=r.seed,
+                                guidance=self.guidance(own), sampler=own.sampler, **told)
+                        for picture, r in zip(pictures, batch, strict=True)]
+
+            return Job(job.requests, larger)
+
+        return ready
+
+    def _pass(self, asked: Request, pipeline: Pipeline, sigmas: Tensor, size: Size,
+              part: Callable[[Image.Image], Image.Image] = lambda picture: picture, **how: bool) -> Pass:
+        """One pass over these noise levels, of pictures of this size; the refiner is as seamless, and as changed inside
+        and around, as the pipeline."""
+        begins, levels = float(sigmas[0]), sigmas.tolist() if asked.syntax else None
+        system = asked.changed(pipeline, *size, begins=begins, **how)
+        read = reader(system, asked, levels)
+
+        def conditions(batch: list[Request]) -> dict[str, Any]:
+            cond, uncond = self.steered(*read(batch), part=part)
+            return {"cond": cond, "uncond": uncond}
+
+        if self.refiner is None:
+            return Pass(system, conditions)
+        second = asked.changed(self.refiner.seamless() if asked.tiling else self.refiner, *size, begins=begins,
+                               first=True)
+        own = replace(asked, mode="clip", negative_mode=None) if second.tsc is None else asked
+        read_again = reader(second, own, levels)
+        return Pass(system, lambda batch: {**conditions(batch), "refiner": Refiner(
+            second, *read_again(batch), at=asked.refiner_at)})
+
+    def _known(self, batch: list[Request], **found: Any) -> list[Request]:
+        """The requests with what is known once they are drawn."""
+        return [replace(r, model=self.pipeline.name, version=VERSION, hashes=self.asked.hashes,
+                        dtype=str(self.pipeline.dtype).removeprefix("torch."), **found) for r in batch]
 
 
 def _sizes(pipeline: Pipeline, asked: Request, given: Size) -> tuple[Request, Size, Size]:
@@ -175,22 +220,3 @@ def _sizes(pipeline: Pipeline, asked: Request, given: Size) -> tuple[Request, Si
         own = NO_SECOND if first == larger else {"hires": str(replace(how, size=larger))}
         asked = replace(asked, **own)
     return asked, first, larger
-
-
-def _second(asked: Request, rule: Guidance | None, size: Size, steered: Callable[..., tuple[Condition, Condition]],
-            dressed: Callable[[Sequence[AddOn], Request], Pipeline]) -> Callable[[list[Request]], Hires]:
-    """What makes of a batch its second pass, whose prompts are read for its own noise levels."""
-    later = asked.second_pass()
-    pipeline = dressed(later.add_ons, later)
-    own = rule if asked.hires_scale is None and rule is not None else SCALE if later.scale is None else later.scale
-    how = Hires(size, Enlargement.read(asked.hires).strength, asked.hires_upscaler, later.sampler, later.schedule,
-                later.steps, own)
-    levels = how.sigmas(pipeline, later.schedule, later.steps).tolist()
-    pipeline = later.changed(pipeline, *size, begins=levels[0])
-    read = reader(pipeline, later, levels if later.syntax else None)
-
-    def again(batch: list[Request]) -> Hires:
-        cond, uncond = steered(*read([r.second_pass() for r in batch]))
-        return replace(how, cond=cond, uncond=uncond, network=lambda _: pipeline.unet)
-
-    return again

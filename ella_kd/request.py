@@ -20,7 +20,7 @@ from ella_kd import infotext
 from ella_kd.addon_words import AddOn, FromAddOns, in_prompt, words_in
 from ella_kd.inside import FromInside
 from ella_kd.models import emphasis
-from ella_kd.pictures.hires_options import NO_SECOND, FromHires
+from ella_kd.pictures.hires_options import LATENTS, NO_SECOND, PIXELS, FromHires
 from ella_kd.pictures.options import FromNoise, FromPicture
 from ella_kd.prompt_editing import edits
 from ella_kd.prompts import check_text, split_and
@@ -100,8 +100,12 @@ class Request(FromPicture, FromHires, FromAddOns, FromInside):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.read_doors()
+        by_window = [each for each in self.read_doors() if each.place == "lora" and each.window]
         self.check_inside()
+        if by_window and self.reuse is not None and self.reused[0] > 1:
+            raise ValueError(f"reuse keeps the deep features of one network, and the window of the LoRA {by_window[0]} "
+                             "makes another above and below: leave out the window or reuse, or reuse the answer about "
+                             f"the negative prompt alone, 1:{self.reused[0]}")
         self.check_hires()
         for name in ("prompt", "negative", "tags", "hires_prompt", "hires_negative"):
             if getattr(self, name) is not None:
@@ -130,11 +134,25 @@ class Request(FromPicture, FromHires, FromAddOns, FromInside):
         if self.hires is not None:
             self.second_pass()
         if self.upscale is not None:
-            own = [each for each in fields(FromPicture) if each.name not in (*FromNoise.names(), "start")]
-            if clash := [each.name for each in own if getattr(self, each.name) != each.default] + ["control"] * bool(
-                    self.control):
-                raise ValueError(f"upscale draws over a whole picture tile by tile, without {clash[0]}: leave it out, "
-                                 "or draw the enlarged picture with it")
+            self._check_upscale()
+
+    def _check_upscale(self) -> None:
+        """ValueError for what a picture that is enlarged in tiles cannot have."""
+        whole_picture = {each.name for each in fields(FromPicture)} - {*FromNoise.names(), "start"} | {"control"}
+        if self.hires_upscaler in LATENTS:
+            raise ValueError(f"upscale enlarges a picture's pixels, not its latents, got {self.hires_upscaler}: choose "
+                             f"{', '.join(PIXELS)}, or the file of a network")
+        if self.tiling:
+            raise ValueError("with tiling each tile of upscale would meet itself at its edges: enlarge with hires, "
+                             "whose second pass is a texture too")
+        first = ("width", "height", "sigmas", "variation", "tile", "hidiffusion", "deep_shrink")
+        given = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
+        if clash := sorted(given & whole_picture):
+            raise ValueError(f"upscale draws over a whole picture tile by tile, without {clash[0]}: leave it out, or "
+                             "draw the enlarged picture with it")
+        if self.start is not None and (clash := [name for name in first if name in given]):
+            raise ValueError(f"{clash[0]} is about what is drawn before it is enlarged, and upscale begins with the "
+                             f"start picture, in tiles of the model's own size: leave out {clash[0]}, or upscale")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -146,11 +164,12 @@ class Request(FromPicture, FromHires, FromAddOns, FromInside):
 
     @property
     def add_ons(self) -> tuple[AddOn, ...]:
-        """All that is asked for: by the doors, by the prompt, and by `embedding:name` in any text."""
+        """All that is asked for: by the doors, by the prompt, by `embedding:name` in any text, and to enlarge."""
         asked = (*self.read_doors(), *in_prompt(self.prompt)[1])
         known = [Path(each.file).stem for each in asked if each.place == "embedding"]
         texts = (self.prompt, self.negative, self.tags or "")
-        return (*asked, *dict.fromkeys(word for text in texts for word in words_in(text, known)))
+        larger = () if self.enlarged_by is None else (AddOn("upscaler", self.enlarged_by),)
+        return (*asked, *dict.fromkeys(word for text in texts for word in words_in(text, known)), *larger)
 
     def second_pass(self) -> "Request":
         """What its second pass asks for, a request of its own; without one, the request itself."""

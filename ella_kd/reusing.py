@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ella_kd.digests import digest
 from ella_kd.models.context import Context
+from ella_kd.models.devices import outliving
 from ella_kd.models.network import Deep, Levels, Patches
 from ella_kd.models.partial import rows_of
 from ella_kd.models.patches import Recorder
@@ -67,8 +68,8 @@ class Reusing:
             else:
                 out, found = self.now(*args, parts, deep=Deep(self.network.branch, features))
                 if features is None:
-                    self._keep("deep", some, found)
-            answers |= zip(some, out.split(rows), strict=True)
+                    self._keep("deep", some, outliving(found))
+            answers |= zip(some, outliving(out).split(rows), strict=True)
             self._keep("out", [job for job in some if self._of_uncond(job)], torch.cat(
                 [answers[job] for job in some if self._of_uncond(job)] or [out[:0]]))
         return torch.cat([answers[job] for job in self.jobs])

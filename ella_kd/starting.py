@@ -1,5 +1,7 @@
 """What a call asks for, as the start of its run: `ella_kd.pictures.starts`."""
 
+import shutil
+import tempfile
 from dataclasses import fields, replace
 
 from PIL import Image
@@ -104,6 +106,15 @@ def picture_size(pipeline: Pipeline, width: int | None, height: int | None) -> t
     height = whole("height", pipeline.size if height is None else height)
     check_multiples(width, height, pipeline.vae.factor)
     return width, height
+
+
+def check_room(pipeline: Pipeline, width: int, height: int) -> None:
+    """OSError where the temporary folder has no room to decode a large picture in, before it is drawn."""
+    folder = tempfile.gettempdir()
+    needed, free = pipeline.vae.scratch(width, height) / 1e9, shutil.disk_usage(folder).free / 1e9
+    if needed > free:
+        raise OSError(f"decoding {width}x{height} px keeps {needed:.1f} GB in a temporary file, and {folder} has "
+                      f"{free:.1f} GB free: set TMPDIR to a folder with more, or draw it smaller")
 
 
 def check_multiples(width: int, height: int, multiple: int) -> None:

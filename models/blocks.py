@@ -31,9 +31,15 @@ class ResBlock(nn.Module):
         self.skip_connection = (nn.Identity() if in_channels == out_channels
                                 else nn.Conv2d(in_channels, out_channels, 1))
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+    def forward(self, x: Tensor, emb: Tensor, apart: int = 1) -> Tensor:
+        """apart: how many pixels apart the weights of its 3x3 convolutions stand."""
+        more = self.emb_layers(emb)[:, :, None, None]
+        if apart == 1:
+            return self.skip_connection(x) + self.out_layers(self.in_layers(x) + more)
+        *before, first = self.in_layers
+        *between, second = self.out_layers
+        h = dilated(first, nn.Sequential(*before)(x), apart) + more
+        return self.skip_connection(x) + dilated(second, nn.Sequential(*between)(h), apart)
 
 
 class Attention(nn.Module):
@@ -179,14 +185,9 @@ class Downsample(nn.Module):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, wider: int = 1) -> Tensor:
-        """wider: how many times stride, padding and dilation are what they are otherwise."""
-        op, padding = self.op, wider
-        if wider == 1:
-            return op(x)
-        if op.padding_mode != "zeros":  # seamless
-            x, padding = F.pad(x, [wider] * 4, op.padding_mode), 0
-        return F.conv2d(x, op.weight, op.bias, 2 * wider, padding, wider)
+    def forward(self, x: Tensor, wider: int = 1, apart: int = 1) -> Tensor:
+        """wider: how many times stride, padding and dilation are what they are otherwise; apart: as in ResBlock."""
+        return self.op(x) if wider * apart == 1 else dilated(self.op, x, wider * apart, 2 * wider)
 
 
 class Upsample(nn.Module):
@@ -194,25 +195,27 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # the skip's size: an odd one was rounded up
+    def forward(self, x: Tensor, size: torch.Size, apart: int = 1) -> Tensor:
+        x = F.interpolate(x, size=size, mode="nearest")  # the skip's size: an odd one was rounded up
+        return self.conv(x) if apart == 1 else dilated(self.conv, x, apart)
 
 
 class Layers(nn.Sequential):
-    """Layers in a row, each given what it takes beside x; size: what an Upsample must reach; wider: a Downsample."""
+    """Layers in a row, each given what it takes beside x; size: what an Upsample must reach; wider: of a Downsample;
+    apart: of all 3x3 convolutions."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, mask: Tensor | None,  # type: ignore[override]
                 patches: Patches = (), size: torch.Size | None = None, images: "Sequence[Seen]" = (),
-                wider: int = 1) -> Tensor:
+                wider: int = 1, apart: int = 1) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
-                x = layer(x, emb)
+                x = layer(x, emb, apart)
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context, mask, patches, images)
             elif isinstance(layer, Upsample):
-                x = layer(x, size)
+                x = layer(x, size, apart)
             elif isinstance(layer, Downsample):
-                x = layer(x, wider)
+                x = layer(x, wider, apart)
             else:
                 x = layer(x)
         return x
@@ -225,6 +228,14 @@ def _seeing(block: Any, images: "Sequence[Seen]") -> Any:
     from ella_kd.models.image_prompts import Seeing
 
     return Seeing(block, images)
+
+
+def dilated(conv: Any, x: Tensor, apart: int, stride: int = 1) -> Tensor:
+    """A 3x3 convolution whose weights stand so many pixels apart, padded by as many."""
+    padding = apart
+    if conv.padding_mode != "zeros":  # seamless
+        x, padding = F.pad(x, [apart] * 4, conv.padding_mode), 0
+    return F.conv2d(x, conv.weight, conv.bias, stride, padding, apart)
 
 
 def resized(x: Tensor, like: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ella_kd.models.around import AroundOne
 from ella_kd.models.context import Context
+from ella_kd.models.devices import outliving
 from ella_kd.models.network import Patches, as_network
 from ella_kd.models.patches import Recorder, in_part
 from ella_kd.models.tiled import Tiled
@@ -58,7 +59,7 @@ class Dilated(AroundOne):
             own = [in_part(patches) for _ in range(n)]
             out = self.network(torch.cat([*small[i:i + n]]), t.repeat(n), Context.stack(contexts),
                                [patch for part, _ in own for patch in part])
-            found += out.chunk(n)
+            found += outliving(out).chunk(n)
             maps += [recorders for _, recorders in own]
         for whole in maps[0]:
             received = [F.interpolate(recorders[whole].received, small[0].shape[2:]) for recorders in maps]

@@ -52,6 +52,11 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device)
 
 
+def outliving(x: Tensor) -> Tensor:
+    """What a network has answered, to be kept beyond its next call: a CUDA graph writes that one over it."""
+    return x.clone() if x.is_cuda else x
+
+
 def place_of(network: nn.Module) -> str:
     """For a network's repr: "float32 on cpu"."""
     parameter = next(network.parameters())

@@ -60,6 +60,11 @@ class Change:
         """How many times wider the stride of input_blocks[n] is, which makes features smaller; 1 as it is."""
         return 1
 
+    def apart(self, part: str, level: int) -> int:
+        """How many pixels apart the weights of 3x3 convolutions stand, 1 as they are; part: "down", "middle" or "up",
+        level: 0 the finest; the convolution between two levels is of the one it leaves."""
+        return 1
+
     def before_skip(self, n: int, x: Tensor) -> Tensor:
         """x [B, C, h, w] after input_blocks[n], before it is kept for the way up: it may get another size."""
         return x

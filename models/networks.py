@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ella_kd.models.around import Around
 from ella_kd.models.context import Context
-from ella_kd.models.devices import upload
+from ella_kd.models.devices import outliving, upload
 from ella_kd.models.network import Levels, Patches, above
 from ella_kd.models.patches import Recorder, in_part
 
@@ -123,7 +123,8 @@ class ByRow(Several):
             index = upload(torch.tensor(wanted), x.device)
             runs = groupby(each[row] for row in wanted) if each else ()
             some, recorders = in_part([(len(list(run)), patch) for patch, run in runs])
-            parts.append(self.networks[wanted[0] % own](x[index], t[index], seen.take(wanted), some))
+            answer = self.networks[wanted[0] % own](x[index], t[index], seen.take(wanted), some)
+            parts.append(outliving(answer))
             for whole, part in recorders.items():
                 watched = [row for row, patch in enumerate(each) if patch is whole]
                 received = F.interpolate(part.received, x.shape[2:])  # networks may differ in the sizes of their maps

@@ -185,9 +185,9 @@ class Recorder(SelfAttentionPatch):
 
 def in_part(patches: Patches) -> tuple[Patches, dict[Any, Recorder]]:
     """The patches of a part of a call, where recorders are the part's own; and these by the whole call's."""
-    whole: list[tuple[int, Any]] = list(patches)
-    own = {patch: Recorder(patch.place) for _, patch in whole if isinstance(patch, Recorder)}
-    return [(n, own.get(patch, patch)) for n, patch in whole], own
+    each: Sequence[tuple[int, Any]] = patches
+    own = {patch: Recorder(patch.place) for _, patch in each if isinstance(patch, Recorder)}
+    return [(n, own.get(patch, patch)) for n, patch in each], own
 
 
 def gaussian_blur(x: Tensor, sigma: float) -> Tensor:

@@ -13,7 +13,7 @@ from ella_kd.models.attention import attend
 from ella_kd.models.devices import place_of
 from ella_kd.models.pictures import Images, to_pixels
 from ella_kd.models.shapes import Shapes, count_of, shape_of
-from ella_kd.models.vae_strips import InStrips
+from ella_kd.models.vae_strips import HELD, InStrips
 
 AT_ONCE = 512 * 512  # pixels of the pictures that are computed together
 WHOLE = 1024 * 1024  # pixels of the largest picture that is computed whole
@@ -247,6 +247,15 @@ class AutoencoderKL(nn.Module):
                              f"got {list(latents.shape)}")
         shift, scale = self._scaling(latents)
         return self._exactly(latents / scale + shift, self.post_quant_conv, self.decoder)
+
+    def scratch(self, width: int, height: int) -> int:
+        """How many bytes of a temporary file it takes to decode a picture: 0 where it is decoded whole or off the CPU,
+        else those of the maps at the finest level, what comes up to it and what its first block makes of that."""
+        if width * height <= WHOLE or self.quant_conv.weight.device.type != "cpu":
+            return 0
+        finest, *rest = (mult * self.config.channels for mult in self.config.channel_mult)
+        held = (2 * finest + (rest or [finest])[0]) * width * height * self.quant_conv.weight.element_size()
+        return held if held > HELD else 0
 
     def _scaling(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Shift and scale of `(z - shift) * scale`: numbers, or [C, 1, 1]."""

@@ -97,7 +97,7 @@ def test_a_folder_of_sheets_is_of_one_run(run: Run, prompts: Path) -> None:
                           (["--dtype", "bfloat16"], "was started with dtype None, and this is 'bfloat16'")):
         refused = run(*words, *more)
         assert refused.exit_code == 2 and message in refused.stderr
-    sheet.write_bytes(whole[: len(whole) // 2])  # what another program's crash may leave
+    sheet.write_bytes(whole[:-20])  # what another program's crash may leave
     again = run(*words)
     assert "3 files, 1 of them new" in again.output and sheet.read_bytes() == whole
     (prompts / "COCOval1.txt").write_text("a circle")

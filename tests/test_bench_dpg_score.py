@@ -67,6 +67,7 @@ def test_as_it_is_published() -> None:
     assert found.average == 100 * (0.4375 + 0.5) / 2
     assert found.level_2 == {"attribute - color": 0, "entity - whole": 0, "global -": 100, "relation - spatial": 0}
     assert found.level_1 == {"attribute": 0, "entity": 0, "global": 100, "relation": 0}  # of the last cell
+    assert published(rows(ROWS), answers(SAID), SAID, cells=1).level_1["relation"] == 100  # before zeroing
     assert published(rows(ROWS), answers(SAID), ["b"]).average == 50  # a sheet that is not there is not missed
     assert math.isnan(published(rows(ROWS), answers(SAID), []).average)
 
@@ -111,13 +112,14 @@ def test_several_processes_mix_up_categories_and_nothing_else() -> None:
 
 
 def test_what_counts_as_yes() -> None:
-    given: list[str | float] = ["yes", " Yes, it is.", "YES", "no", "No!", "maybe", "", "yesterday", 0.51, 0.5]
+    given: list[str | float] = ["yes", " Yes, it is.", "YES", "no", "No!", "maybe", "", "yesterday", "?", 0.51,
+                                0.5]
     said: Answers = {("a", 0, n): answer for n, answer in enumerate(given, 1)}
-    own = rows([("x", 1, "0", WHOLE)] + [("a", n, "0", WHOLE) for n in range(1, 11)])
+    own = rows([("x", 1, "0", WHOLE)] + [("a", n, "0", WHOLE) for n in range(1, 12)])
     found = score(own, said, cells=1, missing={"x": "no sheet"})
-    assert found.average.value == pytest.approx(40) and found.unclear == 3
-    assert published(own, said, ["a"], cells=1).average == pytest.approx(20)  # "yes" to the letter, and .51
-    assert published(own, said, ["a"], cells=1, exact=False).average == pytest.approx(40)
+    assert found.average.value == pytest.approx(400 / 11) and found.unclear == 4
+    assert published(own, said, ["a"], cells=1).average == pytest.approx(200 / 11)  # "yes" to the letter, and .51
+    assert published(own, said, ["a"], cells=1, exact=False).average == pytest.approx(400 / 11)
     assert found.missing == {"x": "no sheet"}
 
 

@@ -1,16 +1,23 @@
 """Hires fix: a second pass is a run of its own over the first one's picture, kept in the PNG, whatever enlarges it."""
 
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor
 
 from ella_kd import Pipeline, draw, generate, read_settings
+from ella_kd.cli import main
+from ella_kd.jobs import jobs
+from ella_kd.models.files.hashes import sha256
 from ella_kd.pictures import upscalers
 from ella_kd.pictures.hires import Hires
 from ella_kd.pictures.hires_options import LATENTS, PIXELS, Enlargement
@@ -102,6 +109,7 @@ def test_sizes() -> None:
     assert sizes("2:0.5", (512, 768)) == ((512, 768), (1024, 1536))
     assert sizes(1.5, (520, 512)) == ((520, 512), (784, 768))
     assert sizes("1536x1024", (768, 512)) == ((768, 512), (1536, 1024))
+    assert sizes("96x0", (512, 768)) == ((512, 768), (96, 144)) and sizes("0x96", (512, 768))[1] == (64, 96)
     assert sizes(":0.4", (1536, 1024)) == ((640, 448), (1536, 1024))
     assert sizes(0.4, (512, 384)) == ((512, 384), (512, 384))
     assert sizes(":0.4", (96, 48), 48, 8) == ((64, 32), (96, 48))
@@ -123,6 +131,7 @@ def test_a1111s_words() -> None:
 
 @pytest.mark.parametrize(("given", "message"), [
     ({"hires": "large"}, "SCALE:STRENGTH"), ({"hires": "2:1.5"}, "strength"), ({"hires": "99"}, "1 to 64"),
+    ({"hires": "0x0:0.5"}, "at least 1"),
     ({"hires_steps": 3}, "hires_steps is about a second pass"), ({"hires": 2, "start": "a.png"}, "from noise"),
     ({"hires": 2, "hires_sampler": "eulr"}, "euler"), ({"hires": 2, "hires_steps": 0}, "hires_steps"),
     ({"hires": 2, "sampler": "euler_ancestral", "eta": 0.5, "hires_sampler": "lms"}, "has no eta"),
@@ -132,10 +141,77 @@ def test_bad_words(given: dict[str, Any], message: str) -> None:
         Request("a", **given)
 
 
+MISSING = {"lanzcos": "did you mean lanczos", "4x.pth": "no upscaler at 4x.pth: choose latent",
+           "R-ESRGAN 4x+": "RealESRGAN_x4plus.pth: give that file", "the function f": "give it again as hires_upscaler"}
+
+
+@pytest.mark.parametrize("name", [*MISSING, "no spandrel", "a LoRA", "no folder"])
+def test_an_upscaler_that_there_is_not_is_found_before_anything_is_drawn(pipeline: Pipeline, name: str, files: Path,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """By generate, jobs and the command, for both ways to enlarge."""
+    save_esrgan(files / "esrgan.pth")
+    given = {"no spandrel": "esrgan.pth", "a LoRA": "style.safetensors", "no folder": "esrgan"}.get(name, name)
+    what = MISSING.get(name) or {"no spandrel": "pip install", "a LoRA": "looks like a LoRA",
+                                 "no folder": "no folder of models at nowhere"}[name]
+    models_dir = "nowhere" if name == "no folder" else None
+    if name == "no spandrel":
+        monkeypatch.setitem(sys.modules, "spandrel", None)
+    monkeypatch.setattr("ella_kd.jobs.draw", pytest.fail)
+    for how in ({"hires": "2:0.5"}, {"upscale": "tiles:2"}):
+        options: dict[str, Any] = {**how, "hires_upscaler": given}
+        with pytest.raises((ValueError, FileNotFoundError), match=re.escape(what)):
+            generate(pipeline, "a", seeds=1, models_dir=models_dir, **options)
+        with pytest.raises((ValueError, FileNotFoundError), match=re.escape(what)):
+            list(jobs(pipeline, [Request("a", **options)], models_dir=models_dir))
+    words = ["--models-dir", models_dir] if models_dir else []
+    said = CliRunner().invoke(main, ["generate", "a", "--hires", "2", "--hires-upscaler", given, *words])
+    assert said.exit_code == 2 and what in said.output, said.output
+
+
+def test_the_file_of_a_network(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked up among the models, under the web UI's name too; its hash is kept; its device is the pipeline's, for as
+    long as it works."""
+    file = tmp_path / "models" / "ESRGAN" / "RealESRGAN_x4plus.pth"
+    file.parent.mkdir(parents=True)
+    save_esrgan(file)
+    where: list[torch.device] = []
+
+    @contextmanager
+    def carried(module: Any, device: torch.device) -> Iterator[None]:
+        where.append(device)
+        yield
+
+    monkeypatch.setattr(upscalers, "carried", carried)
+    how: dict[str, Any] = {"width": 8, "height": 8, "steps": 1, "seeds": 1, "progress": False, "hires": "2:0.5"}
+    name = "R-ESRGAN 4x+"
+    own: dict[str, Any] = {"models_dir": tmp_path}
+    [drawn] = generate(pipeline, "a", hires_upscaler=name, **how, **own)
+    [same] = generate(pipeline, "a", hires_upscaler=str(file), **how)
+    [other] = generate(pipeline, "a", **how)
+    assert drawn.image.tobytes() == same.image.tobytes() != other.image.tobytes()
+    assert drawn.settings.hashes == (f"{name}={sha256(file)}",) and where == [torch.device("cpu")] * 2
+    read = Request.from_text(drawn.settings.parameters())
+    assert read.arguments() == drawn.settings.arguments()
+    save_esrgan(file, seed=1)
+    with pytest.warns(UserWarning, match="is not the file that drew the picture"):
+        generate(pipeline, progress=False, **own, **read.arguments())
+    enlarged(Image.new("RGB", (8, 8)), (16, 16), network_of(file), "meta")
+    assert where[-1].type == "meta"
+
+
+def save_esrgan(path: Path, seed: int = 0) -> None:
+    with upscalers._torchvision():
+        from spandrel.architectures.ESRGAN import ESRGAN
+    torch.manual_seed(seed)
+    torch.save({"params_ema": ESRGAN(num_filters=8, num_blocks=1, scale=2).state_dict()}, path)
+
+
 def test_upscalers_that_there_are_not(pipeline: Pipeline, tmp_path: Path) -> None:
     options: dict[str, Any] = {"width": 8, "height": 8, "steps": 1, "seeds": 1, "progress": False}
-    with pytest.raises(FileNotFoundError, match="no upscaler at R-ESRGAN 4x"):
-        generate(pipeline, "a", hires="2", hires_upscaler="R-ESRGAN 4x+", **options)
+    with pytest.raises(FileNotFoundError, match="RealESRGAN_x4plus"):
+        Hires((16, 16), upscaler="R-ESRGAN 4x+")
+    with pytest.raises(ValueError, match="not its latents"):
+        Request("a", upscale="tiles:2", hires_upscaler="Latent")
     with pytest.raises(TypeError, match="PIL image"):
         generate(pipeline, "a", hires="2", hires_upscaler=lambda picture: 3, **options)
     with pytest.raises(ValueError, match="multiples of 4"):
@@ -161,7 +237,7 @@ def test_networks_of_spandrel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name, network in networks.items():
         torch.save({"params_ema": network.state_dict()}, tmp_path / f"{name}.pth")
         found = network_of(str(tmp_path / f"{name}.pth"))
-        assert found.network.architecture.name == name  # type: ignore[attr-defined]
+        assert found.network.architecture.name == name
         assert found(picture).size == (72, 40)
         assert enlarged(picture, (100, 70), str(tmp_path / f"{name}.pth")).size == (100, 70)
     whole = network_of(str(tmp_path / "ESRGAN.pth"))(picture)

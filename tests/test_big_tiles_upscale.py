@@ -1,6 +1,7 @@
 """SD upscale: tiles share their noise and fade into one another, each with a prompt of its own; the door records it."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ella_kd import Pipeline, generate, read_settings
+from ella_kd import Pipeline, Refiner, generate, read_settings
+from ella_kd.models import UNet
+from ella_kd.models.freeu import FreeU
+from ella_kd.models.inside import Inside
+from ella_kd.models.reuse import Reuse
+from ella_kd.models.tome import ToMe
 from ella_kd.pictures.upscale import upscale
 from ella_kd.request import Request
 from test_pictures_pixels import speckled
+from tiny import randomised
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +72,7 @@ def test_any_picture_and_any_tile(pipeline: Pipeline, size: Any, scale: float, t
 
 
 def test_what_is_refused_before_anything_is_drawn(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("drawing", "generation", "pictures.upscale"):
+    for name in ("drawing", "jobs", "pictures.upscale"):
         monkeypatch.setattr(f"ella_kd.{name}.draw", lambda *_, **__: pytest.fail("drawn"))
     text = pipeline.encode("a")
     given: list[tuple[type[Exception], str, dict[str, Any]]] = [
@@ -80,13 +87,39 @@ def test_what_is_refused_before_anything_is_drawn(pipeline: Pipeline, monkeypatc
     for way in ({"hires": "2:0.5"}, {"upscale": "tiles:2"}):
         with pytest.raises(FileNotFoundError, match="no upscaler at 5x"):
             generate(pipeline, "a", hires_upscaler="5x", progress=False, **way)  # type: ignore[arg-type]
+@pytest.mark.parametrize("name", ["freeu", "tome", "reuse", "refiner"])
+def test_what_reaches_the_tiles(pipeline: Pipeline, name: str) -> None:
+    """Of a start picture and of what was drawn alike; what is for larger pictures alone acts before."""
+    unet: Any = pipeline.unet
+    text, how = dict[str, Any](), dict[str, Any](steps=2, progress=False)
+    options: dict[str, Any] = {"freeu": {"freeu": True}, "tome": {"tome": 0.5}, "reuse": {"reuse": "2"},
+                               "refiner": {"refiner": replace(pipeline, unet=randomised(UNet(unet.config), 9, 0.12))}}
+    network = {"freeu": lambda: Inside(unet, FreeU.of(unet)), "tome": lambda: Inside(unet, ToMe(0.5)),
+               "reuse": lambda: Reuse(unet, 2), "refiner": lambda: unet}[name]()
+    cond, uncond = pipeline.encode("a red ring"), pipeline.encode("")
+    if name == "refiner":
+        text["refiner"] = Refiner(options[name]["refiner"], cond, uncond)
+    picture, sd = speckled(12, 8), replace(pipeline, unet=network)
+    want = upscale(sd, picture, cond, uncond=uncond, seed=3, strength=0.5, **text, **how)
+    plain = upscale(pipeline, picture, cond, uncond=uncond, seed=3, strength=0.5, **how)
+    [drawn] = generate(pipeline, "a red ring", start=picture, upscale="tiles:2:0.5", seeds=3, **options[name], **how)
+    assert drawn.image.tobytes() == want.tobytes() != plain.tobytes()
+    how |= {"width": 8, "height": 8}
+    [first] = generate(pipeline, "a red ring", seeds=3, **options[name], **how)
+    [after] = generate(pipeline, "a red ring", upscale="tiles:2:0.5", seeds=3, **options[name], **how)
+    want = upscale(sd, first.image, cond, uncond=uncond, seed=3, strength=0.5, **text, steps=2, progress=False)
+    assert after.image.tobytes() == want.tobytes()
 
 
 @pytest.mark.parametrize(("given", "message"), [
     ({"upscale": "2"}, "tiles:SCALE"), ({"upscale": "tiles:0.5"}, "by 1 to 64, got 0.5"),
     ({"upscale": "tiles:2:3"}, "strength"),
     ({"upscale": "tiles:2", "start": "a.png", "strength": 0.5}, "without strength"),
-    ({"upscale": "tiles:2", "control": "a.safetensors:b.png"}, "without control")])
+    ({"upscale": "tiles:2", "control": "a.safetensors:b.png"}, "without control"),
+    ({"upscale": "tiles:2", "tiling": True}, "enlarge with hires"),
+    *(({"upscale": "tiles:2", "start": "a.png", name: value}, f"leave out {name}, or upscale") for name, value in (
+        ("width", 96), ("height", 96), ("sigmas", (5, 1, 0)), ("variation", 0.5), ("tile", "48:16"),
+        ("hidiffusion", True), ("deep_shrink", True)))])
 def test_bad_words(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Request("a", **given)

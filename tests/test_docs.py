@@ -4,15 +4,20 @@
 be looked at.
 """
 
+import importlib
 import re
 import runpy
 import shlex
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import fields
+from inspect import isclass, isfunction, ismethod, signature
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+import torch
 from click.exceptions import Exit
 from click.testing import CliRunner
 from PIL import Image, ImageDraw
@@ -20,12 +25,17 @@ from PIL import Image, ImageDraw
 import ella_kd
 import studio
 from ella_kd import cli
+from ella_kd.denoiser import Denoiser
+from ella_kd.models.files.presets import PRESETS
 from ella_kd.pipeline import MINIATURE
 from ella_kd.samplers import SAMPLERS, SCHEDULES
+from ella_kd.samplers.registry import COMPATIBLE_SCHEDULES, RANGE_SAMPLERS
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT / "docs").as_posix(): path for path in sorted((ROOT / "docs").rglob("*.md"))}
 TEXTS = [*PAGES.values(), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md"))]
+REFERENCE = runpy.run_path(str(ROOT / "docs" / "reference.py"))
+COMMANDS: dict[str, click.Command] = REFERENCE["commands"](cli.main)
 STEPS = 2
 BLOCK = re.compile(r"^```(python|bash|console)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -93,10 +103,13 @@ def test_commands_have_their_options(path: Path) -> None:
     shown = [words for block in re.findall(r"^```console\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
              for words in commands(block)]
     shown += commands("\n".join(line for line in text.splitlines() if line.startswith("    ")))
-    for name, *words in shown:
+    for words in shown:
+        command, path = cli.main, "ella-kd"
+        while isinstance(command, click.Group):
+            path, command = f"{path} {words[0]}", command.commands[words.pop(0)]
         with suppress(Exit):  # --help
-            cli.main.commands[name].make_context(name, words).close()
-    known = {option for command in cli.main.commands.values() for param in command.params for option in param.opts}
+            command.make_context(path, words).close()
+    known = {option for command in COMMANDS.values() for param in command.params for option in param.opts}
     said = set(re.findall(r"(?<=`)--[a-z][a-z0-9-]*", text)) - OTHERS
     assert said <= known, said - known
 
@@ -116,14 +129,37 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert anchor in {re.sub(r"[^\w\s-]", "", head.lower()).replace(" ", "-") for head in heads}, target
 
 
+def test_our_names_beside_theirs_exist() -> None:
+    """The last column of the tables of names: what is called, arguments, and names of samplers and schedules."""
+    names = [*REFERENCE["homes"](), *(name for some in REFERENCE["MORE"].values() for name in some)]
+    values = [getattr(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    known = {name.rpartition(".")[2] for name in names} | {*dir(torch), *dir(Denoiser), *SAMPLERS, *SCHEDULES}
+    known |= {*COMPATIBLE_SCHEDULES, *RANGE_SAMPLERS, *PRESETS}
+    known |= {name for value in values if isclass(value) for name in dir(value)}
+    called = [value for value in values if isfunction(value) or isclass(value)]
+    called += [getattr(value, name) for value in called if isclass(value) for name in dir(value) if name[0] != "_"]
+    arguments = {each for value in called if isfunction(value) or ismethod(value) or isclass(value)
+                 for each in signature(value).parameters}
+    arguments |= {each.name for each in fields(ella_kd.Request)} | {"window"}
+    cells = [line.replace("\\|", "").rstrip(" |").rpartition("|")[2]
+             for line in PAGES["coming-from.md"].read_text().splitlines() if line.startswith("|")]
+    code = [code for cell in cells for code in re.findall(r"`([^`]+)`", cell) if not code.startswith(("--", "("))]
+    wrong = []
+    for one in code:
+        said = set(re.findall(r"(?<![\w\"/])([A-Za-z_]\w+)(?=\()", one))
+        said |= {one} if one.islower() and one.isidentifier() else set()
+        given = set(re.findall(r"(\w+)=(?!=)", re.sub(r"\".*?\"", "", one)))
+        wrong += [(one, name) for name in (said - known - arguments) | (given - arguments)]
+    assert not wrong
+
+
 def test_every_public_name_is_in_the_reference() -> None:
-    made = runpy.run_path(str(ROOT / "docs" / "reference.py"))
-    pages = made["reference"]()
-    for name, page in made["homes"]().items():
+    pages = REFERENCE["reference"]()
+    for name, page in REFERENCE["homes"]().items():
         home, _, last = name.rpartition(".")
         own = f"{page.removeprefix('reference/').removesuffix('.md')}.{last}"
         assert f"::: {own}\n" in pages[page] or f"#{own}}}" in pages[page] or f'id="{own}"' in pages[page], name
         assert f"`{last}`" in pages[f"reference/{home}.md"] or f"{home}.{last}\n" in pages[f"reference/{home}.md"], name
-    for name, command in cli.main.commands.items():
+    for name, command in COMMANDS.items():
         assert all(option in pages["reference/ella-kd.md"] for param in command.params for option in param.opts[:1]
                    if option.startswith("--")), name

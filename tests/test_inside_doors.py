@@ -1,16 +1,19 @@
 """What is asked of the UNet's inside through `generate`, the command and a PNG's text."""
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from ella_kd import Pipeline, generate
 from ella_kd.cli import main
+from ella_kd.models.context import Context
 from ella_kd.models.freeu import FreeU
-from ella_kd.models.hidiffusion import Shrink, WiderStride, WindowAttention, hidiffusion
+from ella_kd.models.hidiffusion import Shrink, WiderStride, WindowAttention, Windows, hidiffusion
 from ella_kd.models.inside import Change, Inside
 from ella_kd.models.networks import BySigma
 from ella_kd.models.tiled import Tiled
@@ -111,10 +114,39 @@ def test_the_published_numbers_of_each_family() -> None:
     assert [type(change) for change in hidiffusion(xl, 256, 256, aggressive=False)] == [Shrink, WindowAttention]
 
 
+def test_sizes_that_are_halved_unevenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said where some map in windows has an odd side at some sigma, and nowhere else."""
+    odd: list[int] = []
+
+    def attention(self: Any, attn: Any, x: Any, size: tuple[int, int]) -> Any:
+        odd.extend(side for side in size if side % 2)
+        return attn(x, x)
+
+    monkeypatch.setattr(Windows, "attention", attention)
+    sd2 = UNetConfig(4, 4, 32, (1, 2, 4, 4), 2, (1, 1, 1, 0), 8, 2)
+    xl = UNetConfig(4, 4, 32, (1, 2, 4), 2, (0, 1, 1), 8, 2)
+    for config, unit, good in ((sd2, 16, 96), (xl, 64, 128)):
+        sd = replace(Pipeline.miniature(), unet=UNet(config))
+        for width, height in ((good, good), (good, good + unit), (good + unit // 2, good)):
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                network: Any = Request(PROMPT, hidiffusion=True).changed(sd, width, height).unet
+            odd.clear()
+            for sigma in (14.0, 5.0, 2.5, 1.0):
+                x = torch.zeros(1, 4, height // 8, width // 8)
+                network.at((sigma,))(x, torch.ones(1), Context.of(torch.zeros(1, 2, 8)))
+            assert bool(said) == bool(odd) == (width != good)
+            assert all(f"multiples of {unit} px are even, such as {good}x" in str(each.message) for each in said)
+
+
 def test_what_cannot_be() -> None:
     with pytest.warns(UserWarning, match="larger than the model's own 48 px, and leaves 48x48"):
         generate(Pipeline.miniature(), PROMPT, steps=1, hidiffusion=True, seeds=1, progress=False)
     with pytest.raises(ValueError, match="choose one"):
         Request(PROMPT, hidiffusion=True, tome=0.5)
+    for other in ({"tile": "32:16"}, {"lora": "azure.safetensors:0.8:14.6-2.5"}):
+        with pytest.raises(ValueError, match=r"reuse .* negative prompt alone, 1:3"):
+            Request(PROMPT, reuse="3:2", **other)  # type: ignore[arg-type]
+        assert Request(PROMPT, reuse="1:2", **other).reuse == "1:2"  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"0 to 0\.75, got 2"):
         Request(PROMPT, tome=2)

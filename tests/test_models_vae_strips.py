@@ -1,13 +1,18 @@
 """The autoencoder in strips against the same one whole."""
 
+import os
+import shutil
 import subprocess
 import sys
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ella_kd import Pipeline, draw
 from ella_kd.models import AutoencoderKL, vae, vae_strips
 from ella_kd.models.seamless import seamless
 from test_models_vae import CONFIGS, error, overflowing, random_vae
@@ -80,6 +85,27 @@ def test_no_strip_is_larger_than_a_strip(in_strips: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         network.moments(network.decode(torch.randn(1, 4, 32, 16)))
     assert len(seen) > 50 and max(seen) <= 1 << 17
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_the_room_that_a_decode_takes_is_known(name: str, in_strips: pytest.MonkeyPatch) -> None:
+    network, stores, peak = random_vae(CONFIGS[name]), weakref.WeakSet[vae_strips.Store](), [0]
+    write = vae_strips.Store.write
+
+    def looking(self: vae_strips.Store, a: int, x: Tensor) -> None:
+        write(self, a, x)
+        stores.add(self)
+        peak[0] = max(peak[0], sum(os.fstat(store.file.fileno()).st_size for store in stores))
+
+    in_strips.setattr(vae_strips.Store, "write", looking)
+    in_strips.setattr(vae, "HELD", 0)
+    network.decode(torch.randn(1, 4, 16, 8))
+    assert peak[0] == pytest.approx(network.scratch(8 * network.factor, 16 * network.factor), rel=0.1)
+    pipeline = replace(Pipeline.miniature(device="cpu"), vae=network)
+    in_strips.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 0))  # type: ignore
+    with pytest.raises(OSError, match="set TMPDIR to a folder with more"):
+        draw(pipeline, pipeline.encode("a"), width=64, height=64, progress=False)
 
 
 @pytest.mark.slow

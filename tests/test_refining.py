@@ -13,7 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from ella_kd import Pipeline, Refiner, cli, draw, generate, read_settings
+from ella_kd.encoding import reader
 from ella_kd.models import AutoencoderKL, UNet
+from ella_kd.models.freeu import FreeU
+from ella_kd.models.inside import Inside
+from ella_kd.models.tiled import Tiled
+from ella_kd.pictures.hires import Hires
 from ella_kd.request import Request
 from families import family
 from test_pictures_pixels import speckled
@@ -72,6 +77,41 @@ def test_a_model_that_refines_itself_draws_what_it_draws_alone(pipeline: Pipelin
     late = generate(pipeline, "a red circle", refiner=other, refiner_at=0.9999, **options)
     if options["sampler"] == "euler":
         assert [a.image.tobytes() for a in alone] == [b.image.tobytes() for b in late], "below the last timestep of all"
+
+
+@pytest.mark.parametrize("name", ["tile", "tiling", "freeu"])
+def test_it_is_dressed_as_the_model_is(pipeline: Pipeline, other: Pipeline, name: str) -> None:
+    def dressed(system: Pipeline) -> Pipeline:
+        unet: Any = system.unet
+        return {"tile": lambda: replace(system, unet=Tiled(unet, 4, 2)), "tiling": system.seamless,
+                "freeu": lambda: replace(system, unet=Inside(unet, FreeU.of(unet)))}[name]()
+
+    how: dict[str, Any] = {"steps": 2, "width": 24, "height": 8, "seeds": 3, "progress": False}
+    asked: dict[str, Any] = {name: "16:8" if name == "tile" else True}
+    [drawn] = generate(pipeline, "a red circle", refiner=other, refiner_at=0.1, scale=3.0, mode="clip", **asked, **how)
+    refiner = dressed(other)
+    texts = [(system.encode("a red circle", "clip"), system.encode("", "clip")) for system in (pipeline, refiner)]
+    for second, same in ((refiner, True), (other, False)):
+        [want] = draw(dressed(pipeline), texts[0][0], uncond=texts[0][1], guidance=3.0,
+                      refiner=Refiner(second, *texts[1], 0.1), **how)
+        assert (drawn.image.tobytes() == want.tobytes()) == same
+
+
+def test_the_second_pass_of_hires_has_one_of_its_own(pipeline: Pipeline, other: Pipeline) -> None:
+    """It reads the second pass's prompt, for the second pass's noise levels."""
+    says = "a [red|blue] circle"
+    how: dict[str, Any] = {"steps": 2, "width": 8, "height": 8, "seeds": 3, "progress": False}
+    [drawn] = generate(pipeline, "a circle", refiner=other, refiner_at=0.2, mode="clip", syntax=True, scale=3.0,
+                       hires="2:0.6", hires_prompt=says, hires_steps=4, **how)
+    first, second = Hires((16, 16), 0.6), Request(says, mode="clip", syntax=True)
+    levels = replace(first, steps=4).sigmas(pipeline, "karras", 2).tolist()
+    ring, theirs = (reader(system, second, levels)([second]) for system in (pipeline, other))
+    cond, uncond = other.encode("a circle", "clip"), other.encode("", "clip")
+    for refiner, same in ((Refiner(other, *theirs, at=0.2), True), (None, False)):
+        hires = replace(first, steps=4, cond=ring[0], uncond=ring[1], refiner=refiner)
+        [want] = draw(pipeline, pipeline.encode("a circle", "clip"), uncond=pipeline.encode("", "clip"), guidance=3.0,
+                      hires=hires, refiner=Refiner(other, cond, uncond, at=0.2), **how)
+        assert (drawn.image.tobytes() == want.tobytes()) == same
 
 
 def test_the_command_and_the_settings(tiny_files: dict[str, str], other: Pipeline, tmp_path: Path,

@@ -1,6 +1,9 @@
 """What the page does, without a page: pictures, stopping, uploads, and what it does not read."""
 
 import random
+import re
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +21,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from benchmarks.miniature.scenes import random_scene, render
 from ella_kd import Pipeline, cli, generate
+from ella_kd.app.web import grids
 from ella_kd.app.web.form import COMPARE, Form
 from ella_kd.app.web.preview import Preview
-from ella_kd.app.web.session import Saved, Step, Studio, message_of
+from ella_kd.app.web.session import THREAD, Saved, Step, Studio, message_of
 from studio import miniature
 
 
@@ -72,10 +76,10 @@ def test_compare_reads_one_seed_in_three_ways(studio: Studio, pipeline: Pipeline
 
 def test_closing_stops_at_the_next_step_and_saves_nothing_half(studio: Studio) -> None:
     with closing(studio.draw(Form("a", steps=200, seed=3))) as drawing:  # type: ignore[type-var]
-        first = next(drawing)
+        first = next(filter(None, drawing))
         assert isinstance(first, Step) and first.step < 20
-    assert studio._drawing.acquire(timeout=5), "it draws on"
-    studio._drawing.release()
+    assert studio.drawing.acquire(timeout=5), "it draws on"
+    studio.drawing.release()
     assert not [*Path("out").rglob("*.png")]
     assert len(drawn(studio)) == 1
 
@@ -146,6 +150,41 @@ def test_warnings_of_a_draw_are_told_with_its_picture(studio: Studio) -> None:
 def test_tokens_are_counted_while_a_picture_is_drawn(studio: Studio) -> None:
     assert studio.tokens("a red circle") == "4 T5 tokens, 4 of 12 for CLIP"
     assert studio.tokens("a " * 200) == "201 T5 tokens (fixed reads 128), 201 of 12 for CLIP"
+
+
+GRID = "prompt: a red circle\nsteps: 2\naxes:\n  scale: 1-3\n  seed: 1-2\n"
+
+
+def test_a_grid_stops_after_its_batch_and_goes_on(studio: Studio) -> None:
+    with closing(grids.run(studio, GRID)) as drawing:  # type: ignore[type-var]
+        assert next(each.done for each in drawing if each and each.done) == 2
+    while any(each.name == THREAD for each in threading.enumerate()):
+        time.sleep(0.01)
+    before = {path: path.stat().st_mtime_ns for path in Path("out/grids").glob("*/0*/*.png")}
+    assert 2 <= len(before) < 6
+    *_, last = filter(None, grids.run(studio, GRID))
+    assert (last.done, last.total, last.failed) == (6, 6, 0) and grids.known(studio) == [last.page]
+    after = {path: path.stat().st_mtime_ns for path in Path("out/grids").glob("*/0*/*.png")}
+    assert before.items() <= after.items() and len(after) == 6
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("/etc/passwd", "a grid says keys such as prompt and axes"),
+    (f"{GRID}checkpoint: /etc/passwd", "checkpoint names another model"),
+    (f"{GRID}start: /etc/passwd", "start names a file"),
+    (f"{GRID}  latents: /etc/passwd", "latents names a file"),
+    (f"{GRID}  lora: /etc/passwd", "no lora /etc/passwd: the page was started without --models-dir"),
+    (f"{GRID}  prompt: <lora:/etc/passwd:1>", "no lora /etc/passwd"),
+    (f"{GRID}hires: '2:0.5'\nhires_upscaler: /etc/passwd", "unknown upscaler '/etc/passwd'"),
+    (f"{GRID}width: 4096", "the larger side of a picture may be 2048 px here, got 4096"),
+    (f"{GRID}  steps: 1-900", "a grid of the page may have 2000 cells, got 5400"),
+    (f"{GRID}steps: 201", "steps may be 200 here, got 201"),
+    ("a: &a [1, 2]\nprompt: *a", "a grid repeats nothing by"),
+    ("prompt: [", "the grid is not YAML"),
+])
+def test_a_grid_of_the_page_names_no_file_and_is_not_too_large(studio: Studio, text: str, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        grids.read(studio, text)
 
 
 @pytest.mark.parametrize(("error", "message"), [

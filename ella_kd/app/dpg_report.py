@@ -122,7 +122,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", alpha=0.2)
-    axes.set_xlabel("percent; dot: as meant, bar: 95 % of resampled prompts, ring: the published arithmetic")
+    least = min(value for _, row, _ in rows for value in (row["low"], row["published"]) if value is not None)
+    axes.set_xlim(max(-1.0, min(90.0, least - 3)), 101)
+    axes.set_xlabel("percent; dot: as meant, bar: 95 % of resampled prompts, ring: as published", fontsize=9)
     axes.set_title(f"DPG-Bench, {found['prompts']} of {found['of']} prompts, judge: {found['judge']}", loc="left",
                    fontsize=10)
     with writing(path) as temporary:

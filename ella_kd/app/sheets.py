@@ -79,18 +79,21 @@ def is_drawn(sheet: Sheet) -> bool:
 
 
 def draw_sheets(pipeline: Pipeline, sheets: Iterable[Sheet], asked: Request, *, guidance: Guidance | None = None,
-                models_dir: str | Path | AddOns | None = None, batch_size: int = 8) -> Generator[Sheet, None, None]:
+                models_dir: str | Path | AddOns | None = None, batch_size: int = 8,
+                progress: bool = True) -> Generator[Sheet, None, None]:
     """Draws sheets one after the other, and yields each as soon as its file is there, whole.
 
     asked: everything but prompts and seeds. guidance: a rule that no text can name. batch_size: pictures drawn at once,
-    of neighbouring sheets too. What is there is written over: leave out what `is_drawn`. Raises as `jobs` does.
+    of neighbouring sheets too. progress: bars. What is there is written over: leave out what `is_drawn`.
+    Raises as `jobs` does.
     """
     left = list(sheets)
     requests = (replace(asked, prompt=prompt, seed=seed) for sheet in left for prompt, seed in sheet.cells)
     done: list[Picture] = []
     waiting = iter(left)
     sheet = next(waiting, None)
-    for job in jobs(pipeline, requests, guidance=guidance, models_dir=models_dir, batch_size=batch_size):
+    for job in jobs(pipeline, requests, guidance=guidance, models_dir=models_dir, batch_size=batch_size,
+                    progress=progress):
         done += map(Picture, job.draw(), job.requests)
         while sheet is not None and len(done) >= len(sheet.cells):
             own, done = done[: len(sheet.cells)], done[len(sheet.cells) :]

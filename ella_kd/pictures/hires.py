@@ -8,11 +8,12 @@ from torch import Tensor
 
 from ella_kd.denoiser import Condition
 from ella_kd.guidance import Guidance
-from ella_kd.pictures.hires_options import LATENTS, STRENGTH, Size, Upscaler, check_upscaler
+from ella_kd.pictures.hires_options import STRENGTH, Size, Upscaler
 from ella_kd.pictures.segments import other_seeds
 from ella_kd.pictures.start import check_strength, sigmas_by_strength
-from ella_kd.pictures.upscalers import enlarged_latents, enlarger
+from ella_kd.pictures.upscalers import enlarged_latents, upscaler_of
 from ella_kd.pipeline import Pipeline
+from ella_kd.refining import Refiner
 from ella_kd.samplers import randn
 
 STREAM = 2**20  # of the seeds of a second pass: noise that made a picture burns it when it is added again
@@ -24,8 +25,9 @@ class Hires:
 
     size: width and height of the picture. strength: as in A1111 and ComfyUI, see `sigmas_by_strength`. upscaler: see
     `enlarged_latents`. The rest is of the second pass alone, None for what the first one has; its conditions are read
-    at its own timesteps. network: what its UNet is made of the first one's, `partial(Tiled, size=64)` or `lambda unet:
-    Inside(unet, ...)`. Raises ValueError, TypeError or FileNotFoundError for a strength or an upscaler that cannot be.
+    at its own timesteps. refiner: takes over on the way of the second pass, with conditions for it. network: what its
+    UNet is made of the first one's, `partial(Tiled, size=64)` or `lambda unet: Inside(unet, ...)`. Raises ValueError,
+    TypeError or FileNotFoundError for a strength or an upscaler that there cannot be.
     """
 
     size: Size
@@ -37,13 +39,12 @@ class Hires:
     guidance: Guidance | float | None = None
     cond: Condition | None = None
     uncond: Condition | None = None
+    refiner: Refiner | None = None
     network: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         check_strength(self.strength)
-        object.__setattr__(self, "upscaler", check_upscaler(self.upscaler))
-        if self.upscaler not in LATENTS:
-            enlarger(self.upscaler)
+        object.__setattr__(self, "upscaler", upscaler_of(self.upscaler))
 
     def sigmas(self, pipeline: Pipeline, schedule: str, steps: int) -> Tensor:
         """The noise levels of the second pass, [steps + 1]; schedule, steps: of the first."""
@@ -64,5 +65,5 @@ class Hires:
 
     def said(self) -> dict[str, Any]:
         """The arguments of `draw` that the second pass has of its own."""
-        own = {name: getattr(self, name) for name in ("sampler", "guidance", "cond", "uncond")}
+        own = {name: getattr(self, name) for name in ("sampler", "guidance", "cond", "uncond", "refiner")}
         return {name: value for name, value in own.items() if value is not None}

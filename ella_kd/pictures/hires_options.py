@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ LATENTS = {"latent": ("bilinear", False), "latent (antialiased)": ("bilinear", T
            "latent (nearest)": ("nearest", False), "latent (nearest-exact)": ("nearest-exact", False)}
 PIXELS = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC,
           "bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
+# The web UI's names of networks, and the files that it fetches for them, without their ending.
+WEB_UI = {"r-esrgan 2x+": "RealESRGAN_x2plus", "r-esrgan 4x+": "RealESRGAN_x4plus",
+          "r-esrgan 4x+ anime6b": "RealESRGAN_x4plus_anime_6B", "r-esrgan general 4xv3": "realesr-general-x4v3",
+          "r-esrgan general wdn 4xv3": "realesr-general-wdn-x4v3", "r-esrgan animevideo": "realesr-animevideov3",
+          "swinir 4x": "SwinIR_4x", "dat x2": "DAT_x2", "dat x3": "DAT_x3", "dat x4": "DAT_x4"}
+FUNCTION = "the function "
 STRENGTH, IN_TILES = 0.5, 0.3  # where nobody says
 _TILES = re.compile(r"tiles:(\d*\.?\d+)(?::(\d*\.?\d+))?")
 _SAID = re.compile(r"(?:(\d+)x(\d+)|(\d*\.?\d+))?(?::(\d*\.?\d+))?")
@@ -28,7 +35,8 @@ _SAID = re.compile(r"(?:(\d+)x(\d+)|(\d*\.?\d+))?(?::(\d*\.?\d+))?")
 
 @dataclass(frozen=True)
 class Enlargement:
-    """How large and how strong: scale, size, or neither for the picture's own size after a smaller first pass."""
+    """How large and how strong: scale, size, or neither for the picture's own size after a smaller first pass. A side
+    of 0 follows the proportions, as in the web UI."""
 
     scale: float | None = None
     size: Size | None = None
@@ -43,6 +51,8 @@ class Enlargement:
             raise ValueError(f"hires is SCALE:STRENGTH, such as 2:0.5, WIDTHxHEIGHT:STRENGTH, or :STRENGTH for the "
                              f"picture's own size, got {said!r}")
         width, height, scale, strength = found.groups()
+        if width and not int(width) + int(height):
+            raise ValueError(f"hires enlarges to a width or a height of at least 1, got {said!r}")
         if scale and not strength and float(scale) <= 1:
             scale, strength = None, scale
         if scale:
@@ -58,7 +68,10 @@ class Enlargement:
         """Of both passes in whole latents: given is the first one's, or where neither scale nor size is said the
         second one's, after a first of the model's own area and of these proportions, in multiples of 8 latents."""
         if self.size is not None:
-            return given, self.size
+            width, height = self.size
+            width = width or max(1, round(height * given[0] / given[1] / factor)) * factor
+            height = height or max(1, round(width * given[1] / given[0] / factor)) * factor
+            return given, (width, height)
         if self.scale is not None:
             width, height = (max(1, round(side * self.scale / factor)) * factor for side in given)
             return given, (width, height)
@@ -141,6 +154,13 @@ class FromHires:
         if self.hires_schedule is not None:
             own("hires_schedule", schedule_named(self.hires_schedule))
 
+    @property
+    def enlarged_by(self) -> str | None:
+        """The file of the network that enlarges, if one does."""
+        name = self.hires_upscaler
+        asked = isinstance(name, str) and (self.hires, self.upscale) != (None, None)
+        return name if asked and name not in LATENTS and name not in PIXELS else None  # type: ignore[return-value]
+
     def second(self) -> dict[str, Any]:
         """What the second pass asks for in other words than the first."""
         given = {name: getattr(self, f"hires_{name}")
@@ -173,10 +193,24 @@ def check_upscaler(upscaler: object) -> Upscaler:
     return name if name in LATENTS or name in PIXELS else upscaler
 
 
+def no_upscaler(name: str) -> str:
+    """What to say where no file has this name."""
+    if name.startswith(FUNCTION):
+        return f"the picture was enlarged by {name}, which settings cannot hold: give it again as hires_upscaler"
+    if name.lower() in WEB_UI:
+        return (f"{name} is what the web UI calls the network {WEB_UI[name.lower()]}.pth: give that file, or let it "
+                "lie in the folder of --models-dir")
+    if name.lower() == "ldsr":
+        return "LDSR is a diffusion model of the web UI's own: choose the file of a network (ESRGAN, SwinIR, DAT ...)"
+    near = get_close_matches(name.lower(), (*LATENTS, *PIXELS), 1)
+    return f"no upscaler at {name}: " + (f"did you mean {near[0]}?" if near else f"choose {', '.join(LATENTS)}, "
+                                         f"{', '.join(PIXELS)}, or the file of a network (ESRGAN, SwinIR, DAT ...)")
+
+
 def upscaler_said(upscaler: Upscaler) -> str:
     """As the web UI has it: "Latent (nearest)"."""
     if not isinstance(upscaler, str):
-        return f"the function {getattr(upscaler, '__name__', type(upscaler).__name__)}"
+        return f"{FUNCTION}{getattr(upscaler, '__name__', type(upscaler).__name__)}"
     return upscaler.capitalize() if upscaler in LATENTS or upscaler in PIXELS else upscaler
 
 

@@ -43,6 +43,10 @@ class Start:
     picture: Tensor | None = None
     repaint: Tensor | None = None
 
+    def drawn(self, factor: int) -> Size:
+        """Width and height in pixels of what is drawn, factor to a latent."""
+        return self.shape[2] * factor, self.shape[1] * factor
+
     def part(self, picture: Image.Image) -> Image.Image:
         """What is drawn on of another picture of the whole."""
         return picture

@@ -17,7 +17,7 @@ from ella_kd.models.tiled import Tiles
 from ella_kd.pictures.hires_options import IN_TILES, Size, Upscaler, check_scale
 from ella_kd.pictures.segments import other_seeds
 from ella_kd.pictures.start import sigmas_by_strength
-from ella_kd.pictures.upscalers import enlarged, enlarger
+from ella_kd.pictures.upscalers import enlarged, upscaler_of
 from ella_kd.pipeline import Pipeline
 from ella_kd.request import Request, seed_number, whole
 from ella_kd.samplers import randn
@@ -53,8 +53,7 @@ def upscale(
     Raises what `draw` raises, and ValueError for sizes that no latents have.
     """
     check_scale("upscale", scale)
-    enlarger(upscaler)
-    batch_size = whole("batch_size", batch_size)
+    larger, batch_size = upscaler_of(upscaler, of_pictures=True), whole("batch_size", batch_size)
     factor, noise_seed = pipeline.vae.factor, other_seeds([seed_number(seed)], STREAM, 0)[0]
     width, height = (max(1, round(side * scale / factor)) * factor for side in picture.size)
     across, down = tile if isinstance(tile, tuple) else (pipeline.size if tile is None else tile,) * 2
@@ -66,7 +65,7 @@ def upscale(
     if not 0 <= apart < min(sides):
         raise ValueError(f"tiles of {sides[0]}x{sides[1]} px overlap by less than a side, got {apart}")
     boxes = Tiles(cells, (apart // factor,) * 2).boxes(height // factor, width // factor)
-    large = enlarged(picture.convert("RGB"), (width, height), upscaler)
+    large = enlarged(picture.convert("RGB"), (width, height), larger, pipeline.device)
     sigmas = sigmas_by_strength(schedule, steps, pipeline.denoiser(), strength, "comfyui")
     noise = randn((1, pipeline.vae.config.latent_channels, height // factor, width // factor), [noise_seed])
     total = np.zeros((height, width, 1))

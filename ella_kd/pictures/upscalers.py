@@ -1,9 +1,8 @@
 """Ways to make a picture larger: latents or pixels interpolated, a network that was trained for it, or any function."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +18,8 @@ from ella_kd.images import to_images
 from ella_kd.models import AutoencoderKL
 from ella_kd.models.files.weights import Weights
 from ella_kd.models.pictures import to_pixels
-from ella_kd.pictures.hires_options import LATENTS, PIXELS, Size, Upscaler
+from ella_kd.pictures.hires_options import LATENTS, PIXELS, Size, Upscaler, check_upscaler, no_upscaler
+from ella_kd.placement import carried
 
 TILE, AROUND = 256, 16  # pixels that a network sees at once, and beyond them on every side
 
@@ -36,19 +36,20 @@ def enlarged_latents(vae: AutoencoderKL, latents: Tensor, size: Size, upscaler: 
         mode, antialias = LATENTS[upscaler]
         return F.interpolate(latents, (height // vae.factor, width // vae.factor), mode=mode, antialias=antialias)
     images = to_images(vae.decode(latents.to(vae.dtype)))
-    return torch.cat([vae.encode(enlarged(image, size, upscaler)) for image in images]).to(latents)
+    return torch.cat([vae.encode(enlarged(image, size, upscaler, latents.device)) for image in images]).to(latents)
 
 
-def enlarged(picture: Image.Image, size: Size, upscaler: Upscaler) -> Image.Image:
-    """A picture at this size. A network or a function is asked up to three times, until it is as large, and Lanczos
-    does the rest, as in A1111's web UI. TypeError for a function that returns no picture; errors of `enlarger`."""
-    larger = enlarger(upscaler)
-    if isinstance(larger, Image.Resampling):
-        return picture.resize(size, larger)
+def enlarged(picture: Image.Image, size: Size, upscaler: Upscaler, device: str | torch.device = "cpu") -> Image.Image:
+    """A picture at this size. A network, on this device, or a function is asked up to three times, until it is as
+    large, and Lanczos does the rest, as in A1111's web UI. TypeError for a function that returns no picture."""
+    if isinstance(upscaler, str) and upscaler in PIXELS:
+        return picture.resize(size, PIXELS[upscaler])
+    larger = network_of(upscaler) if isinstance(upscaler, str) else upscaler
     for _ in range(3):
         if picture.width >= size[0] and picture.height >= size[1]:
             break
-        before, picture = picture.size, larger(picture)
+        before = picture.size
+        picture = larger(picture, device) if isinstance(larger, Network) else larger(picture)
         if not isinstance(picture, Image.Image):
             raise TypeError(f"an upscaler takes and gives a PIL image, got {type(picture).__name__}")
         if picture.size == before:
@@ -56,27 +57,24 @@ def enlarged(picture: Image.Image, size: Size, upscaler: Upscaler) -> Image.Imag
     return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def enlarger(upscaler: Upscaler) -> Image.Resampling | Callable[[Image.Image], Image.Image]:
-    """How pictures are enlarged, a network's file read. ValueError for a name of `LATENTS`, FileNotFoundError and
-    ValueError for what is no file of a network: asked before anything is drawn."""
-    if not isinstance(upscaler, str):
-        return upscaler
-    if upscaler in LATENTS:
-        raise ValueError(f"{upscaler} enlarges what a first pass drew, in latents, and this is a picture: choose "
+def upscaler_of(upscaler: object, of_pictures: bool = False) -> Upscaler:
+    """A name of ours, a function, or the network of a file, which is read. Raises what `check_upscaler` and
+    `network_of` do, and ValueError for a way to enlarge latents where there are pictures alone."""
+    said = check_upscaler(upscaler)
+    if of_pictures and isinstance(said, str) and said in LATENTS:
+        raise ValueError(f"{said} enlarges what a first pass drew, in latents, and this is a picture: choose "
                          f"{', '.join(PIXELS)}, or the file of a network")
-    return PIXELS[upscaler] if upscaler in PIXELS else network_of(upscaler)
+    return network_of(said) if isinstance(said, str) and said not in LATENTS and said not in PIXELS else said
 
 
-@lru_cache(1)
-def network_of(file: str, device: str = "") -> Callable[[Image.Image], Image.Image]:
+def network_of(file: str | Path) -> "Network":
     """A network of spandrel's that makes pictures larger (ESRGAN, SwinIR, DAT and others), from its file.
 
     Read as every file here: safetensors, or a pickle of plain tensors. Needs the extra: `pip install ella-kd[upscale]`.
     Raises FileNotFoundError, and ValueError for a file of another kind or without spandrel.
     """
     if not Path(file).is_file():
-        raise FileNotFoundError(f"no upscaler at {file}: choose {', '.join((*LATENTS, *PIXELS))}, or the file of a "
-                                "network (ESRGAN, SwinIR, DAT ...)")
+        raise FileNotFoundError(no_upscaler(str(file)))
     tensors, spandrel = dict(Weights(file)), _spandrel()
     for inside in ("params_ema.", "params-ema.", "params.", "model_state_dict.", "model.", "net."):
         part = {name.removeprefix(inside): x for name, x in tensors.items() if name.startswith(inside)}
@@ -92,17 +90,22 @@ def network_of(file: str, device: str = "") -> Callable[[Image.Image], Image.Ima
         raise ValueError(f"{file} is no upscaler that spandrel knows: {type(error).__name__}: {error}") from error
     if not isinstance(network, spandrel.ImageModelDescriptor) or network.input_channels != 3:
         raise ValueError(f"{file} ({network.architecture.name}) does not make a colour picture of a colour picture")
-    return Network(network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval())
+    return Network(network.eval())
 
 
 class Network:
-    """A spandrel descriptor as a function of pictures, tile by tile."""
+    """A spandrel descriptor as a function of pictures, tile by tile. It waits in the CPU's memory, and is on the device
+    where it works for as long as it does."""
 
     def __init__(self, network: Any) -> None:
         self.network = network
 
     @torch.no_grad()
-    def __call__(self, picture: Image.Image) -> Image.Image:
+    def __call__(self, picture: Image.Image, device: str | torch.device = "cpu") -> Image.Image:
+        with carried(self.network.model, torch.device(device)):
+            return self._larger(picture)
+
+    def _larger(self, picture: Image.Image) -> Image.Image:
         scale, like = self.network.scale, next(self.network.model.parameters())
         x = to_pixels(picture, 3, like) / 2 + 0.5
         whole = x.new_empty(1, 3, x.shape[2] * scale, x.shape[3] * scale)

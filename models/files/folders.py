@@ -15,7 +15,8 @@ SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
 FOLDERS = {"lora": ("lora", "loras", "lycoris"), "embedding": ("embeddings", "textual_inversion"),
            "control": ("controlnet", "t2i_adapter", "t2i-adapter"),
            "image_encoder": ("clip_vision", "image_encoder"),
-           "image_prompt": ("ipadapter", "ip-adapter", "ip_adapter", "controlnet")}
+           "image_prompt": ("ipadapter", "ip-adapter", "ip_adapter", "controlnet"),
+          "upscaler": ("esrgan", "realesrgan", "swinir", "dat", "hat", "upscale_models")}
 
 
 def look_up(name: str, place: str, folder: str | Path) -> Path:

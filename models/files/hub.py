@@ -23,7 +23,8 @@ OURS = (FileNotFoundError, ValueError)  # what `choose` says of a repository
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WORDS: dict[Part, str] = {"checkpoint": "checkpoint", "tsc": "connector", "t5": "T5", "vae": "VAE",
                            "text_encoder": "text encoder", "clip_tokenizer": "CLIP tokenizer", "lora": "LoRA",
-                           "embedding": "embedding", "control": "control", "image_prompt": "image prompt"}
+                           "embedding": "embedding", "control": "control", "image_prompt": "image prompt",
+                           "upscaler": "upscaler"}
 
 
 def find(spec: str | Path, part: Part = "checkpoint") -> Path:

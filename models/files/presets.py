@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ella_kd.models.files.hashes import sha256
 
 Part = Literal["checkpoint", "tsc", "t5", "vae", "text_encoder", "clip_tokenizer",
-               "lora", "embedding", "control", "image_prompt"]
+               "lora", "embedding", "control", "image_prompt", "upscaler"]
 
 RAIL_M, RAIL_PP_M = "CreativeML OpenRAIL-M", "CreativeML OpenRAIL++-M"
 

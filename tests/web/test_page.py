@@ -31,8 +31,10 @@ def put(page: Page, **values: Any) -> None:
 def draw(page: Page, **values: Any) -> list[str]:
     """Press the button and wait; the captions of the pictures."""
     put(page, **values)
+    page.evaluate("document.querySelector('#status .ella-status').dataset.old = true")
     page.click("#draw-button")
-    page.wait_for_function("() => / done in /.test(document.querySelector('#status').innerText)", timeout=SLOW)
+    page.wait_for_function("() => / done in /.test(document.querySelector('#status .ella-status:not([data-old])')"
+                           "?.innerText)", timeout=SLOW)
     return captions(page)
 
 
@@ -202,15 +204,18 @@ def test_a_start_picture_is_painted_on_and_drawn_over(page: Page, site: Site, tm
     Image.new("RGB", (48, 48), "#2040c0").save(tmp_path / "start.png")
     before = site.pictures()
     page.click("#start-box > button")
-    page.set_input_files("#start input[type=file]", str(tmp_path / "start.png"))
     page.wait_for_selector("#start canvas")
-    page.wait_for_timeout(1500)
+    page.wait_for_timeout(1000)
+    page.set_input_files("#start input[type=file]", str(tmp_path / "start.png"))
+    page.wait_for_function("() => /[0-9]%/.test(document.querySelector('#start').innerText)")
+    page.wait_for_timeout(1000)
     draw(page, steps=4, seed=2)
     whole = Request.from_picture(newest(site, before))
     assert isinstance(whole.start, str) and whole.mask is None
     with Image.open(whole.start) as image:
         assert image.size == (48, 48) and image.convert("RGB").getpixel((9, 9)) == (32, 64, 192)
-    box = page.locator("#start canvas").bounding_box()
+    page.locator("#start").scroll_into_view_if_needed()
+    box = page.locator("#start canvas").first.bounding_box()
     assert box is not None
     page.mouse.move(box["x"] + box["width"] / 2 - 20, box["y"] + box["height"] / 2)
     page.mouse.down()
@@ -239,22 +244,57 @@ def test_add_ons_of_the_folder_are_offered_and_worn(page: Page, site: Site) -> N
     assert request.lora == ("striped:1",) and request.hashes[0].startswith("striped=")
 
 
-@pytest.mark.parametrize(("width", "query"), [(360, ""), (820, ""), (1920, ""), (1280, "?__theme=dark")])
-def test_it_fits_the_screen(context: BrowserContext, site: Site, width: int, query: str,
-                            request: pytest.FixtureRequest) -> None:
-    page = opened(context, site, query)
-    page.set_viewport_size({"width": width, "height": 900})
+def test_a_grid_runs_stops_goes_on_and_is_looked_at(context: BrowserContext, page: Page, site: Site) -> None:
+    page.get_by_role("tab", name="Grid").click()
+    put(page, **{"grid-text": "checkpoint: /etc/passwd\nprompt: a\naxes:\n  steps: 1-3"})
+    page.click("#grid-run")
+    page.wait_for_selector("#grid-status [role=alert]")
+    assert "checkpoint names another model" in page.inner_text("#grid-status")
+    put(page, **{"grid-text": f"title: '{EVIL.replace(chr(39), '')}'\nprompt: A red heart sits in the center.\n"
+                 "steps: 4\naxes:\n  sampler: euler, heun, dpmpp_2m\n  scale: 1-4\n  schedule: karras, ays\n"
+                 "  seed: 1-2\n"})
+    page.click("#grid-run")
+    page.wait_for_function("() => /[1-9][0-9]* of 48 pictures/.test(document.querySelector('#grid-status').innerText)")
+    page.click("#grid-stop")
+    page.wait_for_function("() => /Stopped/.test(document.querySelector('#grid-status').innerText)")
+    assert site.idle(10)  # it stops after its batch
+    [folder] = (site.out / "grids").glob("img*")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+    assert 0 < len(before) < 48
+    page.click("#grid-run")
+    page.wait_for_function("() => /[1-9][0-9]* of 48 pictures/.test(document.querySelector('#grid-status').innerText)")
+    page.get_by_role("tab", name="Draw").click()
+    assert draw(page, steps=2, seed=1) == ["seed 1"]  # between two batches of the grid
+    page.get_by_role("tab", name="Grid").click()
+    page.wait_for_function("() => /48 of 48 pictures/.test(document.querySelector('#grid-status').innerText)",
+                           timeout=4 * SLOW)
+    assert len([*folder.rglob("*.png")]) == 48
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}.items()
+    with context.expect_page() as opened_page:
+        page.click("#grid-status a")
+    grid = opened_page.value
+    grid.wait_for_selector(".cell img")
+    grid.wait_for_function("[...document.querySelectorAll('.cell img')].every(i => i.complete && i.naturalWidth)")
+
+
+def test_it_fits_every_screen(page: Page, request: pytest.FixtureRequest) -> None:
     page.get_by_label("compare", exact=True).click()
     draw(page, steps=3, seed=1)
+    shots = request.config.rootpath / "out" / "web"
+    shots.mkdir(parents=True, exist_ok=True)
+    for width, dark in ((360, False), (820, False), (1280, True), (1920, False)):
+        page.set_viewport_size({"width": width, "height": 900})
+        if dark != page.evaluate("document.body.classList.contains('dark')"):
+            page.click("#dark")
+        assert page.evaluate("document.body.classList.contains('dark')") == dark
+        for inside in ("body", "#drawn", "#options"):
+            assert page.locator(inside).evaluate("each => each.scrollWidth <= window.innerWidth"), (inside, width)
+        edges = [page.locator("#gallery img").nth(i).bounding_box() for i in range(3)]
+        assert all(edge and edge["x"] >= 0 and edge["x"] + edge["width"] <= width for edge in edges)
+        page.screenshot(path=shots / f"{width}{'-dark' * dark}.png", full_page=True)
     for name in ("start", "addons", "more"):
         page.click(f"#{name}-box > button")
+    page.set_viewport_size({"width": 360, "height": 900})
     page.wait_for_timeout(500)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    dark = page.evaluate("document.body.classList.contains('dark')")
-    assert dark == bool(query)
-    page.click("#dark")
-    assert page.evaluate("document.body.classList.contains('dark')") != dark
-    page.click("#dark")
-    shots = Path(str(request.config.rootpath)) / "out" / "web"
-    shots.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=shots / f"{width}{'-dark' * dark}.png", full_page=True)
+    page.screenshot(path=shots / "360-open.png", full_page=True)

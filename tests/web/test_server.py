@@ -43,7 +43,7 @@ def test_the_api_is_documented_and_the_guides_client_draws(site: Site, monkeypat
     assert list(info) == ["/draw"]
     names = [each["parameter_name"] for each in info["/draw"]["parameters"]]
     assert names[:5] == ["prompt", "negative", "mode", "sampler", "schedule"]
-    [script] = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    [script] = re.findall(r"```py\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     done: dict[str, Any] = {}
     exec(script.replace("http://127.0.0.1:7860", site.url), done)
     request = Request.from_picture(done["pictures"][0]["picture"])
@@ -69,3 +69,12 @@ def test_bad_values_come_back_as_a_sentence(site: Site, given: dict[str, Any], m
     with pytest.raises(AppError, match=re.escape(message)):
         client.predict(**{"prompt": "a", **given}, api_name="/draw")
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_grids_folder_is_served_and_nothing_beside_it(site: Site) -> None:
+    folder = site.out / "grids" / "some"
+    folder.mkdir(parents=True)
+    (folder / "index.html").write_text("a page")
+    assert get(site, "grids/some/index.html").text == "a page"
+    for path in ("grids/../beside.txt", "grids/%2e%2e/seen.txt", "grids/some/..%2f..%2f..%2fbeside.txt", "grids/"):
+        assert get(site, path).status_code == 404, path

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ella_kd import Pipeline
 from ella_kd.app.web import serve
+from ella_kd.app.web.session import THREAD
 from ella_kd.pipeline import MINIATURE
 
 if TYPE_CHECKING:  # installed for make test-web alone
@@ -29,10 +32,12 @@ class Site:
 
     def idle(self, seconds: float) -> bool:
         """Whether nothing is drawn, at the latest then."""
-        free = self.studio._drawing.acquire(timeout=seconds)
-        if free:
-            self.studio._drawing.release()
-        return free
+        end = time.monotonic() + seconds
+        while any(each.name == THREAD for each in threading.enumerate()):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+        return True
 
 
 def opened(context: BrowserContext, site: Site, query: str = "") -> Page:

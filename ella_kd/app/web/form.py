@@ -33,6 +33,7 @@ class Limits:
     steps: int = 200
     count: int = 16
     letters: int = 20_000
+    cells: int = 2000  # of a grid
 
 
 LIMITS = Limits()
@@ -42,9 +43,9 @@ LIMITS = Limits()
 class Form:
     """One value per input, by its name. scale counts without CFG++, lam with it; guidance replaces either.
 
-    width, height: None for the model's own, or the start picture's. seed: of the first picture, RANDOM for any.
-    lora: lines of NAME:STRENGTH. control: a name, beside its picture's file. start, mask: files. more: lines of
-    `name: value`, for the rest of what a request has (`MORE`).
+    width, height, strength: 0 or None for the model's own, or what is usual for the start picture. seed: of the first
+    picture, RANDOM for any. lora: lines of NAME:STRENGTH. control: a name, beside its picture's file. start, mask:
+    files. more: lines of `name: value`, for the rest of what a request has (`MORE`).
     """
 
     prompt: str = ""
@@ -120,7 +121,7 @@ def requests(form: Form, limits: Limits, modes: tuple[Mode, ...] = MODES,
         chosen = (first,)
     found = {mode: [Request(form.prompt, mode=mode, seed=seed + i, **asked) for i in range(count)] for mode in chosen}
     for first, *_ in found.values():
-        _check(first, limits)
+        check(first, limits)
     return found
 
 
@@ -175,9 +176,11 @@ def largest_side(request: Request, pipeline: Pipeline) -> int:
     return max(sides)
 
 
-def _check(request: Request, limits: Limits) -> None:
-    """What of the further options would take too long."""
-    for name, number, most in (("repeats", request.repeats, 20),
+def check(request: Request, limits: Limits) -> None:
+    """ValueError for what would take too long, or would read a file that nobody gave."""
+    if (upscaler := str(request.hires_upscaler)) not in {*LATENTS, *PIXELS}:
+        raise ValueError(f"unknown upscaler {upscaler[:80]!r}: choose {', '.join((*LATENTS, *PIXELS))}")
+    for name, number, most in (("steps", request.steps, limits.steps), ("repeats", request.repeats, 20),
                                ("hires_steps", request.hires_steps or 0, limits.steps),
                                ("the number of sigmas", len(request.sigmas or ()), limits.steps + 1),
                                ("mask_grow", abs(request.mask_grow), limits.side),
@@ -190,7 +193,7 @@ def _check(request: Request, limits: Limits) -> None:
 def _picture(form: Form) -> dict[str, Any]:
     if form.start is None:
         return {}
-    strength = None if form.strength is None else _number("strength", form.strength, 0, 1)
+    strength = None if form.strength in (None, 0) else _number("strength", form.strength, 0, 1)
     return {"start": form.start, "strength": strength, **({"mask": form.mask} if form.mask else {})}
 
 
@@ -218,8 +221,6 @@ def _more(text: str) -> dict[str, Any]:
         if name in found:
             raise ValueError(f"{name} is said twice in more options")
         found[name] = _read(MORE[name], value.strip())
-    if (name := str(found.get("hires_upscaler", "lanczos")).lower()) not in {*LATENTS, *PIXELS}:
-        raise ValueError(f"unknown upscaler {name[:80]!r}: choose {', '.join((*LATENTS, *PIXELS))}")
     return found
 
 

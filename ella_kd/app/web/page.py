@@ -13,8 +13,10 @@ import gradio as gr
 from PIL import Image
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
 
-from ella_kd.app.web import view
+from ella_kd.app.web import grids, view
 from ella_kd.app.web.form import CFG_PP, COMPARE, LIMITS, MORE, RANDOM, Form, Limits, filled
 from ella_kd.app.web.session import Saved, Studio, message_of
 from ella_kd.pipeline import Pipeline
@@ -63,11 +65,13 @@ def serve(pipeline: Pipeline, *, out: str | Path = "out", models_dir: str | Path
     blocks = Page(studio).blocks().queue(max_size=queue, default_concurrency_limit=8)
     hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL])] if host in LOCAL else []
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    _, url, _ = blocks.launch(
+    app, url, _ = blocks.launch(
         server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, inbrowser=False,
         theme=theme, css=view.CSS + view.PIXELATED * (pipeline.size < 256), max_file_size="20mb",
         allowed_paths=[str(Path(out).resolve())], ssr_mode=False, enable_monitoring=False, run_history=False,
         mcp_server=False, footer_links=["api", "settings"], app_kwargs={"middleware": hosts})
+    folder = StaticFiles(directory=studio.out / grids.FOLDER, html=True, check_dir=False)
+    app.router.routes.insert(0, Mount(f"/{grids.FOLDER}", folder))  # before gradio's own, which take any name
     served = Served(url, studio, blocks, cache)
     if block:
         print(f"The page is at {url} (Ctrl-C ends it); pictures go to {out}", flush=True)
@@ -90,13 +94,18 @@ class Page:
                 dark = gr.Button("Light / dark", size="sm", scale=0, min_width=110, elem_id="dark")
             dark.click(None, js="() => { document.body.classList.toggle('dark'); }", api_visibility="private")
             with gr.Tabs() as tabs:
-                with gr.Tab("Draw", id="draw"), gr.Row():
-                    with gr.Column(scale=6, min_width=320):
-                        buttons = self._left()
-                    with gr.Column(scale=5, min_width=320):
-                        right = self._right()
+                with gr.Tab("Draw", id="draw"), gr.Row(elem_id="studio"):  # laid out by view.CSS
+                    with gr.Column(min_width=280, elem_id="asked"):
+                        buttons = self._prompt()
+                    with gr.Column(min_width=280, elem_id="drawn"):
+                        right = self._drawn()
+                    with gr.Column(min_width=280, elem_id="options"):
+                        buttons |= self._options()
                 with gr.Tab("Settings of a picture", id="settings"):
                     self._settings(tabs)
+                with gr.Tab("Grid", id="grid"):
+                    links = self._grid()
+                blocks.load(lambda: view.links(grids.known(self.studio)), None, links, **QUIET)
             self._wire(blocks, buttons, right)
             gr.api(self.api_draw, api_name="draw", **ONE)
         return blocks
@@ -106,15 +115,15 @@ class Page:
         return (f"{view.escaped(pipeline.name)}, {pipeline.size} px, "
                 f"{str(pipeline.dtype).removeprefix('torch.')} on {pipeline.device}")
 
-    def _left(self) -> dict[str, Any]:
-        studio, add = self.studio, self.inputs
-        first = Form(prompt=EXAMPLE if studio.pipeline.name == "miniature" else "",
-                     scale=3.0 if studio.pipeline.name == "miniature" else Form.scale)  # what its README draws it at
-        side = {"precision": 0, "minimum": 0, "maximum": studio.limits.side, "step": studio.pipeline.vae.factor,
-                "min_width": 100}
-        names = [name for name in (*SAMPLERS, *RANGE_SAMPLERS)
-                 if not (name.endswith(CFG_PP) and name.removesuffix(CFG_PP) in SAMPLERS)]
-        modes = [(label, mode) for label, mode in MODES.items() if mode in studio.modes]
+    @property
+    def first(self) -> Form:
+        """What the inputs hold before anybody says anything."""
+        if self.studio.pipeline.name == "miniature":
+            return Form(prompt=EXAMPLE, scale=3.0)  # the scale of its published numbers
+        return Form()
+
+    def _prompt(self) -> dict[str, Any]:
+        studio, add, first = self.studio, self.inputs, self.first
         buttons: dict[str, Any] = {}
         add["prompt"] = gr.Textbox(first.prompt, label="Prompt", lines=4, max_lines=12, elem_id="prompt",
                                    placeholder="Long, dense prompts are welcome: what is where, in which colour ...")
@@ -125,6 +134,16 @@ class Page:
             buttons["cancel"] = gr.Button("Cancel", variant="stop", elem_id="cancel", min_width=120)
             buttons["longer"] = gr.Button("Longer prompt", elem_id="longer", min_width=120,
                                           visible=studio.upsample is not None)
+        return buttons
+
+    def _options(self) -> dict[str, Any]:
+        studio, add, first = self.studio, self.inputs, self.first
+        side = {"precision": 0, "minimum": 0, "maximum": studio.limits.side, "step": studio.pipeline.vae.factor,
+                "min_width": 100}
+        names = [name for name in (*SAMPLERS, *RANGE_SAMPLERS)
+                 if not (name.endswith(CFG_PP) and name.removesuffix(CFG_PP) in SAMPLERS)]
+        modes = [(label, mode) for label, mode in MODES.items() if mode in studio.modes]
+        buttons: dict[str, Any] = {}
         add["mode"] = gr.Radio([*modes, *([("compare", COMPARE)] if len(modes) > 1 else [])],
                                value=modes[0][1], label="Mode", elem_id="mode",
                                info="compare: all of them from the same seeds, side by side")
@@ -146,7 +165,7 @@ class Page:
             add["height"] = gr.Number(0, label="Height (0: its own)", elem_id="height", **side)
             add["count"] = gr.Slider(1, studio.limits.count, 1, step=1, label="Pictures", elem_id="count",
                                      min_width=140)
-        with gr.Row(equal_height=True, elem_id="seeds"):
+        with gr.Row(equal_height=True, elem_classes="ella-row"):
             add["seed"] = gr.Number(RANDOM, precision=0, label="Seed (-1: any)", elem_id="seed", min_width=140)
             buttons["dice"] = gr.Button("Dice", size="sm", elem_id="dice", min_width=80)
             buttons["reuse"] = gr.Button("Reuse the picture's", size="sm", elem_id="reuse", min_width=80)
@@ -154,11 +173,12 @@ class Page:
             add["start"] = gr.ImageEditor(
                 type="pil", label="Paint over what is to be drawn anew; nothing painted: the whole", format="png",
                 sources=("upload", "clipboard"), transforms=(), layers=False, elem_id="start", buttons=[],
-                brush=gr.Brush(colors=["#ffffff"], default_color="#ffffff", color_mode="fixed"), height=360)
-            add["strength"] = gr.Number(None, label="Strength, 0 to 1", placeholder="0.6; with a mask 1",
+                brush=gr.Brush(max(2, studio.pipeline.size // 16), colors=["#ffffff"], default_color="#ffffff",
+                               color_mode="fixed"), height=360)  # by itself it paints half of a small picture
+            add["strength"] = gr.Slider(0, 1, 0, step=0.01, label="Strength (0: 0.6, with a mask 1)",
                                         elem_id="strength")
         with gr.Accordion("Add-ons", open=False, elem_id="addons-box"):
-            with gr.Row():
+            with gr.Row(equal_height=True, elem_classes="ella-row"):
                 buttons["lora"] = gr.Dropdown(studio.names("lora"), label="LoRA", elem_id="lora-name", min_width=140)
                 buttons["lora_strength"] = gr.Slider(-2, 2, 1, step=0.05, label="Strength", min_width=140)
                 buttons["wear"] = gr.Button("Add", size="sm", elem_id="wear", min_width=80)
@@ -179,10 +199,10 @@ class Page:
                                      info=", ".join(MORE))
         return buttons
 
-    def _right(self) -> dict[str, Any]:
+    def _drawn(self) -> dict[str, Any]:
         right: dict[str, Any] = {}
         right["status"] = gr.HTML(view.said("Nothing drawn yet."), elem_id="status")
-        right["gallery"] = gr.Gallery(label="Pictures", format="png", columns=2, object_fit="contain", height="auto",
+        right["gallery"] = gr.Gallery(show_label=False, format="png", columns=2, object_fit="contain", height="auto",
                                       elem_id="gallery", interactive=False, buttons=["download", "fullscreen"])
         right["text"] = gr.Textbox(label="Settings of the picture", lines=4, max_lines=10, interactive=False,
                                    elem_id="text", buttons=["copy"])
@@ -205,6 +225,22 @@ class Page:
                 notes = gr.Textbox(label="Notes", lines=2, max_lines=10, interactive=False, elem_id="notes")
         dropped.change(self.read, dropped, [text, notes, found], **{**QUIET, "show_progress": "minimal"})
         fill.click(self.fill, found, [*self.inputs.values(), tabs], **QUIET)
+
+    def _grid(self) -> gr.HTML:
+        with gr.Row():
+            with gr.Column(min_width=280):
+                text = gr.Textbox(grids.EXAMPLE, label="What holds for all pictures, and axes: every combination is "
+                                  "drawn", lines=14, max_lines=40, elem_id="grid-text")
+                with gr.Row():
+                    run = gr.Button("Run", variant="primary", elem_id="grid-run", min_width=120)
+                    stop = gr.Button("Stop", variant="stop", elem_id="grid-stop", min_width=120)
+            with gr.Column(min_width=280):
+                status = gr.HTML(view.said("A grid that was stopped goes on where it was."), elem_id="grid-status")
+                links = gr.HTML(elem_id="grids")
+        ran = run.click(self.grid, text, [status, links], show_progress="minimal", show_progress_on=status,
+                        api_name="grid", api_visibility="private", concurrency_id="grid", concurrency_limit=1)
+        stop.click(lambda: view.said("Stopped; run it again to go on."), None, status, cancels=[ran], **QUIET)
+        return links
 
     def _wire(self, blocks: gr.Blocks, buttons: dict[str, Any], right: dict[str, Any]) -> None:
         studio, add = self.studio, self.inputs
@@ -238,7 +274,7 @@ class Page:
             with closing(self.studio.draw(form)) as drawing:
                 for news in drawing:
                     if not isinstance(news, Saved):
-                        yield view.going(news), *keep
+                        yield view.going(news) if news else gr.skip(), *keep
                         continue
                     saved.append(news)
                     rows = sorted(saved, key=lambda each: each.request.seed) if compared else saved
@@ -249,6 +285,16 @@ class Page:
                            gr.Gallery(pictures, columns=columns, selected_index=None), texts[0][0], texts, 0)
         except Exception as error:
             yield view.failed(message_of(error)), *keep
+
+    def grid(self, text: str) -> Iterator[tuple[Any, Any]]:
+        try:
+            yield view.said("Checking ..."), gr.skip()
+            with closing(grids.run(self.studio, text)) as drawing:
+                for cells in drawing:
+                    yield view.cells(cells) if cells else gr.skip(), gr.skip()
+            yield gr.skip(), view.links(grids.known(self.studio))
+        except Exception as error:
+            yield view.failed(message_of(error)), gr.skip()
 
     def form(self, values: tuple[Any, ...]) -> Form:
         """The inputs' values, uploaded pictures kept in the output folder."""
@@ -285,6 +331,7 @@ class Page:
     def filled(self, form: Form) -> list[Any]:
         """A value for every input."""
         values = {name: getattr(form, name) for name in self.inputs}
+        values |= {name: values[name] or 0 for name in ("width", "height", "strength")}  # how the page says None
         values["embedding"] = [*form.embedding]
         values["start"] = form.start and painted(form.start, form.mask)
         return [*values.values()]
@@ -328,7 +375,7 @@ class Page:
                         seed, count, tags, lora, more=more)
             saved = [news for news in self.studio.draw(form) if isinstance(news, Saved)]
         except Exception as error:
-            raise gr.Error(view.escaped(message_of(error)), print_exception=False) from None
+            raise gr.Error(message_of(error), print_exception=False) from None
         return [{"picture": {"path": str(each.path.resolve()), "orig_name": each.path.name,
                              "meta": {"_type": "gradio.FileData"}},
                  "seed": each.request.seed, "parameters": each.request.parameters(), "told": [*each.told]}

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -32,9 +32,12 @@ from ella_kd.options import check_folder
 from ella_kd.pipeline import FIXED_LENGTH, Pipeline
 from ella_kd.request import MODES, Mode, Request
 
+News = TypeVar("News")
 PIXELS = 40_000_000  # the most of an uploaded picture; a small file may hold ever so many
 INPUTS = "inputs"  # the folder in the output folder where uploaded pictures are kept, named by their content
 EVERY = 0.1  # seconds between previews
+ALIVE = 0.2  # seconds without news
+THREAD = "ella_kd draws"
 
 
 class Stopped(Exception):
@@ -76,8 +79,8 @@ class Studio:
                  upsample: Callable[[str], str] | None = None, limits: Limits = LIMITS, batch_size: int = 8) -> None:
         self.pipeline, self.out, self.models_dir = pipeline, Path(out), models_dir
         self.upsample, self.limits, self.batch_size = upsample, limits, batch_size
-        self._drawing, self._told = threading.Lock(), threading.local()
-        self._shelf = Shelf(models_dir)
+        self.drawing, self._told = threading.Lock(), threading.local()
+        self.shelf = Shelf(models_dir)
         self._tokenizers = copy.deepcopy([getattr(part, "tokenizer", None)  # they keep state: not the encoders' own
                                           for part in (pipeline.t5, getattr(pipeline.clip, "first", pipeline.clip))])
         check_folder(self.out)
@@ -124,11 +127,15 @@ class Studio:
             if path is not None and not self._kept(path):
                 raise ValueError(f"the {name} is a picture that was given to this page, got {path[:80]!r}")
         for first, *_ in found.values():
-            for add_on in first.add_ons:
-                self._check(add_on)
-            if (side := largest_side(first, self.pipeline)) > self.limits.side:
-                raise ValueError(f"the larger side of a picture may be {self.limits.side} px here, got {side}")
+            self.check(first)
         return found
+
+    def check(self, request: Request) -> None:
+        """ValueError for a request that is too large, or asks for an add-on that is not in the models' folder."""
+        for add_on in request.add_ons:
+            self._check(add_on)
+        if (side := largest_side(request, self.pipeline)) > self.limits.side:
+            raise ValueError(f"the larger side of a picture may be {self.limits.side} px here, got {side}")
 
     def _check(self, add_on: AddOn) -> None:
         """An add-on lies in the models' folder: no path and no name on the hub is looked up for whoever asks."""
@@ -138,34 +145,45 @@ class Studio:
             raise ValueError(f"no {add_on.place} {add_on.file[:80]!r} here: " + (f"there is {', '.join(near)}" if near
                              else "the page was started without such files in --models-dir"))
 
-    def draw(self, form: Form) -> Iterator[Step | Saved]:
-        """Draw what a form asks for; closing the iterator stops the drawing at its next step.
+    def draw(self, form: Form) -> Iterator[Step | Saved | None]:
+        """Draw what a form asks for; closing the iterator stops the drawing at its next step. None: nothing new.
 
         Raises ValueError or TypeError for what cannot be drawn, before anything is, and what drawing raises.
         """
-        columns = self.asked(form)
-        return self._drawn(columns)
+        return self.in_turn(partial(self._work, self.asked(form)))
 
-    def _drawn(self, columns: Mapping[Mode, Sequence[Request]]) -> Iterator[Step | Saved]:
-        news: SimpleQueue[Step | Saved | BaseException | None] = SimpleQueue()
+    def in_turn(self, work: Callable[[Callable[[News], None], threading.Event], None]) -> Iterator[News | None]:
+        """What a work tells, which runs in a thread when it is its turn; closing the iterator sets its event.
+
+        None where there is no news for a while: whoever iterates can close it then, however long a step takes.
+        """
+        news: SimpleQueue[tuple[News] | BaseException | None] = SimpleQueue()
         stop = threading.Event()
 
-        def work() -> None:
-            with self._drawing:
+        def run() -> None:
+            with self.drawing:
                 try:
-                    self._work(columns, news.put, stop)
+                    if not stop.is_set():
+                        work(lambda one: news.put((one,)), stop)
                 except Stopped:
                     pass
                 except BaseException as error:
                     news.put(error)
                 news.put(None)
 
-        threading.Thread(target=work, name="ella_kd draws", daemon=True).start()
+        threading.Thread(target=run, name=THREAD, daemon=True).start()
         try:
-            while (one := news.get()) is not None:
+            while True:
+                try:
+                    one = news.get(timeout=ALIVE)
+                except Empty:
+                    yield None
+                    continue
+                if one is None:
+                    return
                 if isinstance(one, BaseException):
                     raise one
-                yield one
+                yield one[0]
         finally:
             stop.set()
 
@@ -185,12 +203,10 @@ class Studio:
                 tell(watch.told(tuple(self.preview(record["denoised"]))))
                 shown = time.monotonic()
 
-        if stop.is_set():
-            raise Stopped
         folder = self.out / date.today().isoformat()
         check_folder(folder)
         for column in columns.values():
-            for job in jobs(self.pipeline, column, models_dir=self._shelf, batch_size=self.batch_size, callback=look,
+            for job in jobs(self.pipeline, column, models_dir=self.shelf, batch_size=self.batch_size, callback=look,
                             progress=False):
                 watch.begin(job.requests[0], len(job.requests))
                 if stop.is_set():

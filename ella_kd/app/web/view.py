@@ -4,9 +4,12 @@ import base64
 import html
 from collections.abc import Sequence
 from io import BytesIO
+from pathlib import Path
+from urllib.parse import quote
 
 from PIL import Image
 
+from ella_kd.app.web.grids import FOLDER, Cells
 from ella_kd.app.web.session import Saved, Step
 from ella_kd.cli import COLUMNS
 
@@ -22,9 +25,17 @@ CSS = """
   overflow-wrap: anywhere; }
 .ella-note { opacity: .75; overflow-wrap: anywhere; }
 #tokens { font-size: var(--text-sm); opacity: .75; text-align: right; margin: -.7rem 0; }
+#status .error, #grid-status .error { display: none; }  /* a cancelled event's; ours are said in words */
 #title h2, #title p { margin: 0; }
-#seeds button { align-self: center; }
-#gallery img { image-rendering: auto; }
+.ella-row button { align-self: center; }
+#gallery .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)); }
+#gallery .caption-label { white-space: normal; max-width: 100%; font-size: var(--text-xs); padding: .1rem .35rem; }
+@media (max-width: 600px) { #gallery .caption-label { font-size: .6rem; line-height: 1.1; padding: .1rem .2rem; } }
+#studio { display: grid; grid-template-columns: minmax(0, 1fr); }
+@media (min-width: 900px) {  /* what is drawn stands beside the prompt and the options, else between them */
+  #studio { grid-template-columns: minmax(0, 6fr) minmax(0, 5fr); grid-template-rows: auto 1fr; }
+  #drawn { grid-column: 2; grid-row: 1 / span 2; }
+}
 """
 # The miniature's pictures are 48 px: enlarged, their pixels are shown as they are.
 PIXELATED = "#gallery img, .ella-previews img { image-rendering: pixelated; }"
@@ -48,6 +59,20 @@ def arrived(saved: Sequence[Saved], total: int, folder: str, took: float) -> str
     more = "".join(f'<p class="ella-note">{escaped(note)}</p>' for note in notes)
     where = f" in {seconds(took)}: {folder}" if len(saved) == total else ""
     return _status(len(saved) / total, f"{len(saved)} of {total} done{where}", more)
+
+
+def cells(news: Cells) -> str:
+    """How far a grid is, and the way to its page, which finds new pictures by itself."""
+    words = [f"{news.done} of {news.total} pictures"] + [f"{news.failed} failed"] * bool(news.failed)
+    words += [f"{seconds(news.left)} left"] if news.left is not None and news.done < news.total else []
+    return _status(news.done / news.total, " · ".join(words), links([news.page]))
+
+
+def links(pages: Sequence[Path]) -> str:
+    """The ways to grids' pages."""
+    names = [page.parent.name for page in pages]
+    return "".join(f'<p><a href="{FOLDER}/{quote(name)}/index.html" target="_blank">{escaped(name)}</a></p>'
+                   for name in names)
 
 
 def failed(message: str) -> str:
