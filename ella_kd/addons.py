@@ -68,7 +68,7 @@ class AddOns:
         if not path.exists():
             meant = hub.read(name, place)
             if isinstance(meant, Path) and place == "upscaler":
-                raise FileNotFoundError("; ".join(filter(None, (missing and str(missing), no_upscaler(name)))))
+                raise FileNotFoundError(f"{missing}; {no_upscaler(name)}" if missing else no_upscaler(name))
             if isinstance(meant, Path):
                 advice = f"{place} takes a file, org/repo:file on the hub, or a name in the folder of --models-dir"
                 raise missing or FileNotFoundError(f"no {place} at {name}: {advice}")

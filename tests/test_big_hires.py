@@ -2,7 +2,8 @@
 
 import re
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,13 @@ def test_the_file_of_a_network(pipeline: Pipeline, tmp_path: Path, monkeypatch: 
     file.parent.mkdir(parents=True)
     save_esrgan(file)
     where: list[torch.device] = []
-    monkeypatch.setattr(upscalers, "carried", lambda module, device: nullcontext(where.append(device)))
+
+    @contextmanager
+    def carried(module: Any, device: torch.device) -> Iterator[None]:
+        where.append(device)
+        yield
+
+    monkeypatch.setattr(upscalers, "carried", carried)
     how: dict[str, Any] = {"width": 8, "height": 8, "steps": 1, "seeds": 1, "progress": False, "hires": "2:0.5"}
     name = "R-ESRGAN 4x+"
     own: dict[str, Any] = {"models_dir": tmp_path}

@@ -72,7 +72,7 @@ def test_any_picture_and_any_tile(pipeline: Pipeline, size: Any, scale: float, t
 
 
 def test_what_is_refused_before_anything_is_drawn(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("drawing", "generation", "pictures.upscale"):
+    for name in ("drawing", "jobs", "pictures.upscale"):
         monkeypatch.setattr(f"ella_kd.{name}.draw", lambda *_, **__: pytest.fail("drawn"))
     text = pipeline.encode("a")
     given: list[tuple[type[Exception], str, dict[str, Any]]] = [

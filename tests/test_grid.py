@@ -116,8 +116,8 @@ def test_cells_are_every_combination_and_each_request_is_drawn_once() -> None:
         return requests[grid.cells[index]]
 
     last = at(1, 1, 1, 1, 1, 1)
-    assert last == Request(f"{PROMPT.replace('red', 'blue')}, in snow, at night", seed=2, steps=2, lora="striped:0.5",
-                           width=32, scale=3.0, version="")
+    assert last == Request(f"{PROMPT.replace('red', 'blue')}, in snow, at night", seed=2, steps=2, width=32, scale=3.0,
+                           lora=("striped:0.5",), version="")
     assert at(0, 2, 0, 0, 0, 1).prompt == f"{PROMPT}, at night" and at(0, 2, 0, 0, 0, 0).lora == ("striped:1",)
     assert at(0, 0, 0, 0, 0, 0) is at(0, 0, 2, 0, 0, 0)
 
@@ -196,6 +196,8 @@ def test_a_cell_that_fails_is_grey_and_says_why(pipeline: Pipeline, tmp_path: Pa
     page = grid.run(tmp_path, pipeline, told=told.append)
     assert sum(told) == 3 and status(tmp_path).failed == {1: "ValueError: the network returned NaN"}
     assert data_of(page)["failed"] == {"1": "ValueError: the network returned NaN"}
+    with pytest.raises(ValueError, match="the cell width 18: width and height must be multiples of 4"):
+        Grid.read({"prompt": PROMPT, "axes": {"width": "18"}}).run(tmp_path / "other", pipeline)
     drawing(lambda requests: None)
     grid.run(tmp_path, pipeline, retry=True)
     assert data_of(page)["failed"] == {} and (tmp_path / "sheet.png").exists()

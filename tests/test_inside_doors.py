@@ -130,7 +130,7 @@ def test_sizes_that_are_halved_unevenly(monkeypatch: pytest.MonkeyPatch) -> None
         for width, height in ((good, good), (good, good + unit), (good + unit // 2, good)):
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
-                network = Request(PROMPT, hidiffusion=True).changed(sd, width, height).unet
+                network: Any = Request(PROMPT, hidiffusion=True).changed(sd, width, height).unet
             odd.clear()
             for sigma in (14.0, 5.0, 2.5, 1.0):
                 x = torch.zeros(1, 4, height // 8, width // 8)

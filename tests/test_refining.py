@@ -87,13 +87,13 @@ def test_it_is_dressed_as_the_model_is(pipeline: Pipeline, other: Pipeline, name
                 "freeu": lambda: replace(system, unet=Inside(unet, FreeU.of(unet)))}[name]()
 
     how: dict[str, Any] = {"steps": 2, "width": 24, "height": 8, "seeds": 3, "progress": False}
-    [drawn] = generate(pipeline, "a red circle", refiner=other, refiner_at=0.1, scale=3.0, mode="clip",
-                       **{name: "16:8" if name == "tile" else True}, **how)
+    asked: dict[str, Any] = {name: "16:8" if name == "tile" else True}
+    [drawn] = generate(pipeline, "a red circle", refiner=other, refiner_at=0.1, scale=3.0, mode="clip", **asked, **how)
     refiner = dressed(other)
-    texts = [[system.encode(text, "clip") for text in ("a red circle", "")] for system in (pipeline, refiner)]
+    texts = [(system.encode("a red circle", "clip"), system.encode("", "clip")) for system in (pipeline, refiner)]
     for second, same in ((refiner, True), (other, False)):
         [want] = draw(dressed(pipeline), texts[0][0], uncond=texts[0][1], guidance=3.0,
-                      refiner=Refiner(second, *texts[1], at=0.1), **how)
+                      refiner=Refiner(second, *texts[1], 0.1), **how)
         assert (drawn.image.tobytes() == want.tobytes()) == same
 
 

@@ -17,7 +17,7 @@ from ella_kd.addons import AddOns
 from ella_kd.app.axes import MODEL, TEXTS, Axis, Value, matrix, option_named, read_axis
 from ella_kd.app.batch import BATCH, SHARD, Batch, status
 from ella_kd.app.job_files import Checker, settled
-from ella_kd.app.loading import Models, Pipelines
+from ella_kd.app.loading import Models, Pipelines, check_sizes
 from ella_kd.app.shards import Shard, said, shape
 from ella_kd.files import writing
 from ella_kd.images import contact_sheet, save_image
@@ -89,22 +89,30 @@ class Grid:
         """Draw what of the grid is not drawn yet, and give its page, which is there from the beginning.
 
         pipeline: the one that draws it, a function from a name in `models`, or None to load what the grid names.
-        told, stop: as in `Batch.run`; `Batch.open_shards` and `Grid.left` tell what there is to do. Raises as
-        `Batch.run` does, and ValueError for a grid of several models and one pipeline.
+        told, stop: as in `Batch.run`; there are `len(grid.batch(folder))` pictures to be settled. Raises as `Batch.run`
+        does, and ValueError for a grid of several models and one pipeline, or of sizes that it cannot draw.
         """
         if isinstance(pipeline, Pipeline) and len(self.requests) > 1:
             raise ValueError("this grid chooses among models, which are not loaded here: draw it with ella-kd grid")
-        given = pipeline if isinstance(pipeline, Pipeline) else None
-        work = self.batch(folder, batch=batch, about=None if given is None else {"model": given.name})
+        about = {"model": pipeline.name} if isinstance(pipeline, Pipeline) else None
+        work = self.batch(folder, batch=batch, about=about)
         work.check()
         work.folder.mkdir(parents=True, exist_ok=True)
         self.write_page(work)
-        work.run(self.models if pipeline is None else pipeline if given is None else lambda name: given,
-                 models_dir=models_dir, retry=retry, told=told, stop=stop)
+        work.run(self._pipelines(pipeline), models_dir=models_dir, retry=retry, told=told, stop=stop)
         self.write_page(work)
         if len(self.axes) <= 2:
             self.write_sheet(work)
         return work.folder / PAGE
+
+    def _pipelines(self, given: Pipeline | Pipelines | None) -> Pipelines:
+        if given is None:
+            return self.models
+        if not isinstance(given, Pipeline):
+            return given
+        for sizes in self.models.sizes.values():
+            check_sizes(given, sizes)
+        return lambda name: given
 
     def write_page(self, work: Batch) -> None:
         """`index.html`: itself all it needs but the pictures, which lie beside it."""

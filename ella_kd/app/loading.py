@@ -48,12 +48,17 @@ class Models:
 def _loaded(options: str, modes: tuple[tuple[Any, str], ...],
             sizes: tuple[tuple[tuple[int | None, int | None], str], ...]) -> Pipeline:
     pipeline = load(json.loads(options), [(f"mode {mode} ({where})", mode) for mode, where in modes])
-    for (width, height), where in sizes:
+    check_sizes(pipeline, dict(sizes))
+    return pipeline
+
+
+def check_sizes(pipeline: Pipeline, sizes: Mapping[tuple[int | None, int | None], str]) -> None:
+    """ValueError for widths and heights that the pipeline cannot draw; who says so is named."""
+    for (width, height), where in sizes.items():
         try:
             picture_size(pipeline, width, height)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-    return pipeline
 
 
 def facts(options: Mapping[str, Any]) -> dict[str, str]:

@@ -64,7 +64,7 @@ class Remembered:
     def _learn(self, texts: list[str], length: int | None, weighted: bool) -> None:
         features = (self.t5.weighted if weighted else self.t5)(texts, length)
         for i, text in enumerate(texts):
-            tokens, mask = (None if x is None else x[i : i + 1] for x in (features.tokens, features.mask))
+            tokens, mask = features.tokens[i : i + 1], None if features.mask is None else features.mask[i : i + 1]
             if mask is not None and length is None:  # without the padding to the longest beside it
                 end = int(mask[0].nonzero().max()) + 1
                 tokens, mask = tokens[:, :end], mask[:, :end]

@@ -58,8 +58,8 @@ def enlarged(picture: Image.Image, size: Size, upscaler: Upscaler, device: str |
 
 
 def upscaler_of(upscaler: object, of_pictures: bool = False) -> Upscaler:
-    """A name of ours, a function, or the network of a file, which is read. Raises what `check_upscaler` and `network_of`
-    do, and ValueError for a way to enlarge latents where there are pictures alone."""
+    """A name of ours, a function, or the network of a file, which is read. Raises what `check_upscaler` and
+    `network_of` do, and ValueError for a way to enlarge latents where there are pictures alone."""
     said = check_upscaler(upscaler)
     if of_pictures and isinstance(said, str) and said in LATENTS:
         raise ValueError(f"{said} enlarges what a first pass drew, in latents, and this is a picture: choose "
