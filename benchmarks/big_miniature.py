@@ -48,16 +48,17 @@ def share(picture: np.ndarray, scene: Scene, times: int) -> float:
     return float(away[rows, columns].sum() / away.sum()) if away.any() else float("nan")
 
 
-def grown(sd: Pipeline, prompts: list[str]) -> list[Image.Image]:
+def grown(sd: Pipeline, prompts: list[str], times: int = 2, steps: int = 20) -> list[Image.Image]:
     """DemoFusion, from a first phase at the miniature's own size; euler, as its steps begin without history."""
     side, seeds = SIZE // sd.vae.factor, list(range(len(prompts)))
 
     def denoiser_of(k: int) -> Denoiser:
         return (replace(sd, unet=LocalAndGlobal(sd.unet, k, side)) if k > 1 else sd).denoiser(CFG(3.0))
 
-    sigmas = get_schedule("karras").sigmas(20, denoiser_of(1))
+    sigmas = get_schedule("karras").sigmas(steps, denoiser_of(1))
     z = sample_progressively("euler", denoiser_of, randn((len(seeds), 4, side, side), seeds) * sigmas[0], sigmas,
-                             {"cond": sd.encode(prompts), "uncond": sd.encode("")}, scale=2, seeds=seeds, disable=True)
+                             {"cond": sd.encode(prompts), "uncond": sd.encode("")}, scale=times, seeds=seeds,
+                             disable=True)
     with torch.no_grad():
         return to_images(sd.vae.decode(z))
 

@@ -80,7 +80,8 @@ def generate(
     first one's; ":0.5" where they are the picture's. upscale="tiles:2:0.3": the start picture, or what was drawn,
     enlarged twice and drawn over at strength 0.3 in tiles of the model's own size. hires_upscaler: what enlarges for
     both, a name, a network's file (a name in models_dir too) or a function of a PIL image. hires_steps and others: the
-    fields of `ella_kd.pictures.hires_options.FromHires`. What goes with what: examples/BIG.md.
+    fields of `ella_kd.pictures.hires_options.FromHires`. What goes with what:
+    docs/how-to/big-pictures.md.
     picture: the fields of `ella_kd.pictures.options.FromPicture`. start="room.jpg" (or a PIL image) is drawn over as
     far as strength says, 0.6, or where mask="lamp.png" is white; extend="left=64" draws on beyond its sides;
     strength_map, fill, crop_to_mask and others. eta, s_noise, s_churn, sigmas, variation, variation_seed: the noise.

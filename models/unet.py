@@ -1,6 +1,5 @@
 """The latent-diffusion UNet of Stable Diffusion 1.x, 2.x, XL and their relatives, with LDM's tensor names."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -249,15 +248,13 @@ class UNet(Encoder):
         if seen.controls:
             from ella_kd.models.uncompiled import added
             more = added(seen, latents, t, self.config, stages)
-
-        def apart(part: str, level: int) -> int:
-            return math.prod(change.apart(part, level) for change in changes)
-
         skips: list[Tensor] = []
         levels, blocks = len(self.config.channel_mult), self.config.num_res_blocks + 1
         for n, stage in enumerate(self.input_blocks[:stages]):
-            wider = math.prod(change.wider(n) for change in changes)
-            x = stage(x, emb, tokens, mask, patches, None, images, wider, apart("down", max(0, n - 1) // blocks))
+            wider, apart = 1, _apart(changes, "down", max(0, n - 1) // blocks)
+            for change in changes:
+                wider *= change.wider(n)
+            x = stage(x, emb, tokens, mask, patches, None, images, wider, apart)
             x = x if more is None else more.inside(n, x)
             for change in changes:
                 x = change.before_skip(n, x)
@@ -265,7 +262,7 @@ class UNet(Encoder):
             for change in changes:
                 x = change.after_skip(n, x)
         middle: Any = None if given is not None else self.middle_block(
-            x, emb, tokens, mask, patches, None, images, apart=apart("middle", levels - 1))
+            x, emb, tokens, mask, patches, None, images, apart=_apart(changes, "middle", levels - 1))
         middle, skips = (middle, skips) if more is None else more.outside(middle, skips)
         x = middle if given is None else given
         features = x
@@ -279,7 +276,7 @@ class UNet(Encoder):
                 x, skip = change.joined(n, x, skip)
             size = skips[-1].shape[2:] if skips else None
             x = stage(torch.cat([x, skip], dim=1), emb, tokens, mask, patches, size, images,
-                      apart=apart("up", levels - 1 - n // blocks))
+                      apart=_apart(changes, "up", levels - 1 - n // blocks))
         return self.out(x) if deep is None else (self.out(x), features)
 
     def cut(self, branch: int) -> int:
@@ -299,3 +296,11 @@ class UNet(Encoder):
         if unknown:
             raise ValueError(f"this UNet has no transformer block {', '.join(map(repr, unknown))}: choose from "
                              f"{', '.join(places)}")
+
+
+def _apart(changes: "Sequence[Change]", part: str, level: int) -> int:
+    """How many pixels apart the weights of convolutions stand, by all changes together."""
+    found = 1
+    for change in changes:
+        found *= change.apart(part, level)
+    return found

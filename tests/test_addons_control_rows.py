@@ -160,7 +160,7 @@ def test_it_sees_ellas_tokens_of_the_step_or_its_own(monkeypatch: pytest.MonkeyP
     seen: list[tuple[float, Tensor]] = []
     times: list[float] = []
     spy(monkeypatch, UNET, "forward", lambda x, t, *_: times.append(float(t[0])))
-    spy(monkeypatch, NET, "forward", lambda x, t, context, read: seen.append((float(t[0]), context.tokens)))
+    spy(monkeypatch, NET, "forward", lambda x, t, context, *_: seen.append((float(t[0]), context.tokens)))
     cond, sigmas = prompt(), torch.tensor([9.0, 1.0, 0])
     own = prompt(seed=11)
     ways: list[tuple[dict[str, Any], Any]] = [({}, cond), ({"tokens": own}, own),

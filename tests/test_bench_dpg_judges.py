@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    BertTokenizerFast,
+    BertTokenizer,
     BlipConfig,
     BlipForQuestionAnswering,
     BlipProcessor,
@@ -28,7 +28,7 @@ QUESTIONS = sorted(["is the car red ?", "is there a car ? is the car red ?", "is
 
 def tokenizer(folder: Path) -> Any:
     (folder / "vocab.txt").write_text("\n".join(WORDS))
-    return BertTokenizerFast(str(folder / "vocab.txt"))
+    return BertTokenizer(str(folder / "vocab.txt"))
 
 
 def save(folder: Path, model: Any, processor: Any, spread: float, seed: int) -> None:

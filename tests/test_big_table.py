@@ -1,4 +1,4 @@
-"""What goes with what, as examples/BIG.md says: what is refused there is refused, and the rest acts together (slow)."""
+"""What goes with what, as the page on big pictures says: what is refused is, and the rest acts together (slow)."""
 
 import re
 from dataclasses import replace
@@ -15,7 +15,7 @@ from ella_kd.request import Request
 from test_pictures_pixels import speckled
 from tiny import randomised
 
-TEXT = (Path(__file__).parent.parent / "examples" / "BIG.md").read_text()
+TEXT = (Path(__file__).parent.parent / "docs" / "how-to" / "big-pictures.md").read_text()
 OPTIONS: dict[str, Any] = {"hires": "1.5:0.9", "upscale": "tiles:1.5:0.9", "hidiffusion": True, "deep_shrink": True,
                            "tile": "16:8", "tiling": True, "reuse": "2", "freeu": True, "tome": 0.5, "refiner": "other",
                            "start": speckled(32, 32), "control": "edges.safetensors:room.png"}

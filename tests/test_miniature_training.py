@@ -1,12 +1,10 @@
 """The trainer: budgets, exact resuming after a kill, and all five stages end to end on a budget of seconds."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -60,25 +58,27 @@ def test_a_stage_learns_logs_and_is_not_trained_twice(tmp_path: Path) -> None:
 def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
     whole = Line()
     run_stage(whole, BUDGET, tmp_path / "whole", seed=0)
-    script = ("import time\nfrom pathlib import Path\nfrom benchmarks.miniature.loop import train\n"
-              "from test_miniature_training import BUDGET, Line\n"
-              "class Slow(Line):\n"
-              "    def forward(self, *args):\n"
-              "        time.sleep(0.01)\n"
-              "        return super().forward(*args)\n"
-              f"train(Slow(), BUDGET, Path({str(tmp_path)!r}), 0, log_every=0.05, save_every=0.02)\n")  # fmt: skip
-    here = Path(__file__).parent
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+
+    class Slow(Line):
+        def forward(self, rng: random.Random, step: int, batch: int, progress: float) -> Tensor:
+            time.sleep(0.01)
+            return super().forward(rng, step, batch, progress)
+
+    def train_slowly() -> None:
+        run_stage(Slow(), BUDGET, tmp_path, 0, log_every=0.05, save_every=0.02)
+
     reached = [0]
     for _ in range(2):
-        process = subprocess.Popen([sys.executable, "-c", script], env=env)
+        process = get_context("fork").Process(target=train_slowly)  # a new interpreter would import for seconds
+        process.start()
         while reached[-1] < len(reached) * 50:  # until it has gone on by fifty steps
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.01)
             if (tmp_path / "line.pt").exists():
                 reached[-1] = torch.load(tmp_path / "line.pt", weights_only=True)["step"]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         reached.append(0)
     state = torch.load(tmp_path / "line.pt", weights_only=True)
     assert 100 <= state["step"] < 400

@@ -269,26 +269,22 @@ def serve_miniature(hub: Hub) -> None:
                              for path in MINIATURE.rglob("*") if path.is_file()}
 
 
-def test_as_a_user_runs_it(tmp_path: Path) -> None:
-    url = ""
-
-    def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-        place = {"HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1", "HF_ENDPOINT": url,
-                 "HF_HUB_OFFLINE": "0"}
-        return subprocess.run([sys.executable, "-m", "ella_kd", *words], cwd=tmp_path, text=True, capture_output=True,
-                              check=False, env={**os.environ, **place, **env})
-
+def test_as_a_user_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: None) -> None:
     files = ["org/mini:sd.safetensors", "org/mini:tsc.safetensors", "org/mini:t5"]
     with serving() as hub:
         serve_miniature(hub)
-        url = hub.url
-        fetched = run("download", *files, TQDM_POSITION="-1")  # a bar without a terminal
+        place = {"HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1", "HF_ENDPOINT": hub.url,
+                 "HF_HUB_OFFLINE": "0", "TQDM_POSITION": "-1"}  # the last one: a bar without a terminal
+        fetched = subprocess.run([sys.executable, "-m", "ella_kd", "download", *files], cwd=tmp_path, text=True,
+                                 capture_output=True, check=False, env={**os.environ, **place})
     assert fetched.returncode == 0 and "100%" in fetched.stderr, fetched.stderr
     assert Path(fetched.stdout.splitlines()[0]).read_bytes() == (MINIATURE / "sd.safetensors").read_bytes()
     prompt = "A red heart sits in the center."
     named = [word for pair in zip(["--checkpoint", "--tsc", "--t5"], files) for word in pair]
-    drawn = run("generate", prompt, "--steps", "2", "--seed", "1", *named, HF_HUB_OFFLINE="1")
-    assert drawn.returncode == 0, drawn.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))  # what that process has left
+    drawn = CliRunner().invoke(main, ["generate", prompt, "--steps", "2", "--seed", "1", *named])
+    assert drawn.exit_code == 0, drawn.stderr
     [picture] = generate(Pipeline.miniature(), prompt, steps=2, seeds=1, progress=False)
     assert Image.open(tmp_path / drawn.stdout.strip()).tobytes() == picture.image.tobytes()
 
