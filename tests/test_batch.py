@@ -66,7 +66,7 @@ def run(tiny_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write(tmp_path / "jobs.jsonl", lines(10))
 
     def run(*words: str, jobs: str = "jobs.jsonl", out: str = "out") -> Result:
-        cut = ["--shard", "4", "--batch", "3", "--steps", "2"]
+        cut = ["--shard", "4", "--batch", "3", "--steps", "1"]
         return CliRunner().invoke(cli.main, ["batch", jobs, "--out", out, *cut, *words, *model(tiny_files)])
 
     return run
@@ -106,8 +106,8 @@ def test_a_job_is_drawn_whole_and_only_once(run: Run, pipeline: Pipeline, drawin
     manifest = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
     assert [(each["index"], each["request"]["prompt"], files[each["file"]]) for each in manifest] == [
         (i, PROMPTS[i % 4], each["sha256"]) for i, each in enumerate(manifest)]
-    assert manifest[3]["request"] | {"width": 32, "height": 16, "steps": 2} == manifest[3]["request"]
-    expected = generate(pipeline, PROMPTS[3], seeds=21, steps=2, width=32)[0].image
+    assert manifest[3]["request"] | {"width": 32, "height": 16, "steps": 1} == manifest[3]["request"]
+    expected = generate(pipeline, PROMPTS[3], seeds=21, steps=1, width=32)[0].image
     with Image.open(tmp_path / "out" / manifest[3]["file"]) as image:
         assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1
 
@@ -169,7 +169,7 @@ def test_a_second_runner_is_refused_and_the_first_goes_on(run: Run, drawing: Any
 
 def test_a_shard_that_is_taken_up_again_ends_in_the_same_bytes(pipeline: Pipeline, tmp_path: Path) -> None:
     """Stopped after each batch, and with a picture missing or cut short."""
-    requests = tuple(Request(**each, steps=2) for each in lines(8))
+    requests = tuple(Request(**each, steps=1) for each in lines(8))
     whole = Shard(tmp_path / "whole", 0, 0, requests, batch_size=3)
     draw_shard(whole, pipeline)
     parts, kept = replace(whole, folder=tmp_path / "parts"), dict[Path, int]()
@@ -223,7 +223,7 @@ def test_out_of_memory_halves_the_batches_and_the_cut_is_kept(run: Run, pipeline
 
         return before
 
-    requests = tuple(Request(**each, steps=2) for each in lines(16))
+    requests = tuple(Request(**each, steps=1) for each in lines(16))
     shard = Shard(tmp_path / "small", 0, 0, requests, batch_size=8)
     stops = iter([False, False, False, True])
     drawn = drawing(room_for(3))
@@ -320,7 +320,7 @@ def test_a_dry_run_tells_what_it_will_take_and_draws_nothing_into_the_folder(run
     told = run("--dry-run")
     assert told.exit_code == 0, told.output
     assert "10 of 10 requests are to be drawn" in told.output
-    assert "pictures a second, 3 at once, 16x16 px, 2 steps of dpmpp_2m" in told.output
+    assert "pictures a second, 3 at once, 16x16 px, 1 steps of dpmpp_2m" in told.output
     assert not (tmp_path / "out").exists()
 
 

@@ -17,9 +17,9 @@ from test_batch import lines, names, pictures, write
 from test_cli import model
 
 
-def command(files: dict[str, str], folder: Path, out: str) -> list[str]:
+def command(files: dict[str, str], folder: Path, out: str, steps: int = 15) -> list[str]:
     return ["batch", str(folder / "jobs.jsonl"), "--out", str(folder / out), "--shard", "8", "--batch", "4", "--steps",
-            "15", *model(files)]
+            str(steps), *model(files)]
 
 
 def start(words: list[str]) -> "subprocess.Popen[bytes]":
@@ -42,20 +42,21 @@ def check_whole(folder: Path, reference: Path, count: int) -> None:
 def test_killed_once_and_taken_up_again(tiny_files: dict[str, str], tmp_path: Path) -> None:
     count = 24
     write(tmp_path / "jobs.jsonl", lines(count))
-    runner = start(command(tiny_files, tmp_path, "killed"))
+    runner = start(command(tiny_files, tmp_path, "killed", steps=6))
     try:
         while len(before := drawn(tmp_path / "killed")) < 5:
             assert runner.poll() is None, "it ended before it was killed"
-            time.sleep(0.005)
-        second = CliRunner().invoke(cli.main, command(tiny_files, tmp_path, "killed"))
-        assert runner.poll() is None and second.exit_code == 2 and "another run is drawing into" in second.output
+            time.sleep(0.002)
+        runner.send_signal(signal.SIGSTOP)  # it holds the lock all the same
+        second = CliRunner().invoke(cli.main, command(tiny_files, tmp_path, "killed", steps=6))
+        assert second.exit_code == 2 and "another run is drawing into" in second.output
     finally:
         runner.kill()
         runner.wait()
     before = drawn(tmp_path / "killed")
     assert len(before) < count, "it was done before it was killed"
     for out in ("killed", "whole"):
-        assert CliRunner().invoke(cli.main, command(tiny_files, tmp_path, out)).exit_code == 0
+        assert CliRunner().invoke(cli.main, command(tiny_files, tmp_path, out, steps=6)).exit_code == 0
     check_whole(tmp_path / "killed", tmp_path / "whole", count)
     assert before.items() <= drawn(tmp_path / "killed").items(), "a finished picture was written again"
 
