@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+from multiprocessing import Pipe, get_context
 from pathlib import Path
 from typing import Any
 
@@ -241,10 +240,16 @@ def test_the_file_serves_other_processes(tmp_path: Path) -> None:
     path, llm = tmp_path / "captions.json", Fake("A dog.")
     upsample = CaptionUpsampler(llm, path, "llm")
     upsample("a dog")
-    script = ("import sys; from ella_kd.upsample import CaptionUpsampler; "
-              "u = CaptionUpsampler(lambda text: sys.argv[2], sys.argv[1], 'llm'); print(u('a dog'), u('a fox'))")
-    other = subprocess.run([sys.executable, "-c", script, str(path), FOX], check=True, capture_output=True, text=True)
-    assert other.stdout.strip() == f"A dog. {FOX}"
+    ours, theirs = Pipe()
+
+    def another() -> None:
+        captions = CaptionUpsampler(lambda text: FOX, path, "llm")
+        theirs.send((captions("a dog"), captions("a fox")))
+
+    process = get_context("fork").Process(target=another)
+    process.start()
+    assert ours.poll(60) and ours.recv() == ("A dog.", FOX)
+    process.join()
     assert upsample("a fox") == FOX and len(llm.asked) == 1
 
 
