@@ -299,7 +299,7 @@ class Page:
     def form(self, values: tuple[Any, ...]) -> Form:
         """The inputs' values, uploaded pictures kept in the output folder."""
         given = dict(zip(self.inputs, values, strict=True))
-        start, mask, control = (picture and self.studio.keep(picture) for picture in (
+        start, mask, control = (None if picture is None else self.studio.keep(picture) for picture in (
             *start_and_mask(given.pop("start") or {}), given.pop("control_picture")))
         given["embedding"] = tuple(given["embedding"] or ())
         given = {name: "" if value is None and isinstance(getattr(Form, name), str) else value
