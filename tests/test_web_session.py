@@ -75,7 +75,7 @@ def test_compare_reads_one_seed_in_three_ways(studio: Studio, pipeline: Pipeline
 
 
 def test_closing_stops_at_the_next_step_and_saves_nothing_half(studio: Studio) -> None:
-    with closing(studio.draw(Form("a", steps=200, seed=3))) as drawing:  # type: ignore[type-var]
+    with closing(studio.draw(Form("a", steps=200, seed=3))) as drawing:
         first = next(filter(None, drawing))
         assert isinstance(first, Step) and first.step < 20
     assert studio.drawing.acquire(timeout=5), "it draws on"
@@ -156,7 +156,7 @@ GRID = "prompt: a red circle\nsteps: 2\naxes:\n  scale: 1-3\n  seed: 1-2\n"
 
 
 def test_a_grid_stops_after_its_batch_and_goes_on(studio: Studio) -> None:
-    with closing(grids.run(studio, GRID)) as drawing:  # type: ignore[type-var]
+    with closing(grids.run(studio, GRID)) as drawing:
         assert next(each.done for each in drawing if each and each.done) == 2
     while any(each.name == THREAD for each in threading.enumerate()):
         time.sleep(0.01)
@@ -175,7 +175,7 @@ def test_a_grid_stops_after_its_batch_and_goes_on(studio: Studio) -> None:
     (f"{GRID}  latents: /etc/passwd", "latents names a file"),
     (f"{GRID}  lora: /etc/passwd", "no lora /etc/passwd: the page was started without --models-dir"),
     (f"{GRID}  prompt: <lora:/etc/passwd:1>", "no lora /etc/passwd"),
-    (f"{GRID}hires: '2:0.5'\nhires_upscaler: /etc/passwd", "unknown upscaler '/etc/passwd'"),
+    (f"{GRID}hires: '2:0.5'\nhires_upscaler: /etc/passwd", "upscaler /etc/passwd"),
     (f"{GRID}width: 4096", "the larger side of a picture may be 2048 px here, got 4096"),
     (f"{GRID}  steps: 1-900", "a grid of the page may have 2000 cells, got 5400"),
     (f"{GRID}steps: 201", "steps may be 200 here, got 201"),

@@ -48,10 +48,14 @@ def context(browser: Browser, site: Site, wrong: list[str]) -> Iterator[BrowserC
     """At its end: no errors in the console, no requests to other hosts, no dialog, nothing still drawn."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
 
+    def said(dialog: Any) -> None:
+        wrong.append(f"dialog {dialog.message}")
+        dialog.dismiss()
+
     def watch(page: Page) -> None:
         page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("dialog", lambda dialog: (wrong.append(f"dialog {dialog.message}"), dialog.dismiss()))
+        page.on("dialog", said)
 
     def asked(request: Any) -> None:
         url = urlsplit(request.url)

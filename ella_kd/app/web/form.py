@@ -120,8 +120,8 @@ def requests(form: Form, limits: Limits, modes: tuple[Mode, ...] = MODES,
             raise ValueError(f"this model has no mode {first}: choose {', '.join(modes)}")
         chosen = (first,)
     found = {mode: [Request(form.prompt, mode=mode, seed=seed + i, **asked) for i in range(count)] for mode in chosen}
-    for first, *_ in found.values():
-        check(first, limits)
+    for column in found.values():
+        check(column[0], limits)
     return found
 
 
@@ -132,7 +132,8 @@ def filled(request: Request) -> tuple[Form, list[str]]:
     """
     cfg_pp = request.sampler.endswith(CFG_PP) and request.sampler.removesuffix(CFG_PP) in SAMPLERS
     sampler = request.sampler.removesuffix(CFG_PP) if cfg_pp else request.sampler
-    own = {} if request.scale is None else {"lam" if request.sampler.endswith(CFG_PP) else "scale": request.scale}
+    name = "lam" if request.sampler.endswith(CFG_PP) else "scale"
+    own: dict[str, Any] = {} if request.scale is None else {name: request.scale}
     form = Form(prompt=request.prompt, negative=request.negative, mode=request.mode, sampler=sampler, cfg_pp=cfg_pp,
                 schedule=request.schedule, steps=request.steps, guidance=request.guidance, width=request.width,
                 height=request.height, seed=request.seed if request.seed < SEEDS else RANDOM, tags=request.tags or "",
@@ -142,7 +143,7 @@ def filled(request: Request) -> tuple[Form, list[str]]:
     left = [] if request.seed < SEEDS else [f"the seed {request.seed}, which is beyond {SEEDS - 1}"]
     for name in ("start", "mask"):
         if isinstance(value := getattr(request, name), str):
-            form = replace(form, **{name: value})
+            form = replace(form, start=value) if name == "start" else replace(form, mask=value)
         elif value is not None:
             left.append(f"the {name} picture, which is no file")
     for door in request.control:
@@ -231,7 +232,7 @@ def _read(each: Field[Any], text: str) -> Any:
         if text.lower() not in ("on", "off", "true", "false"):
             raise ValueError(f"{each.name} is on or off, got {text[:80]!r}")
         return text.lower() in ("on", "true")
-    own = each.metadata.get("type") or (str if each.default is None else type(each.default))
+    own: Any = each.metadata.get("type") or (str if each.default is None else type(each.default))
     kind = int if "least" in each.metadata else own
     try:
         return kind(text)

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -77,7 +77,7 @@ def read(studio: Studio, text: str) -> Grid:
     return grid
 
 
-def run(studio: Studio, text: str) -> Iterator[Cells | None]:
+def run(studio: Studio, text: str) -> Generator[Cells | None, None, None]:
     """Draw what of a grid is not drawn yet; closing the iterator stops it after its batch, and it goes on another time.
 
     Other draws come between its batches. Raises as `read` does.

@@ -299,14 +299,12 @@ class Page:
     def form(self, values: tuple[Any, ...]) -> Form:
         """The inputs' values, uploaded pictures kept in the output folder."""
         given = dict(zip(self.inputs, values, strict=True))
-        painted = given.pop("start") or {}
-        start, mask = start_and_mask(painted)
-        control = given.pop("control_picture")
+        start, mask, control = (None if picture is None else self.studio.keep(picture) for picture in (
+            *start_and_mask(given.pop("start") or {}), given.pop("control_picture")))
         given["embedding"] = tuple(given["embedding"] or ())
         given = {name: "" if value is None and isinstance(getattr(Form, name), str) else value
                  for name, value in given.items()}
-        return Form(**given, start=start and self.studio.keep(start), mask=mask and self.studio.keep(mask),
-                    control_picture=control and self.studio.keep(control))
+        return Form(**given, start=start, mask=mask, control_picture=control)
 
     def read(self, path: str | None) -> tuple[str, str, dict[str, Any] | None]:
         if path is None:

@@ -5,7 +5,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from difflib import get_close_matches
@@ -145,14 +145,15 @@ class Studio:
             raise ValueError(f"no {add_on.place} {add_on.file[:80]!r} here: " + (f"there is {', '.join(near)}" if near
                              else "the page was started without such files in --models-dir"))
 
-    def draw(self, form: Form) -> Iterator[Step | Saved | None]:
+    def draw(self, form: Form) -> Generator[Step | Saved | None, None, None]:
         """Draw what a form asks for; closing the iterator stops the drawing at its next step. None: nothing new.
 
         Raises ValueError or TypeError for what cannot be drawn, before anything is, and what drawing raises.
         """
         return self.in_turn(partial(self._work, self.asked(form)))
 
-    def in_turn(self, work: Callable[[Callable[[News], None], threading.Event], None]) -> Iterator[News | None]:
+    def in_turn(self, work: Callable[[Callable[[News], None], threading.Event], None]
+                ) -> Generator[News | None, None, None]:
         """What a work tells, which runs in a thread when it is its turn; closing the iterator sets its event.
 
         None where there is no news for a while: whoever iterates can close it then, however long a step takes.
@@ -256,7 +257,7 @@ class Studio:
         form, left = filled(request)
         for name, what in (("start", "start picture"), ("mask", "mask"), ("control_picture", "control's picture")):
             if (file := getattr(form, name)) is not None and not self._kept(file):
-                form = replace(form, **{name: None})
+                form = replace(form, **dict[str, Any]({name: None}))
                 left.append(f"the {what} {file}, to be given again")
         for add_on in request.add_ons:
             try:
