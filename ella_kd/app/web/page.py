@@ -216,20 +216,27 @@ class Page:
                 gr.update(choices=["", *names("control")])]
 
     def api_draw(self, prompt: str, negative: str = "", mode: str = Form.mode, sampler: str = Form.sampler,
-                 schedule: str = Form.schedule, steps: int = Form.steps, scale: float = Form.scale, guidance: str = "",
+                 schedule: str = Form.schedule, steps: int = Form.steps, scale: float | None = None, guidance: str = "",
                  width: int | None = None, height: int | None = None, seed: int = RANDOM, count: int = 1,
-                 tags: str = "", lora: str = "", more: str = "") -> list[dict[str, Any]]:
+                 tags: str = "", lora: str = "", more: str = "") -> Iterator[list[dict[str, Any]]]:
         """Draw pictures, and wait for them: for each its file, which the client fetches, and its settings as text.
 
-        scale: lambda for a sampler in _cfg_pp. seed: of the first picture, -1: any. lora, more: lines as on the page.
+        scale: lambda for a sampler in _cfg_pp; None: 7, and 0.6 for lambda. seed: of the first picture, -1: any. lora,
+        more: lines as on the page. Until all are drawn the answer is an empty list.
         """
         try:
-            form = Form(prompt, negative, mode, sampler, False, schedule, steps, scale, scale, guidance, width, height,
-                        seed, count, tags, lora, more=more)
-            saved = [news for news in self.studio.draw(form) if isinstance(news, Saved)]
+            form = Form(prompt, negative, mode, sampler, False, schedule, steps, Form.scale if scale is None else scale,
+                        Form.lam if scale is None else scale, guidance, width, height, seed, count, tags, lora,
+                        more=more)
+            saved = list[Saved]()
+            yield []  # what is cancelled before its first yield is never closed; a plain function draws to its end
+            with closing(self.studio.draw(form)) as drawing:
+                for news in drawing:
+                    saved += [news] if isinstance(news, Saved) else []
+                    yield []
         except Exception as error:
             raise gr.Error(message_of(error), print_exception=False) from None
-        return [{"picture": {"path": str(each.path.resolve()), "orig_name": each.path.name,
-                             "meta": {"_type": "gradio.FileData"}},
-                 "seed": each.request.seed, "parameters": each.request.parameters(), "told": [*each.told]}
-                for each in saved]
+        yield [{"picture": {"path": str(each.path.resolve()), "orig_name": each.path.name,
+                            "meta": {"_type": "gradio.FileData"}},
+                "seed": each.request.seed, "parameters": each.request.parameters(), "told": [*each.told]}
+               for each in saved]
