@@ -76,6 +76,7 @@ def options(studio: Studio, add: dict[str, Any]) -> dict[str, Any]:
             sources=("upload", "clipboard"), transforms=(), layers=False, elem_id="start", buttons=[],
             brush=gr.Brush(max(2, studio.pipeline.size // 16), colors=["#ffffff"], default_color="#ffffff",
                            color_mode="fixed"), height=360)  # by itself it paints half of a small picture
+        add["start"].convert_and_format_image = undecoded
         add["strength"] = gr.Slider(0, 1, 0, step=0.01, label="Strength (0: 0.6, with a mask 1)",
                                     elem_id="strength")
     with gr.Accordion("Add-ons", open=False, elem_id="addons-box"):
@@ -91,11 +92,17 @@ def options(studio: Studio, add: dict[str, Any]) -> dict[str, Any]:
                                          elem_id="control", min_width=140)
             add["control_weight"] = gr.Slider(0, 2, 1, step=0.05, label="Strength", min_width=140)
             add["control_edges"] = gr.Checkbox(label="Edges of the picture (canny)", min_width=140)
-        add["control_picture"] = gr.Image(type="pil", label="The control's picture", format="png", height=200,
-                                          sources=["upload", "clipboard"], elem_id="control_picture", buttons=[])
+        add["control_picture"] = gr.Image(type="filepath", image_mode=None, format="png", height=200, buttons=[],
+                                          label="The control's picture", sources=["upload", "clipboard"],
+                                          elem_id="control_picture")
     with gr.Accordion("More", open=False, elem_id="more-box"):
         add["tags"] = gr.Textbox(label="Tags: a text for CLIP beside ELLA", elem_id="tags")
         add["more"] = gr.Textbox(label="Further options, one NAME: VALUE a line", lines=3, max_lines=12,
                                  elem_id="more", placeholder="hires: 2:0.5\nsyntax: on\neta: 0.5",
                                  info=", ".join(MORE))
     return buttons
+
+
+def undecoded(file: Any, **_: Any) -> str | bytes | None:
+    """What an editor gives for each of its pictures, a file or bytes: gradio decodes them whatever their size."""
+    return file if file is None else bytes(file) if isinstance(file, (bytes, bytearray, memoryview)) else file.path

@@ -11,7 +11,7 @@ import gradio as gr
 from ella_kd.app.web import grids, inputs, view
 from ella_kd.app.web.form import CFG_PP, COMPARE, RANDOM, Form, filled
 from ella_kd.app.web.session import Saved, Studio, message_of
-from ella_kd.app.web.uploads import painted, start_and_mask
+from ella_kd.app.web.uploads import opened, painted, start_and_mask
 from ella_kd.request import Request
 
 ONE = {"concurrency_id": "model", "concurrency_limit": 1}  # of everything that draws
@@ -152,14 +152,17 @@ class Page:
             yield view.failed(message_of(error)), gr.skip()
 
     def form(self, values: tuple[Any, ...]) -> Form:
-        """The inputs' values, uploaded pictures kept in the output folder."""
+        """The inputs' values, uploaded pictures kept in the output folder if they can be drawn from."""
         given = dict(zip(self.inputs, values, strict=True))
-        start, mask, control = (None if picture is None else self.studio.keep(picture) for picture in (
-            *start_and_mask(given.pop("start") or {}), given.pop("control_picture")))
+        side = self.studio.limits.side
+        pictures = start_and_mask(given.pop("start") or {}, side)
+        control = given.pop("control_picture")
+        if control is not None and given["control"]:
+            pictures["control_picture"] = opened(control, side).convert("RGB")
         given["embedding"] = tuple(given["embedding"] or ())
         given = {name: "" if value is None and isinstance(getattr(Form, name), str) else value
                  for name, value in given.items()}
-        return Form(**given, start=start, mask=mask, control_picture=control)
+        return self.studio.with_pictures(Form(**given), pictures)
 
     def read(self, path: str | None) -> tuple[str, str, dict[str, Any] | None]:
         if path is None:
