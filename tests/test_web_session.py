@@ -174,7 +174,7 @@ def painted_png(colour: str, at: tuple[int, int, int, int]) -> bytes:
 
 @pytest.mark.parametrize(("refused", "message"), [
     ({"steps": 10**9}, "steps must be"), ({"guidance": "Nothing(7)"}, "unknown guidance rule"),
-    ({"width": 1024, "more": "hires: 4:0.5"}, "larger side")])
+    ({"prompt": "a <lora:x:1>"}, "no lora 'x' here")])
 def test_what_is_given_to_a_refused_draw_is_not_kept(studio: Studio, refused: dict[str, Any], message: str) -> None:
     given = {"start": Image.new("RGB", (24, 16), "red"), "mask": Image.new("L", (24, 16), 255)}
     with pytest.raises(ValueError, match=message):
