@@ -62,6 +62,7 @@ def test_compare_draws_every_mode_from_the_same_seeds() -> None:
     ({"more": "tome: lots"}, "tome is a number, got 'lots'"),
     ({"more": "repeats: 1000", "start": "in.png"}, "repeats may be 20 here"),
     ({"more": "sigmas: " + ",".join(map(str, range(500, -1, -1)))}, "the number of sigmas may be 201 here, got 501"),
+    ({"prompt": "a" + " AND b" * 16, "more": "syntax: on"}, "the number of prompts between AND may be 16 here, got 17"),
     ({"control": "edges"}, "the control edges needs a picture"),
     ({"mode": COMPARE, "tags": "x"}, "compare reads the prompt in each way"),
 ])

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import date
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ella_kd.app.web import grids
 from ella_kd.app.web.form import COMPARE, Form
 from ella_kd.app.web.preview import Preview
 from ella_kd.app.web.session import THREAD, Saved, Step, Studio, message_of
+from ella_kd.app.web.uploads import opened, start_and_mask
 from studio import miniature
 
 
@@ -140,6 +142,46 @@ def test_a_small_file_that_holds_ever_so_many_pixels_is_refused(studio: Studio) 
     Image.new("1", (9000, 9000)).save("bomb.png")
     with pytest.raises(ValueError, match="40 million pixels, got 9000x9000"):
         studio.settings_of("bomb.png")
+
+
+def test_an_upload_is_measured_before_it_is_decoded(tmp_path: Path) -> None:
+    Image.new("RGB", (4096, 8)).save(tmp_path / "wide.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "wide.png").read_bytes()[:60])  # its header alone
+    for source in (str(tmp_path / "cut.png"), (tmp_path / "cut.png").read_bytes()):
+        with pytest.raises(ValueError, match="the larger side of a picture may be 2048 px here, got 4096x8"):
+            opened(source, 2048)
+        with pytest.raises(ValueError, match="this picture is damaged"):
+            opened(source, 4096)
+        for layers in ([], [source]):
+            with pytest.raises(ValueError, match="4096x8"):
+                start_and_mask({"background": source, "layers": layers}, 2048)
+
+
+def test_what_was_painted_is_the_mask() -> None:
+    below, layer = (painted_png(colour, at) for colour, at in (("red", (0, 0, 24, 16)), ("white", (0, 0, 12, 16))))
+    found = start_and_mask({"background": below, "layers": [layer]}, 48)
+    assert found["start"].size == (24, 16) and found["mask"].getbbox() == (0, 0, 12, 16)
+    assert list(start_and_mask({"background": below, "layers": []}, 48)) == ["start"]
+    assert start_and_mask({"background": None, "layers": [layer]}, 48) == {}
+
+
+def painted_png(colour: str, at: tuple[int, int, int, int]) -> bytes:
+    picture, file = Image.new("RGBA", (24, 16)), BytesIO()
+    picture.paste(colour, at)
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("refused", "message"), [
+    ({"steps": 10**9}, "steps must be"), ({"guidance": "Nothing(7)"}, "unknown guidance rule"),
+    ({"prompt": "a <lora:x:1>"}, "no lora 'x' here")])
+def test_what_is_given_to_a_refused_draw_is_not_kept(studio: Studio, refused: dict[str, Any], message: str) -> None:
+    given = {"start": Image.new("RGB", (24, 16), "red"), "mask": Image.new("L", (24, 16), 255)}
+    with pytest.raises(ValueError, match=message):
+        studio.with_pictures(Form(**{"prompt": "a", **refused}), given)
+    assert not [*Path("out").rglob("*.png")]
+    form = studio.with_pictures(Form("a", steps=2), given)
+    assert studio.asked(form) and len([*Path("out/inputs").iterdir()]) == 2
 
 
 def test_warnings_of_a_draw_are_told_with_its_picture(studio: Studio) -> None:

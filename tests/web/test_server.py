@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,43 @@ def test_the_api_is_documented_and_the_guides_client_draws(site: Site, monkeypat
     assert done["pictures"][0]["parameters"] == request.parameters()
 
 
+def free_within(site: Site, seconds: float) -> bool:
+    """Whether the model is nobody's by then."""
+    if found := site.studio.drawing.acquire(timeout=seconds):
+        site.studio.drawing.release()
+    return found
+
+
+def begun(site: Site) -> None:
+    end = time.monotonic() + 60
+    while not site.studio.drawing.locked():
+        assert time.monotonic() < end, "nothing is drawn"
+        time.sleep(0.02)
+
+
+def test_a_job_that_is_cancelled_and_a_client_that_dies_free_the_model(site: Site) -> None:
+    from gradio_client import Client
+
+    before = site.pictures()
+    job = Client(site.url, verbose=False).submit(prompt="a", steps=200, count=16, api_name="/draw")
+    begun(site)
+    assert job.cancel() and free_within(site, 2)
+    words = "prompt='a', steps=200, count=16, api_name='/draw'"
+    with subprocess.Popen([sys.executable, "-c", "from gradio_client import Client\n"
+                           f"Client({site.url!r}, verbose=False).predict({words})"]) as client:
+        begun(site)
+        time.sleep(0.5)
+        client.kill()
+    assert free_within(site, 10) and site.pictures() == before
+
+
+def test_cfg_pp_has_a_lambda_of_its_own(site: Site) -> None:
+    from gradio_client import Client
+
+    [found] = Client(site.url, verbose=False).predict(prompt="a", steps=2, sampler="euler_cfg_pp", api_name="/draw")
+    assert Request.from_picture(found["picture"]).scale == 0.6
+
+
 @pytest.mark.parametrize(("given", "message"), [
     ({"steps": 10**9}, "steps must be a whole number from 1 to 200, got 1000000000"),
     ({"steps": "many"}, "steps must be a whole number"),
@@ -58,7 +98,7 @@ def test_the_api_is_documented_and_the_guides_client_draws(site: Site, monkeypat
     ({"width": 50}, "width and height must be multiples of 8"),
     ({"prompt": "a <lora:/etc/passwd:1>"}, "no lora '/etc/passwd' here: there is azure, striped"),
     ({"more": "start: /etc/passwd"}, "more options are lines"),
-    ({"scale": None}, "scale must be a number"),
+    ({"scale": "x"}, "scale must be a number"),
 ])
 def test_bad_values_come_back_as_a_sentence(site: Site, given: dict[str, Any], message: str,
                                             capfd: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from ella_kd.infotext import said
 from ella_kd.pictures.hires_options import LATENTS, PIXELS, Enlargement, InTiles
 from ella_kd.pictures.options import SOURCES
 from ella_kd.pipeline import Pipeline
+from ella_kd.prompts import split_and
 from ella_kd.request import MODES, Mode, Request
 from ella_kd.samplers import SAMPLERS
 
@@ -33,6 +34,7 @@ class Limits:
     steps: int = 200
     count: int = 16
     letters: int = 20_000
+    prompts: int = 16  # between the ANDs of one, each an answer of the network at every step
     cells: int = 2000  # of a grid
 
 
@@ -186,9 +188,16 @@ def check(request: Request, limits: Limits) -> None:
                                ("the number of sigmas", len(request.sigmas or ()), limits.steps + 1),
                                ("mask_grow", abs(request.mask_grow), limits.side),
                                ("mask_blur", request.mask_blur or 0, limits.side),
-                               ("padding", request.padding, limits.side)):
+                               ("padding", request.padding, limits.side),
+                               ("the number of prompts between AND", _prompts(request), limits.prompts)):
         if number > most:
             raise ValueError(f"{name} may be {most} here, got {number}")
+
+
+def _prompts(request: Request) -> int:
+    """The most that a text of the request holds."""
+    texts = (request.text, request.negative, request.hires_prompt or "", request.hires_negative or "")
+    return max(len(split_and(text)) for text in texts) if request.syntax else 1
 
 
 def _picture(form: Form) -> dict[str, Any]:

@@ -1,82 +1,21 @@
 """The page in gradio: inputs, buttons, and which function of the studio each calls."""
 
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import gradio as gr
-from PIL import Image
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.routing import Mount
-from starlette.staticfiles import StaticFiles
 
-from ella_kd.app.web import grids, view
-from ella_kd.app.web.form import CFG_PP, COMPARE, LIMITS, MORE, RANDOM, Form, Limits, filled
+from ella_kd.app.web import grids, inputs, view
+from ella_kd.app.web.form import CFG_PP, COMPARE, RANDOM, Form, filled
 from ella_kd.app.web.session import Saved, Studio, message_of
-from ella_kd.pipeline import Pipeline
+from ella_kd.app.web.uploads import opened, painted, start_and_mask
 from ella_kd.request import Request
-from ella_kd.samplers import SAMPLERS, SCHEDULES
-from ella_kd.samplers.registry import COMPATIBLE_SCHEDULES, RANGE_SAMPLERS
 
-LOCAL = ("127.0.0.1", "localhost")
 ONE = {"concurrency_id": "model", "concurrency_limit": 1}  # of everything that draws
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-MODES = {"ELLA flexible": "flexible", "ELLA fixed": "fixed", "plain SD": "clip"}
-EXAMPLE = "The scene is set in a deep forest. A striped red heart sits in the top left corner."  # the miniature's world
-Update = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Served:
-    """A page that is being served."""
-
-    url: str
-    studio: Studio
-    blocks: gr.Blocks
-    cache: tempfile.TemporaryDirectory[str]
-
-    def wait(self) -> None:
-        """Until Ctrl-C."""
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            self.close()
-
-    def close(self) -> None:
-        self.blocks.close(verbose=False)
-        self.cache.cleanup()
-
-
-def serve(pipeline: Pipeline, *, out: str | Path = "out", models_dir: str | Path | None = None,
-          upsample: Callable[[str], str] | None = None, host: str = LOCAL[0], port: int | None = None,
-          limits: Limits = LIMITS, batch_size: int = 8, queue: int = 20, block: bool = True) -> Served:
-    """Serve the page; `ella_kd.app.web.serve` tells the rest. queue: how many draws may wait. port None: the first
-    free one from 7860 on. Nothing but the folder out is read for anyone, and nothing is sent anywhere."""
-    studio = Studio(pipeline, out, models_dir, upsample=upsample, limits=limits, batch_size=batch_size)
-    cache = tempfile.TemporaryDirectory(prefix="ella_kd-web-")  # gradio's own is shared with all its other pages
-    os.environ["GRADIO_TEMP_DIR"] = cache.name
-    blocks = Page(studio).blocks().queue(max_size=queue, default_concurrency_limit=8)
-    hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL])] if host in LOCAL else []
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    app, url, _ = blocks.launch(
-        server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, inbrowser=False,
-        theme=theme, css=view.CSS + view.PIXELATED * (pipeline.size < 256), max_file_size="20mb",
-        allowed_paths=[str(Path(out).resolve())], ssr_mode=False, enable_monitoring=False, run_history=False,
-        mcp_server=False, footer_links=["api", "settings"], app_kwargs={"middleware": hosts})
-    folder = StaticFiles(directory=studio.out / grids.FOLDER, html=True, check_dir=False)
-    app.router.routes.insert(0, Mount(f"/{grids.FOLDER}", folder))  # before gradio's own, which take any name
-    served = Served(url, studio, blocks, cache)
-    if block:
-        print(f"The page is at {url} (Ctrl-C ends it); pictures go to {out}", flush=True)
-        served.wait()
-    return served
 
 
 class Page:
@@ -96,11 +35,11 @@ class Page:
             with gr.Tabs() as tabs:
                 with gr.Tab("Draw", id="draw"), gr.Row(elem_id="studio"):  # laid out by view.CSS
                     with gr.Column(min_width=280, elem_id="asked"):
-                        buttons = self._prompt()
+                        buttons = inputs.prompt(self.studio, self.inputs)
                     with gr.Column(min_width=280, elem_id="drawn"):
                         right = self._drawn()
                     with gr.Column(min_width=280, elem_id="options"):
-                        buttons |= self._options()
+                        buttons |= inputs.options(self.studio, self.inputs)
                 with gr.Tab("Settings of a picture", id="settings"):
                     self._settings(tabs)
                 with gr.Tab("Grid", id="grid"):
@@ -114,90 +53,6 @@ class Page:
         pipeline = self.studio.pipeline
         return (f"{view.escaped(pipeline.name)}, {pipeline.size} px, "
                 f"{str(pipeline.dtype).removeprefix('torch.')} on {pipeline.device}")
-
-    @property
-    def first(self) -> Form:
-        """What the inputs hold before anybody says anything."""
-        if self.studio.pipeline.name == "miniature":
-            return Form(prompt=EXAMPLE, scale=3.0)  # the scale of its published numbers
-        return Form()
-
-    def _prompt(self) -> dict[str, Any]:
-        studio, add, first = self.studio, self.inputs, self.first
-        buttons: dict[str, Any] = {}
-        add["prompt"] = gr.Textbox(first.prompt, label="Prompt", lines=4, max_lines=12, elem_id="prompt",
-                                   placeholder="Long, dense prompts are welcome: what is where, in which colour ...")
-        buttons["tokens"] = gr.HTML(studio.tokens(first.prompt), elem_id="tokens")
-        add["negative"] = gr.Textbox(label="Negative prompt", lines=1, max_lines=6, elem_id="negative")
-        with gr.Row():
-            buttons["draw"] = gr.Button("Draw", variant="primary", elem_id="draw-button", min_width=120)
-            buttons["cancel"] = gr.Button("Cancel", variant="stop", elem_id="cancel", min_width=120)
-            buttons["longer"] = gr.Button("Longer prompt", elem_id="longer", min_width=120,
-                                          visible=studio.upsample is not None)
-        return buttons
-
-    def _options(self) -> dict[str, Any]:
-        studio, add, first = self.studio, self.inputs, self.first
-        side = {"precision": 0, "minimum": 0, "maximum": studio.limits.side, "step": studio.pipeline.vae.factor,
-                "min_width": 100}
-        names = [name for name in (*SAMPLERS, *RANGE_SAMPLERS)
-                 if not (name.endswith(CFG_PP) and name.removesuffix(CFG_PP) in SAMPLERS)]
-        modes = [(label, mode) for label, mode in MODES.items() if mode in studio.modes]
-        buttons: dict[str, Any] = {}
-        add["mode"] = gr.Radio([*modes, *([("compare", COMPARE)] if len(modes) > 1 else [])],
-                               value=modes[0][1], label="Mode", elem_id="mode",
-                               info="compare: all of them from the same seeds, side by side")
-        with gr.Row():
-            add["sampler"] = gr.Dropdown(names, value=first.sampler, label="Sampler", elem_id="sampler", min_width=140)
-            add["schedule"] = gr.Dropdown([*SCHEDULES, *COMPATIBLE_SCHEDULES], value=first.schedule, label="Schedule",
-                                          elem_id="schedule", min_width=140)
-            add["steps"] = gr.Slider(1, studio.limits.steps, first.steps, step=1, label="Steps", elem_id="steps",
-                                     min_width=140)
-        with gr.Row():
-            add["cfg_pp"] = gr.Checkbox(label="CFG++", elem_id="cfg_pp", info="guidance by lambda", min_width=100)
-            add["scale"] = gr.Slider(0, 20, first.scale, step=0.1, label="Scale", elem_id="scale", min_width=140)
-            add["lam"] = gr.Slider(0, 2, first.lam, step=0.05, label="Lambda", elem_id="lam", visible=False,
-                                   min_width=140)
-            add["guidance"] = gr.Textbox(label="Rule, in place of the scale", placeholder="Rescale(CFG(7), 0.7)",
-                                         elem_id="guidance", min_width=180)
-        with gr.Row():
-            add["width"] = gr.Number(0, label="Width (0: its own)", elem_id="width", **side)
-            add["height"] = gr.Number(0, label="Height (0: its own)", elem_id="height", **side)
-            add["count"] = gr.Slider(1, studio.limits.count, 1, step=1, label="Pictures", elem_id="count",
-                                     min_width=140)
-        with gr.Row(equal_height=True, elem_classes="ella-row"):
-            add["seed"] = gr.Number(RANDOM, precision=0, label="Seed (-1: any)", elem_id="seed", min_width=140)
-            buttons["dice"] = gr.Button("Dice", size="sm", elem_id="dice", min_width=80)
-            buttons["reuse"] = gr.Button("Reuse the picture's", size="sm", elem_id="reuse", min_width=80)
-        with gr.Accordion("Start picture and mask", open=False, elem_id="start-box"):
-            add["start"] = gr.ImageEditor(
-                type="pil", label="Paint over what is to be drawn anew; nothing painted: the whole", format="png",
-                sources=("upload", "clipboard"), transforms=(), layers=False, elem_id="start", buttons=[],
-                brush=gr.Brush(max(2, studio.pipeline.size // 16), colors=["#ffffff"], default_color="#ffffff",
-                               color_mode="fixed"), height=360)  # by itself it paints half of a small picture
-            add["strength"] = gr.Slider(0, 1, 0, step=0.01, label="Strength (0: 0.6, with a mask 1)",
-                                        elem_id="strength")
-        with gr.Accordion("Add-ons", open=False, elem_id="addons-box"):
-            with gr.Row(equal_height=True, elem_classes="ella-row"):
-                buttons["lora"] = gr.Dropdown(studio.names("lora"), label="LoRA", elem_id="lora-name", min_width=140)
-                buttons["lora_strength"] = gr.Slider(-2, 2, 1, step=0.05, label="Strength", min_width=140)
-                buttons["wear"] = gr.Button("Add", size="sm", elem_id="wear", min_width=80)
-            add["lora"] = gr.Textbox(label="LoRAs, one NAME:STRENGTH a line", lines=1, max_lines=6, elem_id="lora")
-            add["embedding"] = gr.Dropdown(studio.names("embedding"), multiselect=True, elem_id="embedding",
-                                           label="Embeddings (words that CLIP reads)")
-            with gr.Row():
-                add["control"] = gr.Dropdown(["", *studio.names("control")], value="", label="Control",
-                                             elem_id="control", min_width=140)
-                add["control_weight"] = gr.Slider(0, 2, 1, step=0.05, label="Strength", min_width=140)
-                add["control_edges"] = gr.Checkbox(label="Edges of the picture (canny)", min_width=140)
-            add["control_picture"] = gr.Image(type="pil", label="The control's picture", format="png", height=200,
-                                              sources=["upload", "clipboard"], elem_id="control_picture", buttons=[])
-        with gr.Accordion("More", open=False, elem_id="more-box"):
-            add["tags"] = gr.Textbox(label="Tags: a text for CLIP beside ELLA", elem_id="tags")
-            add["more"] = gr.Textbox(label="Further options, one NAME: VALUE a line", lines=3, max_lines=12,
-                                     elem_id="more", placeholder="hires: 2:0.5\nsyntax: on\neta: 0.5",
-                                     info=", ".join(MORE))
-        return buttons
 
     def _drawn(self) -> dict[str, Any]:
         right: dict[str, Any] = {}
@@ -297,14 +152,17 @@ class Page:
             yield view.failed(message_of(error)), gr.skip()
 
     def form(self, values: tuple[Any, ...]) -> Form:
-        """The inputs' values, uploaded pictures kept in the output folder."""
+        """The inputs' values, uploaded pictures kept in the output folder if they can be drawn from."""
         given = dict(zip(self.inputs, values, strict=True))
-        start, mask, control = (None if picture is None else self.studio.keep(picture) for picture in (
-            *start_and_mask(given.pop("start") or {}), given.pop("control_picture")))
+        side = self.studio.limits.side
+        pictures = start_and_mask(given.pop("start") or {}, side)
+        control = given.pop("control_picture")
+        if control is not None and given["control"]:
+            pictures["control_picture"] = opened(control, side).convert("RGB")
         given["embedding"] = tuple(given["embedding"] or ())
         given = {name: "" if value is None and isinstance(getattr(Form, name), str) else value
                  for name, value in given.items()}
-        return Form(**given, start=start, mask=mask, control_picture=control)
+        return self.studio.with_pictures(Form(**given), pictures)
 
     def read(self, path: str | None) -> tuple[str, str, dict[str, Any] | None]:
         if path is None:
@@ -361,45 +219,27 @@ class Page:
                 gr.update(choices=["", *names("control")])]
 
     def api_draw(self, prompt: str, negative: str = "", mode: str = Form.mode, sampler: str = Form.sampler,
-                 schedule: str = Form.schedule, steps: int = Form.steps, scale: float = Form.scale, guidance: str = "",
+                 schedule: str = Form.schedule, steps: int = Form.steps, scale: float | None = None, guidance: str = "",
                  width: int | None = None, height: int | None = None, seed: int = RANDOM, count: int = 1,
-                 tags: str = "", lora: str = "", more: str = "") -> list[dict[str, Any]]:
+                 tags: str = "", lora: str = "", more: str = "") -> Iterator[list[dict[str, Any]]]:
         """Draw pictures, and wait for them: for each its file, which the client fetches, and its settings as text.
 
-        scale: lambda for a sampler in _cfg_pp. seed: of the first picture, -1: any. lora, more: lines as on the page.
+        scale: lambda for a sampler in _cfg_pp; None: 7, and 0.6 for lambda. seed: of the first picture, -1: any. lora,
+        more: lines as on the page. Until all are drawn the answer is an empty list.
         """
         try:
-            form = Form(prompt, negative, mode, sampler, False, schedule, steps, scale, scale, guidance, width, height,
-                        seed, count, tags, lora, more=more)
-            saved = [news for news in self.studio.draw(form) if isinstance(news, Saved)]
+            form = Form(prompt, negative, mode, sampler, False, schedule, steps, Form.scale if scale is None else scale,
+                        Form.lam if scale is None else scale, guidance, width, height, seed, count, tags, lora,
+                        more=more)
+            saved = list[Saved]()
+            yield []  # what is cancelled before its first yield is never closed; a plain function draws to its end
+            with closing(self.studio.draw(form)) as drawing:
+                for news in drawing:
+                    saved += [news] if isinstance(news, Saved) else []
+                    yield []
         except Exception as error:
             raise gr.Error(message_of(error), print_exception=False) from None
-        return [{"picture": {"path": str(each.path.resolve()), "orig_name": each.path.name,
-                             "meta": {"_type": "gradio.FileData"}},
-                 "seed": each.request.seed, "parameters": each.request.parameters(), "told": [*each.told]}
-                for each in saved]
-
-
-def start_and_mask(value: dict[str, Any]) -> tuple[Image.Image | None, Image.Image | None]:
-    """What an editor holds: the picture below, and white where somebody painted; None for none."""
-    below, layers = value.get("background"), value.get("layers") or []
-    if below is None or below.convert("RGBA").getextrema()[3][1] == 0:
-        return None, None
-    mask = Image.new("L", below.size)
-    for layer in layers:
-        alpha = layer.convert("RGBA").getchannel("A").resize(below.size)
-        mask.paste(255, mask=alpha)
-    return below, mask if mask.getbbox() else None
-
-
-def painted(start: str, mask: str | None) -> dict[str, Any]:
-    """The same the other way."""
-    with Image.open(start) as image:
-        below = image.convert("RGBA")
-    layers = []
-    if mask is not None:
-        with Image.open(mask) as image:
-            layers = [Image.new("RGBA", below.size, "white")]
-            layers[0].putalpha(image.convert("L").resize(below.size))
-    return {"background": below, "layers": layers, "composite": Image.alpha_composite(below, layers[0]) if layers else
-            below}
+        yield [{"picture": {"path": str(each.path.resolve()), "orig_name": each.path.name,
+                            "meta": {"_type": "gradio.FileData"}},
+                "seed": each.request.seed, "parameters": each.request.parameters(), "told": [*each.told]}
+               for each in saved]

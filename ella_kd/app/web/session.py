@@ -14,15 +14,17 @@ from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ella_kd.addon_words import AddOn
 from ella_kd.addons import AddOns
 from ella_kd.app.web.form import LIMITS, SEEDS, Form, Limits, filled, largest_side, requests
 from ella_kd.app.web.preview import Preview
+from ella_kd.app.web.uploads import check_pixels
 from ella_kd.cli import OUT_OF_MEMORY, last_number, save
 from ella_kd.files import writing
 from ella_kd.images import Picture
@@ -33,7 +35,6 @@ from ella_kd.pipeline import FIXED_LENGTH, Pipeline
 from ella_kd.request import MODES, Mode, Request
 
 News = TypeVar("News")
-PIXELS = 40_000_000  # the most of an uploaded picture; a small file may hold ever so many
 INPUTS = "inputs"  # the folder in the output folder where uploaded pictures are kept, named by their content
 EVERY = 0.1  # seconds between previews
 ALIVE = 0.2  # seconds without news
@@ -121,14 +122,26 @@ class Studio:
 
     def asked(self, form: Form) -> dict[Mode, list[Request]]:
         """The requests of a form, checked as far as no weight is needed to tell. Raises ValueError or TypeError."""
-        found = requests(form, self.limits, self.modes, lambda: int(torch.randint(SEEDS - self.limits.count, ())))
         for name, path in (("start picture", form.start), ("mask", form.mask),
                            ("control's picture", form.control_picture if form.control else None)):
             if path is not None and not self._kept(path):
                 raise ValueError(f"the {name} is a picture that was given to this page, got {path[:80]!r}")
+        return self._requests(form)
+
+    def _requests(self, form: Form) -> dict[Mode, list[Request]]:
+        found = requests(form, self.limits, self.modes, lambda: int(torch.randint(SEEDS - self.limits.count, ())))
         for first, *_ in found.values():
             self.check(first)
         return found
+
+    def with_pictures(self, form: Form, given: Mapping[str, Image.Image]) -> Form:
+        """The form with uploaded pictures by its names, kept if it can be drawn. Raises as `asked` does."""
+        with TemporaryDirectory() as folder:  # nothing but their sizes is asked for till then
+            stands = {name: f"{folder}/{name}.png" for name in given}
+            for name, picture in given.items():
+                Image.new("1", picture.size).save(stands[name])
+            self._requests(replace(form, **dict[str, Any](stands)))
+        return replace(form, **{name: self.keep(picture) for name, picture in given.items()})
 
     def check(self, request: Request) -> None:
         """ValueError for a request that is too large, or asks for an add-on that is not in the models' folder."""
@@ -316,19 +329,6 @@ def expected_steps(request: Request) -> int:
     """Of all passes; a run that ends earlier or later is shown as it goes."""
     steps = (len(request.sigmas) - 1 if request.sigmas else request.steps) * request.repeats
     return steps + (0 if request.hires is None else request.hires_steps or request.steps)
-
-
-def check_pixels(path: str | Path) -> None:
-    """ValueError for a file that is no picture, or one that would fill the memory."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"a picture may have {PIXELS // 1_000_000} million pixels, and this has more") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError("this file is no picture") from error
-    if width * height > PIXELS:
-        raise ValueError(f"a picture may have {PIXELS // 1_000_000} million pixels, got {width}x{height}")
 
 
 def message_of(error: BaseException) -> str:
