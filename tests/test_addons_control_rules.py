@@ -94,6 +94,7 @@ def test_runs_of_samplers_and_cfg_pp() -> None:
         assert all(run.isfinite().all() for run in runs) and relative(runs[1], runs[0]) > 1e-3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_network_is_steered() -> None:
     """The UNet's graph takes what is added as tensors; another picture or strength compiles nothing more."""

@@ -63,6 +63,7 @@ def test_off_is_off_and_several_agree_in_any_order() -> None:
     assert all(torch.equal(x, plain[name]) for name, x in weights(half).items())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_fast_compiled_moved_and_lora_in_any_order() -> None:
     """One picture, whatever the order; each door gives a twin and leaves the rest as it is."""

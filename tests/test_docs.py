@@ -104,11 +104,12 @@ def test_commands_have_their_options(path: Path) -> None:
              for words in commands(block)]
     shown += commands("\n".join(line for line in text.splitlines() if line.startswith("    ")))
     for words in shown:
-        command, path = cli.main, "ella-kd"
+        command: Any = cli.main
+        name = "ella-kd"
         while isinstance(command, click.Group):
-            path, command = f"{path} {words[0]}", command.commands[words.pop(0)]
+            name, command = f"{name} {words[0]}", command.commands[words.pop(0)]
         with suppress(Exit):  # --help
-            command.make_context(path, words).close()
+            command.make_context(name, words).close()
     known = {option for command in COMMANDS.values() for param in command.params for option in param.opts}
     said = set(re.findall(r"(?<=`)--[a-z][a-z0-9-]*", text)) - OTHERS
     assert said <= known, said - known

@@ -196,6 +196,7 @@ def test_guidance_that_patches_rows_of_its_own_stands_beside() -> None:
     assert relative(weak, c) > 1e-6
 
 
+@pytest.mark.slow
 def test_fast_compile_and_inside_in_any_order(request: pytest.FixtureRequest) -> None:
     request.addfinalizer(torch._dynamo.reset)
     torch._dynamo.reset()

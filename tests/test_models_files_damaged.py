@@ -54,13 +54,14 @@ def mutated(whole: bytes, random: Random) -> bytes:
     return len(text).to_bytes(8, "little") + text + whole[8 + size:]
 
 
-def test_two_thousand_damaged_files_load_or_are_errors_that_name_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [300, pytest.param(2000, marks=pytest.mark.slow)])
+def test_damaged_files_load_or_are_errors_that_name_them(count: int, tmp_path: Path) -> None:
     """Nothing hangs and nothing grows; nobody can tell a weight that was changed."""
     path = tmp_path / "x.safetensors"
     whole, random = tiny_file(path), Random(0)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     told: Counter[str] = Counter()
-    for _ in range(2000):
+    for _ in range(count):
         path.write_bytes(mutated(whole, random))
         try:
             load_checkpoint(path, prediction="eps")
@@ -68,7 +69,7 @@ def test_two_thousand_damaged_files_load_or_are_errors_that_name_them(tmp_path: 
             told["refused" if str(path) in str(error) else f"without its name: {error}"[:200]] += 1
         else:
             told["loaded"] += 1
-    assert set(told) == {"refused", "loaded"} and told["refused"] > 1500, told
+    assert set(told) == {"refused", "loaded"} and told["refused"] > 0.75 * count, told
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kB"
     assert time.process_time() - start < 100
 
