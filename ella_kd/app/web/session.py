@@ -137,11 +137,12 @@ class Studio:
     def with_pictures(self, form: Form, given: Mapping[str, Image.Image]) -> Form:
         """The form with uploaded pictures by its names, kept if it can be drawn. Raises as `asked` does."""
         with TemporaryDirectory() as folder:  # nothing but their sizes is asked for till then
-            stands = {name: f"{folder}/{name}.png" for name in given}
+            files: dict[str, Any] = {name: f"{folder}/{name}.png" for name in given}
             for name, picture in given.items():
-                Image.new("1", picture.size).save(stands[name])
-            self._requests(replace(form, **dict[str, Any](stands)))
-        return replace(form, **{name: self.keep(picture) for name, picture in given.items()})
+                Image.new("1", picture.size).save(files[name])
+            self._requests(replace(form, **files))
+        files = {name: self.keep(picture) for name, picture in given.items()}
+        return replace(form, **files)
 
     def check(self, request: Request) -> None:
         """ValueError for a request that is too large, or asks for an add-on that is not in the models' folder."""

@@ -44,7 +44,7 @@ def start_and_mask(value: dict[str, Any], side: int) -> dict[str, Image.Image]:
     if value.get("background") is None:
         return {}
     below = opened(value["background"], side).convert("RGBA")
-    if below.getextrema()[3][1] == 0:
+    if below.getchannel("A").getbbox() is None:
         return {}
     mask = Image.new("L", below.size)
     for layer in value.get("layers") or []:
