@@ -122,6 +122,18 @@ def test_cells_are_every_combination_and_each_request_is_drawn_once() -> None:
     assert at(0, 0, 0, 0, 0, 0) is at(0, 0, 2, 0, 0, 0)
 
 
+def test_what_yaml_takes_for_numbers_of_base_60_is_text() -> None:
+    said = "prompt: a\nhires: 2:0.5\naxes:\n  reuse: [1:2, 1:3]\n  scale: [10, 2.5]\n"
+    [requests] = Grid.read(said).requests.values()
+    assert [(each.hires, each.reuse, each.scale) for each in requests] == [
+        ("2:0.5", "1:2", 10), ("2:0.5", "1:2", 2.5), ("2:0.5", "1:3", 10), ("2:0.5", "1:3", 2.5)]
+    tiled = Grid.read("prompt: a\ntile: 32:16\naxes:\n  seed: 7\n")
+    assert tiled.requests["0"][0].tile == "32:16"
+    for name in ("tile", "upscale"):
+        with pytest.raises(ValueError, match=f"{name} is a text"):
+            Grid.read(f"prompt: a\n{name}: 32\naxes:\n  seed: 7\n")
+
+
 def test_words_are_replaced_in_every_prompt_of_an_axis_that_has_them() -> None:
     grid = Grid.read({"axes": {"prompt": ["a red circle", "a square"],
                                "word": {"replace": "red", "values": ["red", "blue"]}}})

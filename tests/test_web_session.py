@@ -155,6 +155,11 @@ def test_tokens_are_counted_while_a_picture_is_drawn(studio: Studio) -> None:
 GRID = "prompt: a red circle\nsteps: 2\naxes:\n  scale: 1-3\n  seed: 1-2\n"
 
 
+def test_a_grid_takes_what_looks_like_base_60(studio: Studio) -> None:
+    [requests] = grids.read(studio, GRID + "reuse: 3:2\n").requests.values()
+    assert {each.reuse for each in requests} == {"3:2"}
+
+
 def test_a_grid_stops_after_its_batch_and_goes_on(studio: Studio) -> None:
     with closing(grids.run(studio, GRID)) as drawing:  # type: ignore[type-var]
         assert next(each.done for each in drawing if each and each.done) == 2

@@ -11,7 +11,7 @@ import yaml
 
 from ella_kd.app.axes import MODEL, matrix, option_named, read_axis
 from ella_kd.app.batch import status
-from ella_kd.app.grid import OWN, Grid
+from ella_kd.app.grid import OWN, Grid, read_yaml
 from ella_kd.app.web.form import MORE, check
 from ella_kd.app.web.session import Stopped, Studio
 from ella_kd.cli import slug
@@ -50,7 +50,7 @@ def read(studio: Studio, text: str) -> Grid:
     try:
         if any(isinstance(each, yaml.AliasToken) for each in yaml.scan(text)):
             raise ValueError("a grid repeats nothing by *name here: write it out")  # a few can stand for billions
-        found = yaml.safe_load(text)
+        found = read_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"the grid is not YAML: {error}") from error
     if not isinstance(found, Mapping):
