@@ -18,6 +18,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from addon_files import write_lora
 from ella_kd import Pipeline, cli, generate
 from ella_kd.app import shards
 from ella_kd.app.batch import Batch
@@ -153,6 +154,21 @@ def test_a_folder_of_another_batch_is_refused(run: Run, tmp_path: Path) -> None:
     assert "whose sha256 of the requests is" in run(jobs="others.jsonl").output
     assert "whose batch is 3, not 2" in run("--batch", "2").output
     assert "whose model is" in run("--dtype", "bfloat16").output
+
+
+def test_a_start_picture_or_a_lora_that_was_replaced_is_another_batch(run: Run, tmp_path: Path) -> None:
+    write_lora(tmp_path / "style.safetensors")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "s.png")
+    for file, words in (("s.png", {"start": "s.png", "strength": 0.5}),
+                        ("style.safetensors", {"lora": "style.safetensors"})):
+        write(tmp_path / "jobs.jsonl", lines(1, **words))
+        assert run(out=file[:2]).exit_code == 0 and run(out=file[:2]).exit_code == 0
+        if file == "s.png":
+            Image.new("RGB", (16, 16), "blue").save(tmp_path / file)
+        else:
+            write_lora(tmp_path / file, seed=1)
+        refused = run(out=file[:2])
+        assert refused.exit_code == 2 and "another batch, whose sha256 of the requests is" in refused.output
 
 
 def test_a_second_runner_is_refused_and_the_first_goes_on(run: Run, drawing: Any) -> None:
