@@ -173,6 +173,14 @@ def test_a_grid_stops_after_its_batch_and_goes_on(studio: Studio) -> None:
     assert before.items() <= after.items() and len(after) == 6
 
 
+def test_a_grid_that_is_run_again_while_its_last_batch_is_at_work_waits_for_it(studio: Studio) -> None:
+    text = GRID.replace("steps: 2", "steps: 12")
+    with closing(grids.run(studio, text)) as drawing:  # type: ignore[type-var]
+        assert next(each.done for each in drawing if each and each.done) == 2
+    *_, last = filter(None, grids.run(studio, text))
+    assert (last.done, last.total, last.failed) == (6, 6, 0)
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("/etc/passwd", "a grid says keys such as prompt and axes"),
     (f"{GRID}checkpoint: /etc/passwd", "checkpoint names another model"),

@@ -17,6 +17,7 @@ from ella_kd.app.web.session import Stopped, Studio
 from ella_kd.cli import slug
 
 FOLDER = "grids"  # in the output folder
+_BUSY: dict[str, threading.Lock] = {}  # of each folder that this process has drawn into
 OPTIONS = {"prompt", "negative", "mode", "sampler", "schedule", "steps", "scale", "guidance", "seed", "width", "height",
            "tags", "lora", "embedding", *MORE}  # none of which names a file but add-ons, which are looked up by name
 EXAMPLE = """\
@@ -99,16 +100,25 @@ def run(studio: Studio, text: str) -> Iterator[Cells | None]:
             tell(news())
 
         def stopped() -> bool:
+            if stop.is_set():
+                return True  # the turn stays ours until the folder is free: the next run finds it so
             studio.drawing.release()  # whoever waits has the turn
             time.sleep(0.01)
             studio.drawing.acquire()
             return stop.is_set()
 
-        job = grid.batch(folder, batch=studio.batch_size, about={"model": studio.pipeline.name})
-        job.check()
-        done[1] = total - sum(map(job.requests_in, job.open_shards()))
-        tell(news())
-        grid.run(folder, studio.pipeline, batch=studio.batch_size, models_dir=studio.shelf, told=told, stop=stopped)
+        busy = _BUSY.setdefault(str(folder.resolve()), threading.Lock())
+        while not busy.acquire(blocking=False):  # a run that was stopped finishes its batch
+            if stopped():
+                raise Stopped
+        try:
+            job = grid.batch(folder, batch=studio.batch_size, about={"model": studio.pipeline.name})
+            job.check()
+            done[1] = total - sum(map(job.requests_in, job.open_shards()))
+            tell(news())
+            grid.run(folder, studio.pipeline, batch=studio.batch_size, models_dir=studio.shelf, told=told, stop=stopped)
+        finally:
+            busy.release()
         if stop.is_set():
             raise Stopped
         tell(news())
