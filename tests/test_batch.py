@@ -276,9 +276,25 @@ def test_a_tar_in_webdatasets_order(run: Run, drawing: Any, tmp_path: Path) -> N
     assert found == files
     assert run("--tar", "--verify", "3", out="tars").output.count("  the same\n") == 3
     before = pictures(tars)
+    whole = (tars / "00000.tar").read_bytes()
+    at = whole.index(b"IHDR")
+    for damaged in (whole[: at + 12] + bytes([9]) + whole[at + 13 :], b"x" * 2000):  # a byte of a picture, no tar
+        (tars / "00000.tar").write_bytes(damaged)
+        checked = run("--tar", "--verify", "99", out="tars")
+        assert checked.exit_code == 1 and "missing or damaged" in checked.output, checked.output
+    (tars / "00000.tar").write_bytes(whole)
     shutil.rmtree(tars / "done")  # killed after the tars: they are read, nothing is drawn
     drawn = drawing(lambda requests: None)
     assert run("--tar", out="tars").exit_code == 0 and not drawn and pictures(tars) == before
+
+
+@pytest.mark.parametrize(("said", "lost"), [
+    ("CUDA error: out of memory", False),
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", False),
+    ("CUDA error: an illegal memory access was encountered", True),
+])
+def test_lack_of_memory_is_no_lost_device(said: str, lost: bool) -> None:
+    assert shards.device_is_lost(RuntimeError(said)) is lost
 
 
 def test_a_full_disk_stops_and_costs_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
