@@ -188,7 +188,7 @@ def test_a_grid_that_is_run_again_while_its_last_batch_is_at_work_waits_for_it(s
     (f"{GRID}  latents: /etc/passwd", "latents names a file"),
     (f"{GRID}  lora: /etc/passwd", "no lora /etc/passwd: the page was started without --models-dir"),
     (f"{GRID}  prompt: <lora:/etc/passwd:1>", "no lora /etc/passwd"),
-    (f"{GRID}hires: '2:0.5'\nhires_upscaler: /etc/passwd", "unknown upscaler '/etc/passwd'"),
+    (f"{GRID}hires: '2:0.5'\nhires_upscaler: /etc/passwd", "no upscaler /etc/passwd"),
     (f"{GRID}width: 4096", "the larger side of a picture may be 2048 px here, got 4096"),
     (f"{GRID}  steps: 1-900", "a grid of the page may have 2000 cells, got 5400"),
     (f"{GRID}steps: 201", "steps may be 200 here, got 201"),
