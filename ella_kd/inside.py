@@ -65,6 +65,8 @@ class FromInside:
         """Side and overlap of `tile` in latents of `factor` px; None without. ValueError for what cannot be one."""
         if not self.tile:
             return None
+        if not isinstance(self.tile, str):
+            raise TypeError(f"tile is a text, 512:64, got {self.tile!r}")
         side, mark, overlap = self.tile.partition(":")
         numbers = [int(n) if n.isdecimal() else -1 for n in (side, overlap if mark else "0")]
         if not 0 <= numbers[1] < numbers[0] or any(n % factor for n in numbers):

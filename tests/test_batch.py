@@ -18,6 +18,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from addon_files import write_lora
 from ella_kd import Pipeline, cli, generate
 from ella_kd.app import shards
 from ella_kd.app.batch import Batch
@@ -155,6 +156,21 @@ def test_a_folder_of_another_batch_is_refused(run: Run, tmp_path: Path) -> None:
     assert "whose model is" in run("--dtype", "bfloat16").output
 
 
+def test_a_start_picture_or_a_lora_that_was_replaced_is_another_batch(run: Run, tmp_path: Path) -> None:
+    write_lora(tmp_path / "style.safetensors")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "s.png")
+    for file, words in (("s.png", {"start": "s.png", "strength": 0.5}),
+                        ("style.safetensors", {"lora": "style.safetensors"})):
+        write(tmp_path / "jobs.jsonl", lines(1, **words))
+        assert run(out=file[:2]).exit_code == 0 and run(out=file[:2]).exit_code == 0
+        if file == "s.png":
+            Image.new("RGB", (16, 16), "blue").save(tmp_path / file)
+        else:
+            write_lora(tmp_path / file, seed=1)
+        refused = run(out=file[:2])
+        assert refused.exit_code == 2 and "another batch, whose sha256 of the requests is" in refused.output
+
+
 def test_a_second_runner_is_refused_and_the_first_goes_on(run: Run, drawing: Any) -> None:
     answers = list[Result]()
 
@@ -260,9 +276,25 @@ def test_a_tar_in_webdatasets_order(run: Run, drawing: Any, tmp_path: Path) -> N
     assert found == files
     assert run("--tar", "--verify", "3", out="tars").output.count("  the same\n") == 3
     before = pictures(tars)
+    whole = (tars / "00000.tar").read_bytes()
+    at = whole.index(b"IHDR")
+    for damaged in (whole[: at + 12] + bytes([9]) + whole[at + 13 :], b"x" * 2000):  # a byte of a picture, no tar
+        (tars / "00000.tar").write_bytes(damaged)
+        checked = run("--tar", "--verify", "99", out="tars")
+        assert checked.exit_code == 1 and "missing or damaged" in checked.output, checked.output
+    (tars / "00000.tar").write_bytes(whole)
     shutil.rmtree(tars / "done")  # killed after the tars: they are read, nothing is drawn
     drawn = drawing(lambda requests: None)
     assert run("--tar", out="tars").exit_code == 0 and not drawn and pictures(tars) == before
+
+
+@pytest.mark.parametrize(("said", "lost"), [
+    ("CUDA error: out of memory", False),
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", False),
+    ("CUDA error: an illegal memory access was encountered", True),
+])
+def test_lack_of_memory_is_no_lost_device(said: str, lost: bool) -> None:
+    assert shards.device_is_lost(RuntimeError(said)) is lost
 
 
 def test_a_full_disk_stops_and_costs_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

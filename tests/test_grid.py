@@ -52,6 +52,7 @@ def data_of(page: Path) -> dict[str, Any]:
     ("scale", "0-1 [5]", [0.0, 0.25, 0.5, 0.75, 1.0]),
     ("scale", "-1-1", [-1.0, 0.0, 1.0]),
     ("seed", "1, 2, ..., 10", [*range(1, 11)]),
+    ("seed", "1, 2, ..., 2", [1, 2]),
     ("seed", "7, 1, 3, ..., 8", [7, 1, 3, 5, 7, 8]),
     ("scale", "0.1, 0.2, ..., 0.5", [0.1, 0.2, 0.3, 0.4, 0.5]),
     ("sampler", 'euler, "heun"', ["euler", "heun"]),
@@ -120,6 +121,18 @@ def test_cells_are_every_combination_and_each_request_is_drawn_once() -> None:
                            lora=("striped:0.5",), version="")
     assert at(0, 2, 0, 0, 0, 1).prompt == f"{PROMPT}, at night" and at(0, 2, 0, 0, 0, 0).lora == ("striped:1",)
     assert at(0, 0, 0, 0, 0, 0) is at(0, 0, 2, 0, 0, 0)
+
+
+def test_what_yaml_takes_for_numbers_of_base_60_is_text() -> None:
+    said = "prompt: a\nhires: 2:0.5\naxes:\n  reuse: [1:2, 1:3]\n  scale: [10, 2.5]\n"
+    [requests] = Grid.read(said).requests.values()
+    assert [(each.hires, each.reuse, each.scale) for each in requests] == [
+        ("2:0.5", "1:2", 10), ("2:0.5", "1:2", 2.5), ("2:0.5", "1:3", 10), ("2:0.5", "1:3", 2.5)]
+    tiled = Grid.read("prompt: a\ntile: 32:16\naxes:\n  seed: 7\n")
+    assert tiled.requests["0"][0].tile == "32:16"
+    for name in ("tile", "upscale"):
+        with pytest.raises(ValueError, match=f"{name} is a text"):
+            Grid.read(f"prompt: a\n{name}: 32\naxes:\n  seed: 7\n")
 
 
 def test_words_are_replaced_in_every_prompt_of_an_axis_that_has_them() -> None:

@@ -197,6 +197,11 @@ def test_tokens_are_counted_while_a_picture_is_drawn(studio: Studio) -> None:
 GRID = "prompt: a red circle\nsteps: 2\naxes:\n  scale: 1-3\n  seed: 1-2\n"
 
 
+def test_a_grid_takes_what_looks_like_base_60(studio: Studio) -> None:
+    [requests] = grids.read(studio, GRID + "reuse: 3:2\n").requests.values()
+    assert {each.reuse for each in requests} == {"3:2"}
+
+
 def test_a_grid_stops_after_its_batch_and_goes_on(studio: Studio) -> None:
     with closing(grids.run(studio, GRID)) as drawing:
         assert next(each.done for each in drawing if each and each.done) == 2
@@ -208,6 +213,14 @@ def test_a_grid_stops_after_its_batch_and_goes_on(studio: Studio) -> None:
     assert (last.done, last.total, last.failed) == (6, 6, 0) and grids.known(studio) == [last.page]
     after = {path: path.stat().st_mtime_ns for path in Path("out/grids").glob("*/0*/*.png")}
     assert before.items() <= after.items() and len(after) == 6
+
+
+def test_a_grid_that_is_run_again_while_its_last_batch_is_at_work_waits_for_it(studio: Studio) -> None:
+    text = GRID.replace("steps: 2", "steps: 12")
+    with closing(grids.run(studio, text)) as drawing:  # type: ignore[type-var]
+        assert next(each.done for each in drawing if each and each.done) == 2
+    *_, last = filter(None, grids.run(studio, text))
+    assert (last.done, last.total, last.failed) == (6, 6, 0)
 
 
 @pytest.mark.parametrize(("text", "message"), [

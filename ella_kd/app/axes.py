@@ -140,6 +140,8 @@ def dotted(parts: Sequence[str]) -> list[str]:
         raise ValueError("expected two numbers before ... and one after it: 1, 2, ..., 10")
     first, second, last = (float(parts[i]) for i in (at - 2, at - 1, at + 1))
     between = stepped(second, last, second - first)[1:]
+    if last == second:
+        return [*parts[:at], *dotted(parts[at + 2 :])]
     if between and float(between[-1]) == last:
         del between[-1]
     return [*parts[:at], *between, *dotted(parts[at + 1 :])]

@@ -1,10 +1,13 @@
 """A batch: requests in, pictures and a manifest out, each drawn once, however often the run is stopped."""
 
+import hashlib
 import json
 import random
+import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +18,7 @@ from PIL import Image
 
 from ella_kd.addons import AddOns
 from ella_kd.app.remembered import remembering
-from ella_kd.app.shard_files import member, read_json, sha256, sweep
+from ella_kd.app.shard_files import member, read_json, sweep
 from ella_kd.app.shards import DONE, Interrupted, Shard, draw_shard, marker, threads
 from ella_kd.files import writing
 from ella_kd.jobs import jobs
@@ -193,13 +196,11 @@ class Batch:
         entry = next(each for each in done["pictures"] if each["index"] == index)
         batch = next(each for each in done["batches"] if index in each)
         try:
-            if self.tar:
-                image, whole = member(shard.packed, Path(entry["file"]).name), True
-            else:
-                path = self.folder / entry["file"]
-                image, whole = Image.open(path), sha256(path) == entry["sha256"]
+            path = self.folder / entry["file"]
+            data = member(shard.packed, path.name) if self.tar else path.read_bytes()
+            image, whole = Image.open(BytesIO(data)), hashlib.sha256(data).hexdigest() == entry["sha256"]
             kept = np.asarray(image.convert("RGB"), int)
-        except (OSError, KeyError):
+        except (OSError, SyntaxError, KeyError, tarfile.TarError):
             return Redrawn(index, entry["file"], False, None)
         system = remembering(pipeline, shard.requests)
         [job] = jobs(system, map(shard.request, batch), models_dir=models_dir, batch_size=len(batch), progress=False)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -29,6 +30,7 @@ CELLS = 100_000  # of a grid
 PIXELS = 64e6  # of a sheet
 PAGE, SHEET = "index.html", "sheet.png"
 OWN = ("title", "description", "axes", "matrix")
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,20 @@ class Grid:
         return found
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML but for its numbers of base 60: `3:2` is a text here, as an option takes it, and not 182."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, re.compile(rf"(?!.*:)(?:{pattern.pattern})", re.VERBOSE) if tag in _NUMBERS else pattern)
+                for tag, pattern in found]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+
+def read_yaml(text: str) -> Any:
+    """What a YAML text holds. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
+
+
 def _read(given: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """What a grid says, and the name it has where it says none."""
     if isinstance(given, Mapping):
@@ -157,7 +173,7 @@ def _read(given: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]
     text = path.read_text(encoding="utf-8-sig") if path is not None else str(given)
     name = "Grid" if path is None else path.stem
     try:
-        found = yaml.safe_load(text)
+        found = read_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path or 'the grid'} is not YAML: {error}") from error
     if not isinstance(found, Mapping):

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +41,42 @@ class Checker:
             self._shelf = self.models_dir if isinstance(self.models_dir, AddOns) else AddOns(self.models_dir)
             self._sources: set[str] = set()
         self._count += 1
+        given = set[str]()  # files whose contents decide the picture
         for source in {getattr(request, name) for name in SOURCES if isinstance(getattr(request, name), str)}:
             if source not in self._sources:
                 read_picture(source)
                 self._sources.add(source)
+            given.add(source)
         if request.latents is not None and not Path(request.latents).is_file():
             raise FileNotFoundError(f"no latents at {request.latents}")
         self._shelf.check(request.add_ons, request.hashes)
+        given |= {each.picture for each in request.add_ons if each.picture}
+        given |= {file for file in (request.latents, request.refiner) if file is not None and Path(file).is_file()}
         for mode in (request.mode, request.negative_mode, "clip" if request.tags is not None else None):
             if mode is not None:
                 self.modes.setdefault(mode, where)
         self.sizes.setdefault((request.width, request.height), where)
         self._digest.update(request.json().encode() + b"\n")
+        contents = [f"{file}={_contents(file)}" for file in sorted(given)]
+        for said in (*contents, *self._shelf.hashes(request.add_ons)):
+            self._digest.update(said.encode("utf-8", "surrogateescape") + b"\n")
 
     @property
     def sha256(self) -> str:
-        """Of all requests so far."""
+        """Of all requests so far, and of the files that they name."""
         return self._digest.hexdigest()
+
+
+def _contents(file: str) -> str:
+    """The sha256 of a file, read once until its size or time of change is another."""
+    facts = Path(file).stat()
+    return _read(file, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(4096)
+def _read(file: str, size: int, changed: int) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 class JobFile:

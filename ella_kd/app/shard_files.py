@@ -10,8 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ella_kd.files import writing
 
 
@@ -38,12 +36,12 @@ def unpack(packed: Path, folder: Path) -> None:
                     temporary.write_bytes(file.read())
 
 
-def member(packed: Path, name: str) -> Image.Image:
-    """A picture of a tar. KeyError if it is not there."""
+def member(packed: Path, name: str) -> bytes:
+    """A file of a tar. KeyError if it is not there, tarfile.TarError for what is no tar."""
     with tarfile.open(packed) as tar:
         file = tar.extractfile(name)
         assert file is not None
-        return Image.open(io.BytesIO(file.read()))
+        return file.read()
 
 
 def sweep(folder: Path) -> None:

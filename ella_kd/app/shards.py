@@ -278,7 +278,8 @@ def threads(number: int | None) -> Iterator[None]:
 
 def _no_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "allocate" in str(error))
+        isinstance(error, RuntimeError)
+        and any(word in str(error) for word in ("allocate", "out of memory", "ALLOC_FAILED")))
 
 
 def device_is_lost(error: Exception) -> bool:

@@ -137,6 +137,8 @@ class FromHires:
             object.__setattr__(self, name, value)
 
         own("hires_upscaler", check_upscaler(self.hires_upscaler))
+        if not isinstance(self.upscale, (str, type(None))):
+            raise TypeError(f"upscale is a text, tiles:2:0.3, got {self.upscale!r}")
         own("upscale", self.upscale and str(InTiles.read(self.upscale)))
         if self.hires in (None, ""):
             own("hires", None)

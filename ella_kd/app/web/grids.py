@@ -11,12 +11,13 @@ import yaml
 
 from ella_kd.app.axes import MODEL, matrix, option_named, read_axis
 from ella_kd.app.batch import status
-from ella_kd.app.grid import OWN, Grid
+from ella_kd.app.grid import OWN, Grid, read_yaml
 from ella_kd.app.web.form import MORE, check
 from ella_kd.app.web.session import Stopped, Studio
 from ella_kd.cli import slug
 
 FOLDER = "grids"  # in the output folder
+_BUSY: dict[str, threading.Lock] = {}  # of each folder that this process has drawn into
 OPTIONS = {"prompt", "negative", "mode", "sampler", "schedule", "steps", "scale", "guidance", "seed", "width", "height",
            "tags", "lora", "embedding", *MORE}  # none of which names a file but add-ons, which are looked up by name
 EXAMPLE = """\
@@ -50,7 +51,7 @@ def read(studio: Studio, text: str) -> Grid:
     try:
         if any(isinstance(each, yaml.AliasToken) for each in yaml.scan(text)):
             raise ValueError("a grid repeats nothing by *name here: write it out")  # a few can stand for billions
-        found = yaml.safe_load(text)
+        found = read_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"the grid is not YAML: {error}") from error
     if not isinstance(found, Mapping):
@@ -99,16 +100,25 @@ def run(studio: Studio, text: str) -> Generator[Cells | None, None, None]:
             tell(news())
 
         def stopped() -> bool:
+            if stop.is_set():
+                return True  # the turn stays ours until the folder is free: the next run finds it so
             studio.drawing.release()  # whoever waits has the turn
             time.sleep(0.01)
             studio.drawing.acquire()
             return stop.is_set()
 
-        job = grid.batch(folder, batch=studio.batch_size, about={"model": studio.pipeline.name})
-        job.check()
-        done[1] = total - sum(map(job.requests_in, job.open_shards()))
-        tell(news())
-        grid.run(folder, studio.pipeline, batch=studio.batch_size, models_dir=studio.shelf, told=told, stop=stopped)
+        busy = _BUSY.setdefault(str(folder.resolve()), threading.Lock())
+        while not busy.acquire(blocking=False):  # a run that was stopped finishes its batch
+            if stopped():
+                raise Stopped
+        try:
+            job = grid.batch(folder, batch=studio.batch_size, about={"model": studio.pipeline.name})
+            job.check()
+            done[1] = total - sum(map(job.requests_in, job.open_shards()))
+            tell(news())
+            grid.run(folder, studio.pipeline, batch=studio.batch_size, models_dir=studio.shelf, told=told, stop=stopped)
+        finally:
+            busy.release()
         if stop.is_set():
             raise Stopped
         tell(news())
