@@ -94,7 +94,8 @@ class Page:
                 links = gr.HTML(elem_id="grids")
         ran = run.click(self.grid, text, [status, links], show_progress="minimal", show_progress_on=status,
                         api_name="grid", api_visibility="private", concurrency_id="grid", concurrency_limit=1)
-        stop.click(lambda: view.said("Stopped; run it again to go on."), None, status, cancels=[ran], **QUIET)
+        stop.click(None, cancels=[ran], **QUIET).then(
+            lambda: view.said("Stopped; run it again to go on."), None, status, **QUIET)
         return links
 
     def _wire(self, blocks: gr.Blocks, buttons: dict[str, Any], right: dict[str, Any]) -> None:
