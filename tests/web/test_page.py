@@ -156,11 +156,14 @@ def test_a_browser_that_is_gone_leaves_no_drawing(context: BrowserContext, page:
 
 def test_two_tabs_wait_for_each_other_and_get_their_own(context: BrowserContext, page: Page, site: Site) -> None:
     other = opened(context, site)
-    drawing(page, steps=30, seed=21)
+    page.bring_to_front()  # a tab behind another is looked at rarely
+    drawing(page, steps=200, seed=21)
+    other.bring_to_front()
     put(other, steps=3, seed=22)
     other.click("#draw-button")
     other.wait_for_function("() => /queue: 1/.test(document.querySelector('#status').parentElement.innerText)")
     for tab, seed in ((page, 21), (other, 22)):
+        tab.bring_to_front()
         tab.wait_for_function("() => / done in /.test(document.querySelector('#status').innerText)")
         assert captions(tab) == [f"seed {seed}"]
 

@@ -94,7 +94,8 @@ class Page:
                 links = gr.HTML(elem_id="grids")
         ran = run.click(self.grid, text, [status, links], show_progress="minimal", show_progress_on=status,
                         api_name="grid", api_visibility="private", concurrency_id="grid", concurrency_limit=1)
-        stop.click(lambda: view.said("Stopped; run it again to go on."), None, status, cancels=[ran], **QUIET)
+        stop.click(None, cancels=[ran], **QUIET).then(
+            lambda: view.said("Stopped; run it again to go on."), None, status, **QUIET)
         return links
 
     def _wire(self, blocks: gr.Blocks, buttons: dict[str, Any], right: dict[str, Any]) -> None:
@@ -103,8 +104,8 @@ class Page:
         draw = buttons["draw"].click(self.draw, [*add.values()], shown, show_progress="minimal",
                                      show_progress_on=right["status"], api_name="page", api_visibility="private",
                                      **ONE)
-        buttons["cancel"].click(lambda: view.said("Stopped; what was done is saved."), None, right["status"],
-                                cancels=[draw], **QUIET)
+        buttons["cancel"].click(None, cancels=[draw], **QUIET).then(  # then: the last step's news may come behind it
+            lambda: view.said("Stopped; what was done is saved."), None, right["status"], **QUIET)
         add["prompt"].change(studio.tokens, add["prompt"], buttons["tokens"], trigger_mode="always_last", **QUIET)
         buttons["longer"].click(self.longer, add["prompt"], add["prompt"], api_visibility="private",
                                 concurrency_id="upsample", concurrency_limit=1)
