@@ -217,7 +217,7 @@ def test_a_grid_stops_after_its_batch_and_goes_on(studio: Studio) -> None:
 
 def test_a_grid_that_is_run_again_while_its_last_batch_is_at_work_waits_for_it(studio: Studio) -> None:
     text = GRID.replace("steps: 2", "steps: 12")
-    with closing(grids.run(studio, text)) as drawing:  # type: ignore[type-var]
+    with closing(grids.run(studio, text)) as drawing:
         assert next(each.done for each in drawing if each and each.done) == 2
     *_, last = filter(None, grids.run(studio, text))
     assert (last.done, last.total, last.failed) == (6, 6, 0)
