@@ -23,7 +23,7 @@ from ella_kd import Pipeline, cli, generate
 from ella_kd.app import shards
 from ella_kd.app.batch import Batch
 from ella_kd.app.remembered import Remembered
-from ella_kd.app.shard_files import sha256
+from ella_kd.app.shard_files import sha256, unpack
 from ella_kd.app.shards import Shard, draw_shard
 from ella_kd.images import Picture
 from ella_kd.jobs import Job
@@ -282,6 +282,8 @@ def test_a_tar_in_webdatasets_order(run: Run, drawing: Any, tmp_path: Path) -> N
         (tars / "00000.tar").write_bytes(damaged)
         checked = run("--tar", "--verify", "99", out="tars")
         assert checked.exit_code == 1 and "missing or damaged" in checked.output, checked.output
+    with pytest.raises(ValueError, match=r"00000\.tar is damaged .* remove it and its marker"):
+        unpack(tars / "00000.tar", tmp_path)
     (tars / "00000.tar").write_bytes(whole)
     shutil.rmtree(tars / "done")  # killed after the tars: they are read, nothing is drawn
     drawn = drawing(lambda requests: None)

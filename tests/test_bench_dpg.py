@@ -224,6 +224,10 @@ def test_sheets_that_cannot_be_cut_are_named_or_black(sheets: Path, tmp_path: Pa
     found = ask(paths, rows(ROWS), dark, "dark", tmp_path / "answers.jsonl", size=(8, 6), black=True)
     assert [found.answers["b", cell, 1] for cell in range(4)] == [0, 0, 1, 1]
     assert {*sizes} == {8, 6}
+    found = ask(paths, rows(ROWS), dark, "dark", tmp_path / "answers.jsonl", size=(4, 3), black=True)
+    assert {*sizes} == {8, 6, 4, 3}  # cut otherwise, asked again
+    found = ask(paths, rows(ROWS), dark, "dark", tmp_path / "answers.jsonl", size=(8, 6))
+    assert "b" in found.unreadable and ("b", 0, 1) not in found.answers
     (sheets / "b.webp").write_bytes(b"")
     with pytest.raises(ValueError, match=r"b\.png and b\.webp are both a sheet of b"):
         find_sheets(sheets)

@@ -83,21 +83,22 @@ def ask(sheets: Mapping[str, Path], questions: Iterable[Question], judge: Judge,
         progress: Callable[[int], object] = lambda count: None) -> Asked:
     """Asks about every cell of every sheet that has questions, but for what `path` holds of this judge.
 
-    An answer counts again as long as the sheet's file and the question's text are the same. name: the judge's, which
-    its answers carry. cells: how many of a sheet's four are asked about. size: of a cell in pixels, by default half of
-    what most sheets measure. progress: called with how many answers have come.
+    An answer counts again as long as the sheet's file, how it is cut and the question's text are the same. name: the
+    judge's, which its answers carry. cells: how many of a sheet's four are asked about. size: of a cell in pixels, by
+    default half of what most sheets measure. progress: called with how many answers have come.
     Raises ValueError for an answer that is neither a text nor a number in 0 to 1, and what the judge raises; what was
     answered before is kept.
     """
     items, known = by_item(questions), {key: line for key, line in _lines(path) if line["judge"] == name}
     size = size or cell_size(sheets.values())
+    cut = f"{size} {black}".encode()
     asked, waiting = Asked({}, {}), list[tuple[Key, Question, str, Image.Image]]()
     _end_with_a_line(path)
     with open(path, "a", encoding="utf-8") as file:
         for item, sheet in sheets.items():
             try:
                 data = sheet.read_bytes()
-                digest, pictures = hashlib.sha256(data).hexdigest()[:16], None
+                digest, pictures = hashlib.sha256(data + cut).hexdigest()[:16], None
                 for cell in range(cells):
                     for question in items.get(item, {}).values():
                         key = item, cell, question.id

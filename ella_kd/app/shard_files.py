@@ -27,13 +27,17 @@ def pack(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
 
 
 def unpack(packed: Path, folder: Path) -> None:
-    """The pictures of a tar of ours that are not in the folder."""
-    with tarfile.open(packed) as tar:
-        for member in tar:
-            path = folder / Path(member.name).name
-            if path.suffix == ".png" and not path.exists() and (file := tar.extractfile(member)):
-                with writing(path) as temporary:
-                    temporary.write_bytes(file.read())
+    """The pictures of a tar of ours that are not in the folder. ValueError for one that is damaged."""
+    try:
+        with tarfile.open(packed) as tar:
+            for member in tar:
+                path = folder / Path(member.name).name
+                if path.suffix == ".png" and not path.exists() and (file := tar.extractfile(member)):
+                    with writing(path) as temporary:
+                        temporary.write_bytes(file.read())
+    except tarfile.TarError as error:
+        raise ValueError(f"{packed} is damaged ({str(error).splitlines()[0]}): remove it and its marker, and its requests are drawn "
+                         "anew") from error
 
 
 def member(packed: Path, name: str) -> bytes:
