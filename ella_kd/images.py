@@ -63,10 +63,11 @@ def to_images(decoded: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str]) -> Image.Image:
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str],
+                  least: int = 256) -> Image.Image:
     """One image that shows many: a row per text, which stands to the left of its pictures, a label over each column.
 
-    rows: (text, one image per column). Images under 256 px are enlarged, each pixel to a whole number of pixels.
+    rows: (text, one image per column). Images under `least` px are enlarged, each pixel to a whole number of pixels.
     Raises ValueError for no rows, or a row whose number of images is not that of the columns.
     """
     if not rows or not columns:
@@ -74,7 +75,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Se
     for text, images in rows:
         if len(images) != len(columns):
             raise ValueError(f"the sheet has {len(columns)} columns, but {len(images)} images came for {text[:60]!r}")
-    cells = [[_enlarged(image) for image in images] for _, images in rows]
+    cells = [[_enlarged(image, least) for image in images] for _, images in rows]
     cell = max(image.width for images in cells for image in images)
     margin, gap, text_width = 28, 16, max(320, cell)
     font, head = _font(17), _font(19)
@@ -109,8 +110,8 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Se
     return sheet
 
 
-def _enlarged(image: Image.Image) -> Image.Image:
-    factor = max(1, 256 // max(image.size))
+def _enlarged(image: Image.Image, least: int) -> Image.Image:
+    factor = max(1, least // max(image.size))
     return image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 

@@ -215,3 +215,17 @@ def test_a_cell_that_fails_is_grey_and_says_why(pipeline: Pipeline, tmp_path: Pa
     grid.run(tmp_path, pipeline, retry=True)
     assert data_of(page)["failed"] == {} and (tmp_path / "sheet.png").exists()
     assert read_axis("seed", "1-3") == grid.axes[0]
+
+
+def test_a_sheet_is_no_larger_than_it_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of small pictures too, which are shown enlarged where there is room; of too many there is none."""
+    monkeypatch.setattr("ella_kd.app.grid.PIXELS", 2e6)
+    for count, there in ((8, True), (40, False)):
+        grid = Grid.read({"prompt": PROMPT, "axes": {"seed": f"1-{count}", "scale": f"1-{count}"}})
+        work = grid.batch(tmp_path, about={})
+        grid.write_sheet(work)
+        assert (tmp_path / "sheet.png").exists() == there
+        if there:
+            with Image.open(tmp_path / "sheet.png") as sheet:
+                assert sheet.width * sheet.height < 2.6e6  # texts beside it
+            (tmp_path / "sheet.png").unlink()

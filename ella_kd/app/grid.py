@@ -28,6 +28,7 @@ from ella_kd.request import Request
 
 CELLS = 100_000  # of a grid
 PIXELS = 64e6  # of a sheet
+AROUND, LEAST = 32, 48  # pixels between its cells, and of the side of the smallest
 PAGE, SHEET = "index.html", "sheet.png"
 OWN = ("title", "description", "axes", "matrix")
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
@@ -128,15 +129,19 @@ class Grid:
             temporary.write_text(page.replace("/*data*/", text), encoding="utf-8")
 
     def write_sheet(self, work: Batch) -> None:
-        """`sheet.png`: the first axis from left to right, the second down; what was not drawn stays grey."""
+        """`sheet.png`: the first axis from left to right, the second down; what was not drawn stays grey. None where
+        its cells would be too small to see: there is the page."""
+        side = int((PIXELS / len(self.cells)) ** 0.5) - AROUND
+        if side < LEAST:
+            return
         columns = self.axes[0]
         rows = self.axes[1].values if len(self.axes) > 1 else (Value(""),)
         paths = [work.folder / path for path, _ in self._files(work)]
-        side = int((PIXELS / len(self.cells)) ** 0.5)
         images = [_picture(paths[number], side) for number in self.cells]
         labels = [f"{self.axes[1].title}: {row.title}" if len(self.axes) > 1 else self.title for row in rows]
         table = [(label, images[i :: len(rows)]) for i, label in enumerate(labels)]
-        sheet = contact_sheet(table, [f"{columns.title}: {value.title}" for value in columns.values])
+        sheet = contact_sheet(table, [f"{columns.title}: {value.title}" for value in columns.values],
+                              min(256, side))
         save_image(sheet, work.folder / SHEET)
 
     def _files(self, work: Batch) -> list[tuple[str, Request]]:

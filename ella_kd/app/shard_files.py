@@ -36,8 +36,8 @@ def unpack(packed: Path, folder: Path) -> None:
                     with writing(path) as temporary:
                         temporary.write_bytes(file.read())
     except tarfile.TarError as error:
-        raise ValueError(f"{packed} is damaged ({str(error).splitlines()[0]}): remove it and its marker, and its requests are drawn "
-                         "anew") from error
+        raise ValueError(f"{packed} is damaged ({str(error).splitlines()[0]}): remove it and its marker, and its "
+                         "requests are drawn anew") from error
 
 
 def member(packed: Path, name: str) -> bytes:
