@@ -68,9 +68,7 @@ def jobs(
         dressed = shelf.dressed(pipeline, add_ons, asked)
         return dressed.seamless() if asked.tiling else dressed
 
-    groups = groupby(requests, lambda r: (replace(r, prompt="", negative="", seed=0), r.add_ons,
-                                          weights(r.text) if r.syntax else ()))
-    for (asked, add_ons, _), some in groups:
+    for (asked, add_ons, _), some in groupby(requests, alike):
         shelf.check(add_ons, asked.hashes)
         second = None if asked.refiner is None else refiner or load(asked.refiner)
         worn = [each for each in add_ons if each.place != "upscaler"]
@@ -82,6 +80,12 @@ def jobs(
         ready, left = group.ready(), iter(some)
         while batch := list(islice(left, size)):
             yield ready(batch, callback=callback, progress=progress)
+
+
+def alike(request: Request) -> tuple[Request, tuple[AddOn, ...], Any]:
+    """What neighbours have in common that are drawn together."""
+    return (replace(request, prompt="", negative="", seed=0), request.add_ons,
+            weights(request.text) if request.syntax else ())
 
 
 def _loaded_beside(pipeline: Pipeline, file: str) -> Pipeline:

@@ -9,7 +9,7 @@ from importlib.resources import files
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from PIL import Image
@@ -19,9 +19,10 @@ from ella_kd.app.axes import MODEL, TEXTS, Axis, Value, matrix, option_named, re
 from ella_kd.app.batch import BATCH, SHARD, Batch, status
 from ella_kd.app.job_files import Checker, settled
 from ella_kd.app.loading import Models, Pipelines, check_sizes
-from ella_kd.app.shards import Shard, said, shape
+from ella_kd.app.shards import Shard, said
 from ella_kd.files import writing
 from ella_kd.images import contact_sheet, save_image
+from ella_kd.jobs import alike
 from ella_kd.pipeline import Pipeline
 from ella_kd.prompts import check_wildcards, expand_wildcards
 from ella_kd.request import Request
@@ -267,8 +268,8 @@ def _said(base: Mapping[str, Any], values: Sequence[Value], found: set[tuple[str
 
 
 def _shape_of(request: Request) -> str:
-    like, add_ons, weights = shape(request)
-    return f"{cast(Request, like).json()} {add_ons} {weights}"
+    like, add_ons, weights = alike(request)
+    return f"{like.json()} {add_ons} {weights}"
 
 
 def _picture(path: Path, side: int) -> Image.Image:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ import torch
 from ella_kd.addons import AddOns
 from ella_kd.app.remembered import remembering
 from ella_kd.app.shard_files import pack, read_json, sha256, sweep, sync, unpack, write_json
-from ella_kd.encoding import weights
 from ella_kd.images import Picture
-from ella_kd.jobs import jobs
+from ella_kd.jobs import alike, jobs
 from ella_kd.pipeline import Pipeline
 from ella_kd.request import Request
 
@@ -88,7 +87,7 @@ def groups(shard: Shard) -> dict[int, int]:
     known: list[Any] = []
     found = {}
     for index, request in enumerate(shard.requests, shard.first):
-        like = shape(request)
+        like = alike(request)
         number = next((number for number, each in enumerate(known) if each == like), len(known))
         if number == len(known):
             known.append(like)
@@ -228,12 +227,6 @@ class _Work:
             "seconds": round(seconds, 3)})
         shard.unfinished.unlink(missing_ok=True)
         return shard.files(self.entries)
-
-
-def shape(request: Request) -> Any:
-    """What requests have in common that `jobs` draws together."""
-    return (replace(request, prompt="", negative="", seed=0), request.add_ons,
-            weights(request.text) if request.syntax else ())
 
 
 def said(request: Request) -> dict[str, Any]:
