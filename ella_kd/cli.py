@@ -32,6 +32,7 @@ from ella_kd.guidance import Guidance
 from ella_kd.guidance.text import known, parse
 from ella_kd.images import Picture, contact_sheet, save_image
 from ella_kd.jobs import jobs
+from ella_kd.models.devices import out_of_memory
 from ella_kd.options import check_folder, load, model_options, read_prompts, request_options, use_presets
 from ella_kd.pictures.options import SOURCES
 from ella_kd.pictures.reading import read_picture
@@ -64,10 +65,8 @@ class Cli(click.Group):
         except OSError as error:
             filename = f": {error.filename}" if error.filename else ""
             fail(ctx, (error.strerror or str(error)) + filename)
-        except (torch.OutOfMemoryError, MemoryError):
-            fail(ctx, OUT_OF_MEMORY)
-        except RuntimeError as error:
-            if "allocate" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
                 raise
             fail(ctx, OUT_OF_MEMORY)
         except (ValueError, TypeError) as error:

@@ -57,6 +57,12 @@ def outliving(x: Tensor) -> Tensor:
     return x.clone() if x.is_cuda else x
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that there is not memory enough, in torch's words for a CPU too."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "allocate" in str(error))
+
+
 def place_of(network: nn.Module) -> str:
     """For a network's repr: "float32 on cpu"."""
     parameter = next(network.parameters())

@@ -18,6 +18,7 @@ from ella_kd.app.remembered import remembering
 from ella_kd.app.shard_files import pack, read_json, sha256, sweep, sync, unpack, write_json
 from ella_kd.images import Picture
 from ella_kd.jobs import alike, jobs
+from ella_kd.models.devices import out_of_memory
 from ella_kd.pipeline import Pipeline
 from ella_kd.request import Request
 
@@ -270,9 +271,9 @@ def threads(number: int | None) -> Iterator[None]:
 
 
 def _no_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError)
-        and any(word in str(error) for word in ("allocate", "out of memory", "ALLOC_FAILED")))
+    """In CUDA's own words too, which torch hands on as an error of the device."""
+    return out_of_memory(error) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in ("out of memory", "ALLOC_FAILED")))
 
 
 def device_is_lost(error: Exception) -> bool:

@@ -29,6 +29,7 @@ from ella_kd.cli import OUT_OF_MEMORY, last_number, save
 from ella_kd.files import writing
 from ella_kd.images import Picture
 from ella_kd.jobs import jobs
+from ella_kd.models.devices import out_of_memory
 from ella_kd.models.files.folders import look_up, names
 from ella_kd.options import check_folder
 from ella_kd.pipeline import FIXED_LENGTH, Pipeline
@@ -334,8 +335,7 @@ def expected_steps(request: Request) -> int:
 
 def message_of(error: BaseException) -> str:
     """What a user is told of an error; ours with its traceback on the server's console."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-            isinstance(error, RuntimeError) and "allocate" in str(error)):
+    if out_of_memory(error):
         return OUT_OF_MEMORY.replace("--batch, --width or --height", "count or size")
     if isinstance(error, (ValueError, TypeError, OSError)):
         return " ".join(str(error).split())
