@@ -4,6 +4,7 @@ files of the real one."""
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 from addon_files import write_files
 from ella_kd import Pipeline
 from ella_kd.models import TSC, AutoencoderKL, UNet, UNetConfig, VAEConfig, save_checkpoint, save_tsc
+from ella_kd.samplers import SAMPLERS, SCHEDULES
 from filing import Edit, Networks, editor, small_networks
 from mixtures import Guided, Mixture
 from tiny import randomised
@@ -106,3 +108,14 @@ def files(tmp_path: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path, pipeline)
     return tmp_path
+
+
+@pytest.fixture
+def tables() -> Iterator[None]:
+    """What a text registers is gone after it."""
+    both: tuple[dict[str, Any], ...] = SAMPLERS, SCHEDULES
+    before = [(table, dict(table)) for table in both]
+    yield
+    for table, rows in before:
+        table.clear()
+        table.update(rows)

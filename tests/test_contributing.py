@@ -1,26 +1,13 @@
 """CONTRIBUTING's blocks run as they stand, each in a process's worth of names of its own, and leave no row behind."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ella_kd.samplers import SAMPLERS, SCHEDULES
-
 PAGE = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
 BLOCKS = dict(re.findall(r"### (A[^\n]*)\n.*?```python\n(.*?)```", PAGE, re.DOTALL))
-
-
-@pytest.fixture
-def tables() -> Iterator[None]:
-    both: tuple[dict[str, Any], ...] = SAMPLERS, SCHEDULES
-    before = [(table, dict(table)) for table in both]
-    yield
-    for table, rows in before:
-        table.clear()
-        table.update(rows)
 
 
 def test_the_page_has_its_headings() -> None:

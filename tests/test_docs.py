@@ -8,7 +8,6 @@ import importlib
 import re
 import runpy
 import shlex
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
 from inspect import isclass, isfunction, ismethod, signature
@@ -44,17 +43,6 @@ def commands(text: str) -> list[list[str]]:
     """Each `ella-kd ...` of a block as its words; lines may go on after a backslash."""
     lines = (line.strip().removeprefix("$ ") for line in text.replace("\\\n", " ").splitlines())
     return [shlex.split(line, comments=True)[1:] for line in lines if re.match(r"(\S*/)?ella-kd\s", line)]
-
-
-@pytest.fixture
-def tables() -> Iterator[None]:
-    """What a page registers is gone after it."""
-    both: tuple[dict[str, Any], ...] = SAMPLERS, SCHEDULES
-    before = [(table, dict(table)) for table in both]
-    yield
-    for table, rows in before:
-        table.clear()
-        table.update(rows)
 
 
 @pytest.fixture
