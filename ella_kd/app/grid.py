@@ -72,7 +72,7 @@ class Grid:
         """
         name, found = _read(said)
         title = str(found.get("title") or name)
-        axes = _axes(found)
+        axes = axes_of(found)
         base, files_ = dict(asked or {}), dict(model or {})
         for key, value in found.items():
             if key not in OWN:
@@ -187,7 +187,8 @@ def _read(given: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]
     return name, found
 
 
-def _axes(found: Mapping[str, Any]) -> tuple[Axis, ...]:
+def axes_of(found: Mapping[str, Any]) -> tuple[Axis, ...]:
+    """The axes that a grid's text names. Raises ValueError for none, for two of one title and for what is no axis."""
     given = found.get("axes") or {}
     if isinstance(given, Sequence) and not isinstance(given, str) and all(
             isinstance(each, Mapping) and len(each) == 1 for each in given):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import yaml
 
-from ella_kd.app.axes import MODEL, matrix, option_named, read_axis
+from ella_kd.app.axes import MODEL, option_named
 from ella_kd.app.batch import status
-from ella_kd.app.grid import OWN, Grid, read_yaml
+from ella_kd.app.grid import OWN, Grid, axes_of, read_yaml
 from ella_kd.app.web.form import MORE, check
 from ella_kd.app.web.session import Stopped, Studio
 from ella_kd.cli import slug
@@ -56,11 +56,7 @@ def read(studio: Studio, text: str) -> Grid:
         raise ValueError(f"the grid is not YAML: {error}") from error
     if not isinstance(found, Mapping):
         raise ValueError("a grid says keys such as prompt and axes, with a colon behind each")
-    given = found.get("axes") or {}
-    if not isinstance(given, Mapping):
-        raise ValueError("axes: expected a name and values for each, `sampler: euler, heun`")
-    axes = [read_axis(str(name), said) for name, said in given.items()]
-    axes += matrix(found["matrix"]) if found.get("matrix") else []
+    axes = axes_of(found)
     named = {option_named(str(key)) for key in found if key not in OWN}
     named |= {name for axis in axes for value in axis.values for name in (*value.sets, *value.model)}
     if refused := sorted(named - OPTIONS):
